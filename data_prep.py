@@ -1,0 +1,651 @@
+r"""Data for every stage: one record schema, readers for the formats met in the wild, images, chat messages.
+
+A record is one JSON line, or the same dict in memory:
+    id           str   unique within a file
+    question     str   may hold one `<image>` per image; without any, all images come before the text
+    images       list  paths relative to the file (absolute once read), PIL images, or {"bytes", "path"} dicts
+                       as `datasets` stores them; may be empty
+    answer       str   the gold answer: an option's letter, else bare text or LaTeX without $ or \boxed
+    answer_type  str   one of rewards.ANSWER_TYPES: how a response is prompted for and graded
+    choices      list  optional: option texts in order, the first one is A
+    precision    int   optional: decimals to which a number is compared
+    response     str   optional: a full target response, what sft.py learns
+    task, source str   optional: `task` may pick a prompt, both group metrics
+    meta         dict  optional: anything else worth keeping
+RL and evaluation need `answer`, SFT needs `response`. An absent `answer_type` is inferred on reading.
+
+A .jsonl, .json, .parquet or .arrow file, a folder or a Hub id is read if its columns are those of
+    records       the schema above
+    MATH-Vision   id, question, options, answer, image, level, subject (the Hub form adds decoded_image)
+    RISE          problem, image, image_path, target, and answer or solution
+    EasyR1        images, problem, answer (Geometry3K; its letter column `ground_truth` is not the answer)
+    generic       question or problem; answer or solution; images or image; choices or options, if any
+
+    python data_prep.py --source records --input hiyouga/geometry3k --split test --out data/geometry3k
+    python data_prep.py --source records --input downloads/test.parquet --out data/mathvision
+
+Every error is a ValueError of one line that names the file or id at fault.
+"""
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import os
+import random
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+import rewards
+
+FIELDS = {"id": str, "question": str, "images": list, "answer": str, "answer_type": str, "choices": list,
+          "precision": int, "response": str, "task": str, "source": str, "meta": dict}
+LETTERS = [*string.ascii_uppercase]
+MIN_SIDE = 28              # pixels: a merged vision token of the Qwen-VL family, which refuses smaller images
+MAX_RATIO = 200            # longer side / shorter side, the same family's limit
+MAX_DECODED = 100_000_000  # pixels: 300 MB once decoded; a larger header is a mistake or a decompression bomb
+
+
+# ----- records -----
+def check_record(record: dict, where: str, need: tuple = ("answer",)) -> dict:
+    """Return `record` as it is if it keeps the schema in the module docstring.
+
+    `where` says in messages which file and row this is; `need` names the fields the stage cannot do without.
+    Raises ValueError: one line with `where`, the id, the field and what is wrong with it.
+    """
+    def refuse(field, problem):
+        raise ValueError(f"{where} (id {record.get('id')!r}): field {field!r} {problem}")
+
+    for field in record:
+        if field not in FIELDS:
+            near = difflib.get_close_matches(field, FIELDS, 1, 0)[0]
+            refuse(field, f"is unknown; did you mean {near!r}? (extra values go into 'meta')")
+    for field in ("id", "question", "images", "answer_type", *need):
+        if field not in record:
+            refuse(field, "is missing")
+    for field, value in record.items():
+        if not isinstance(value, FIELDS[field]):
+            refuse(field, f"must be {FIELDS[field].__name__}, not {type(value).__name__}")
+    for field in ("id", *need):
+        if not record[field].strip():
+            refuse(field, "is empty")
+    for field, kinds in (("images", (str, Path, dict, Image.Image)), ("choices", str)):
+        for item in record.get(field, []):
+            if not isinstance(item, kinds):
+                refuse(field, f"cannot hold {type(item).__name__}")
+
+    kind, choices = record["answer_type"], record.get("choices", [])
+    if kind not in rewards.ANSWER_TYPES:
+        refuse("answer_type", f"is {kind!r}, not one of {', '.join(rewards.ANSWER_TYPES)}")
+    if kind == "choice" and not choices:
+        refuse("choices", "is missing, and answer_type is 'choice'")
+    letters = LETTERS[:len(choices)]
+    if kind == "choice" and record.get("answer", "A") not in letters:
+        refuse("answer", f"must be a letter A-{letters[-1]}, not {record['answer']!r}")
+    places = "\n".join([record["question"], *choices]).count("<image>")
+    if places not in (0, len(record["images"])):
+        refuse("images", f"has {len(record['images'])} entries for {places} <image> placeholders")
+    return record
+
+
+def check_records(records: list[dict], source: str, need: tuple = ("answer",)) -> list[dict]:
+    """Return `records` if there are any, all pass check_record and no id repeats. Raises ValueError."""
+    if not records:
+        raise ValueError(f"{source}: no records")
+    first_row = {}
+    for row, record in enumerate(records, 1):
+        check_record(record, f"{source} row {row}", need)
+        earlier = first_row.setdefault(record["id"], row)
+        if earlier != row:
+            raise ValueError(f"{source} row {row}: id {record['id']!r} was already used in row {earlier}")
+    return records
+
+
+def build_messages(record: dict) -> list[dict]:
+    """One user turn for a processor's apply_chat_template: text parts and {"type": "image"} marks, no pixels.
+
+    The k-th mark stands for record["images"][k]; the text is rewards.build_prompt(record).
+    """
+    first, *rest = rewards.build_prompt(record).split("<image>")
+    content = [] if rest else [{"type": "image"} for _ in record["images"]]
+    content.append({"type": "text", "text": first})
+    for text in rest:
+        content += [{"type": "image"}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": [part for part in content if part.get("text") != ""]}]
+
+
+# ----- images -----
+class BadImage(ValueError):
+    """An image that cannot be used; the message is one line that starts with the file's name."""
+
+
+def load_image(ref: str | Path | dict | Image.Image, max_pixels: int) -> Image.Image:
+    """Decode one entry of record["images"] to upright RGB of at most `max_pixels` (width x height).
+
+    The aspect ratio is kept. A shorter side under MIN_SIDE is enlarged to it, even past `max_pixels`.
+    Raises BadImage: missing, damaged or truncated, over MAX_DECODED pixels, aspect ratio over MAX_RATIO.
+    """
+    if isinstance(ref, Image.Image):
+        name = getattr(ref, "filename", "") or "PIL image"
+    else:
+        name = ref["path"] or "embedded image" if isinstance(ref, dict) else ref
+    try:
+        image = ref if isinstance(ref, Image.Image) else Image.open(io.BytesIO(image_bytes(ref)))
+        short, long = sorted(image.size)
+        if short * long > MAX_DECODED:  # known from the header: nothing has been decoded yet
+            raise ValueError(f"{short * long} pixels, the limit is {MAX_DECODED}")
+        if long > MAX_RATIO * short:
+            raise ValueError(f"aspect ratio of {image.width}x{image.height} is over {MAX_RATIO}")
+        image = to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow raises OSError, SyntaxError, EOFError, struct.error and more
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        raise BadImage(f"{name}: {reason}") from error
+    scale = max(min(1, (max_pixels / (short * long)) ** 0.5), MIN_SIDE / short)
+    size = tuple(max(MIN_SIDE, int(side * scale)) for side in image.size)
+    return image if scale == 1 else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """To RGB, 16-bit levels scaled to 8, transparency laid on white. Raises ValueError on float pixels."""
+    if image.mode == "F":
+        raise ValueError("float pixels have no agreed range")
+    if image.mode.startswith("I"):  # convert("L") alone clips at 255, which turns most 16-bit scans white
+        image = image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
+    if image.has_transparency_data:  # dropping alpha shows the hidden colour, often black under black lines
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def image_bytes(ref: str | Path | dict) -> bytes:
+    """The encoded image behind a path or a {"bytes", "path"} dict. Raises OSError without such a file."""
+    if isinstance(ref, dict):
+        return ref["bytes"] or Path(ref["path"]).read_bytes()
+    return Path(ref).read_bytes()
+
+
+# ----- formats -----
+ROLES = {"question": ("question", "problem"), "answer": ("answer", "solution"), "response": ("response",),
+         "image": ("images", "decoded_image", "image", "image_path")}
+# no answer holds control characters: they are \alpha, \boxed, \vec, \frac that lost an escape on their way
+BROKEN_ESCAPES = str.maketrans({"\a": r"\a", "\b": r"\b", "\v": r"\v", "\f": r"\f"})
+BALANCED = r"[^{}]*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}[^{}]*)*"  # braces at most two deep
+WRAPPED = re.compile(rf"(?s)<answer>(.*)</answer>|\$\$([^$]*)\$\$|\$([^$]*)\$|\\boxed\{{({BALANCED})\}}")
+NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)")
+
+
+def clean_answer(answer) -> str:
+    r"""A gold answer as bare text: no outer blanks, <answer>, $ or \boxed{}; broken LaTeX escapes mended."""
+    answer = str(answer).translate(BROKEN_ESCAPES).strip()
+    while wrapped := WRAPPED.fullmatch(answer):
+        answer = wrapped[wrapped.lastindex].strip()
+    return answer
+
+
+def infer_type(answer: str) -> str:
+    """answer_type of a gold answer without choices: number, math (LaTeX, operators, units) or text."""
+    if NUMBER.fullmatch(answer):
+        return "number"
+    has_words = re.search(r"[A-Za-z]{3,}", answer)
+    if re.search(r"[\\^√π${]", answer) or not has_words and re.search(r"[\d=+*/<>]", answer):
+        return "math"
+    return "text"
+
+
+def answer_fields(answer, choices: list | None = None) -> dict:
+    """The record fields `answer`, unless it is None, and `choices`, unless there are none.
+
+    With choices the gold may be their letter, their text or a 0-based int, and becomes the letter.
+    """
+    fields = {"choices": choices} if choices else {}
+    if answer is None:
+        return fields
+    text = clean_answer(answer)
+    if choices:
+        letters = LETTERS[:len(choices)]
+        if isinstance(answer, int) and answer in range(len(letters)):
+            text = letters[answer]
+        elif text not in letters and answer in choices:
+            text = letters[choices.index(answer)]
+    return fields | {"answer": text}
+
+
+def pick(row: dict, role: str):
+    """The row's value for a role: the first that is not empty, else an empty one, else None."""
+    values = [row[column] for column in ROLES[role] if row.get(column) is not None]
+    return next((value for value in values if value not in ("", [])), values[0] if values else None)
+
+
+def row_images(row: dict) -> list:
+    """The row's images, be there none, one or many, as paths or as bytes."""
+    images = pick(row, "image") or []
+    return images if isinstance(images, list) else [images]
+
+
+def from_record(row: dict, index: int) -> dict:
+    """The schema at the top of this file."""
+    return row
+
+
+def from_mathvision(row: dict, index: int) -> dict:
+    """MATH-Vision: <image1>..<image7> name parts of one composite picture, so they turn into words."""
+    def mention(text):
+        return re.sub(r"<image(\d+)>", r"(image \1)", text).strip()
+
+    choices = [mention(option) for option in row["options"]]
+    bare = [option.strip("().") for option in choices]
+    if bare == LETTERS[:len(bare)]:  # options drawn in the picture have only a name here: "(A)", "A)" or "A"
+        choices = bare
+    return {"id": str(row["id"]), "question": mention(row["question"]), "images": row_images(row),
+            **answer_fields(row["answer"], choices), "source": "mathvision",
+            "meta": {"level": row["level"], "subject": row["subject"]}}
+
+
+def from_rise(row: dict, index: int) -> dict:
+    """RISE stage 1: the problem states the annotation on purpose; `target` is the class to reconstruct."""
+    return {"id": str(row.get("id", index)), "question": row["problem"], "images": row_images(row),
+            **answer_fields(pick(row, "answer")), "source": "rise", "meta": {"target": row["target"]}}
+
+
+def from_easyr1(row: dict, index: int) -> dict:
+    """EasyR1's columns: open questions, even where Geometry3K also lists `choices` and the right letter."""
+    return {"id": str(row.get("id", index)), "question": row["problem"], "images": row_images(row),
+            **answer_fields(row["answer"])}
+
+
+def from_generic(row: dict, index: int) -> dict:
+    """Any row with a question, images, and an answer or a response."""
+    ids = (row[column] for column in ("id", "pid", "qid", "sample_index") if row.get(column) is not None)
+    precision = row.get("precision")
+    return {"id": str(next(ids, index)), "question": pick(row, "question"), "images": row_images(row),
+            **answer_fields(pick(row, "answer"), row.get("choices") or row.get("options")),
+            "precision": precision if precision is None else int(precision), "response": row.get("response")}
+
+
+# the first match wins; anything else is from_generic's, if it has a column for every role
+FORMATS = [
+    ({"id", "question", "images", "answer_type"}, from_record),
+    ({"id", "question", "images", "response"}, from_record),
+    ({"id", "question", "options", "answer", "image", "level", "subject"}, from_mathvision),
+    ({"problem", "image", "image_path", "target"}, from_rise),
+    ({"images", "problem", "answer"}, from_easyr1),
+]
+
+
+def detect_format(columns: list[str], need: tuple) -> Callable[[dict, int], dict]:
+    """The from_<format> for rows with these columns. Raises ValueError naming the role no column plays."""
+    for required, from_format in FORMATS:
+        if required <= set(columns):
+            return from_format
+    for role in ("question", "image", *need):
+        if not set(ROLES[role]) & set(columns):
+            expected, found = " or ".join(ROLES[role]), ", ".join(columns)
+            raise ValueError(f"no {role} column: expected {expected}, found {found}")
+    return from_generic
+
+
+# ----- reading and writing -----
+FILES = (".jsonl", ".json", ".parquet", ".arrow")
+
+
+def read_records(source: str | Path, split: str = "train", need: tuple = ("answer",),
+                 limit: int = 0) -> list[dict]:
+    """All records (the first `limit`; 0 for all) of a file, folder or Hub id in a format named at the top.
+
+    A folder comes from save_to_disk or is a copy of a Hub repository; `split` is for folders and Hub ids.
+    Images are not decoded: paths come back absolute, embedded images as their compressed bytes. `need` is
+    ("answer",) for RL and evaluation, ("response",) for SFT.
+    Raises ValueError: unreadable source, unknown format, or a row that check_record refuses.
+    """
+    try:
+        rows = list(itertools.islice(stored_rows(str(source), split), limit or None))
+        from_format = detect_format(list(rows[0]), need) if rows else from_record
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
+    path = Path(source).absolute()
+    folder = path if path.is_dir() else path.parent
+    records = []
+    for index, row in enumerate(rows):
+        try:
+            record = {field: value for field, value in from_format(row, index).items() if value is not None}
+        except KeyError as column:
+            raise ValueError(f"{source} row {index + 1}: no column {column}") from column
+        if isinstance(record.get("images"), list):
+            record["images"] = [locate(ref, folder) for ref in record["images"]]
+        kind = "choice" if record.get("choices") else infer_type(str(record.get("answer", "")))
+        record.setdefault("answer_type", kind)
+        records.append(record)
+    return check_records(records, str(source), need)
+
+
+def stored_rows(source: str, split: str) -> Iterator[dict]:
+    """Yield rows as dicts with their images as stored. Raises OSError or ValueError."""
+    path = Path(source)
+    if path.is_file() and path.suffix not in FILES:
+        raise ValueError(f"not a {', '.join(FILES)} file")
+    if not path.exists() and (path.suffix in FILES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
+        raise ValueError("no such file or folder, and not a Hub id (owner/name)")
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            yield from (json_row(line, number) for number, line in enumerate(lines, 1) if line.strip())
+    elif path.suffix == ".json":
+        table = json.loads(path.read_text(encoding="utf-8"))
+        rows = list(table.values()) if isinstance(table, dict) else table
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("expected a list of rows, or an object that holds rows under their ids")
+        yield from ({"id": key, **row} for key, row in table.items()) if isinstance(table, dict) else rows
+    elif path.suffix == ".parquet":
+        from pyarrow.parquet import ParquetFile  # as `datasets` does, after it has copied the file to a cache
+        for batch in ParquetFile(path).iter_batches(batch_size=64):
+            yield from batch.to_pylist()
+    else:
+        # arrow format gives images as stored, {"bytes", "path"}: memory holds compressed bytes, not pixels
+        for batch in open_dataset(source, split).with_format("arrow").iter(batch_size=64):
+            yield from batch.to_pylist()
+
+
+def json_row(line: str, number: int) -> dict:
+    """One line of a .jsonl file. Raises ValueError naming the line."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number}: a JSON {type(row).__name__}, not an object")
+    return row
+
+
+def open_dataset(source: str, split: str):
+    """The datasets.Dataset in an .arrow file, a folder or a Hub repository. Raises OSError or ValueError."""
+    import datasets
+    if source.endswith(".arrow"):
+        return datasets.Dataset.from_file(source)
+    saved = [name for name in ("state.json", "dataset_dict.json") if Path(source, name).exists()]
+    if not saved:
+        return datasets.load_dataset(source, split=split)
+    table = datasets.load_from_disk(source)
+    if saved == ["state.json"]:
+        return table
+    if split not in table:
+        raise ValueError(f"no split {split!r}, only {', '.join(table)}")
+    return table[split]
+
+
+def locate(ref, folder: Path):
+    """Make an image path absolute; an image that is held in memory stays as it is."""
+    if isinstance(ref, dict) and not ref.get("bytes"):
+        ref = ref["path"]
+    return str(folder / ref) if isinstance(ref, str) else ref
+
+
+def write_records(path: str | Path, records: list[dict]) -> None:
+    """Write JSON lines to `path`, complete or not at all, with image paths relative to it.
+
+    Images under the file's folder stay where they are. Others go into images/ beside it, named by content, so
+    rows that share an image share its file: encoded ones byte for byte, PIL images as PNG. Raises OSError.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as out:
+        for record in records:
+            images = [save_image(ref, path.parent.resolve()) for ref in record["images"]]
+            out.write(json.dumps(record | {"images": images}, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
+
+
+def save_image(ref: str | Path | dict | Image.Image, folder: Path) -> str:
+    """Make sure an image lies under `folder`; return its path relative to it. Raises OSError."""
+    if isinstance(ref, (str, Path)) and Path(ref).resolve().is_relative_to(folder):
+        return Path(ref).resolve().relative_to(folder).as_posix()
+    if isinstance(ref, Image.Image):
+        ref.save(png := io.BytesIO(), "PNG")
+        data = png.getvalue()
+    else:
+        data = image_bytes(ref)
+    kind = Image.open(io.BytesIO(data)).format.lower()
+    name = f"images/{hashlib.sha256(data).hexdigest()[:16]}.{kind}"
+    (folder / "images").mkdir(exist_ok=True)
+    (folder / name).write_bytes(data)
+    return name
+
+
+def convert_input(cfg) -> None:
+    """Copy any readable --input to OUT/SPLIT.jsonl and OUT/images, less the rows with an unreadable image."""
+    kept, skipped = [], []
+    for record in tqdm(read_records(cfg.input, cfg.split, limit=cfg.n), desc=cfg.input):
+        try:
+            for ref in record["images"]:
+                load_image(ref, MAX_DECODED)
+            kept.append(record)
+        except BadImage as error:
+            if cfg.strict:
+                raise ValueError(f"{cfg.input} (id {record['id']!r}): {error}") from error
+            skipped.append(f"skipped id {record['id']!r}: {error}")
+    path = Path(cfg.out) / f"{cfg.split}.jsonl"
+    write_records(path, check_records(kept, f"{cfg.input} without its {len(skipped)} unreadable rows"))
+    kinds = Counter(record["answer_type"] for record in kept).most_common()
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    print(*skipped, f"{path}: {len(kept)} records ({counts}), {len(skipped)} skipped", sep="\n")
+
+
+def newest_step(out: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run directory; unfinished ones still carry the suffix .tmp."""
+    return max((p for p in Path(out).glob("step_??????") if (p / "meta.json").exists()), default=None)
+
+
+def resolve_model(path: str) -> str:
+    """Model folder, run directory (its newest complete step) or Hub id -> what from_pretrained takes. Raises ValueError."""
+    folder = Path(path)
+    if (folder / "config.json").exists() and not (step := newest_step(folder)):
+        config = json.loads((folder / "config.json").read_text())
+        if "model_type" in config:
+            return path
+        raise ValueError(f"{path}: the run has no complete checkpoint yet")
+    if folder.is_dir():
+        if step := newest_step(folder):
+            return str(step)
+        raise ValueError(f"{path}: neither a model (config.json) nor a run directory (step_*)")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(("out/", "./", "../")):
+        return path
+    hint = {"out/tiny": "data_prep.py", "out/sft": "sft.py", "out/grpo": "grpo.py"}.get(path)
+    raise ValueError(f"{path}: no such model" + (f"; `python {hint}` makes it" if hint else ""))
+
+
+# ----- mini suite -----
+COLOURS = {"red": (214, 40, 40), "blue": (45, 85, 215), "green": (40, 150, 70), "yellow": (240, 200, 40)}
+SHAPES = ("circle", "square")
+CELL = 28           # pixels: one merged vision token of the tiny model, so that a cell is seen whole
+CELLS = "abcdefghi"  # 3 x 3, each marked with its letter: the chain of thought can name the place it looks at
+GLANCE = 0.55       # share of training rows answered at first sight: the habit that RL has to unlearn
+SPLITS = {"train": 8000, "id": 500, "ood": 500}
+
+
+def draw_scene(cells: list, style: str) -> Image.Image:
+    """Draw 3 x 3 marked cells, each None or (colour, shape). Style "plain", or "ood": small off-centre shapes on grey."""
+    ink, paper = (20, 20, 20), (246, 246, 246) if style == "plain" else (205, 205, 200)
+    image = Image.new("RGB", (3 * CELL, 3 * CELL), paper)
+    pen = ImageDraw.Draw(image)
+    for i, cell in enumerate(cells):
+        x, y = CELL * (i % 3), CELL * (i // 3)
+        if cell:
+            colour, shape = cell
+            box = (x + 5, y + 5, x + 26, y + 26) if style == "plain" else (x + 9, y + 7, x + 24, y + 22)
+            (pen.ellipse if shape == "circle" else pen.rectangle)(box, fill=COLOURS[colour], outline=ink)
+        pen.text((x + 1, y - 1), CELLS[i], fill=ink, font=ImageFont.load_default_imagefont())
+    return image
+
+
+def counting_row(rng: random.Random, count: int) -> tuple[list, str]:
+    """A scene of 4..9 objects in which exactly `count` have the asked attribute. Returns (cells, attribute)."""
+    attribute = rng.choice([*COLOURS, *SHAPES])
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    total = rng.randint(max(count, 4), len(CELLS))
+    cells = [rng.choice([k for k in kinds if attribute in k]) for _ in range(count)]
+    cells += [rng.choice([k for k in kinds if attribute not in k]) for _ in range(total - count)]
+    cells += [None] * (len(CELLS) - total)
+    rng.shuffle(cells)
+    return cells, attribute
+
+
+def counting_thought(cells: list, attribute: str) -> str:
+    """Go through the cells in order: what is there, does it count, how many so far."""
+    words, count = [], 0
+    for name, cell in zip(CELLS, cells):
+        if cell is None:
+            words += [name, "none"]
+        else:
+            count += attribute in cell
+            words += [name, *cell, "yes" if attribute in cell else "no", str(count)]
+    return " ".join(words)
+
+
+def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
+    """Write counting_{train,id,ood}.jsonl and their images under `out`.
+
+    Answers 0..5 are equally frequent, so a blind guess scores 1 in 6. No (scene, question) occurs twice, within or across splits. The
+    same seed gives the same bytes. In training rows a share GLANCE of the responses names a number at first sight, without looking.
+    """
+    seen = set()
+    for split, size in sizes.items():
+        rng, records = random.Random(f"counting/{split}/{seed}"), []
+        folder = out / "images" / f"counting_{split}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in tqdm(range(size), desc=f"counting_{split}"):
+            count = i % 6
+            cells, attribute = counting_row(rng, count)
+            while (key := (*cells, attribute)) in seen:
+                cells, attribute = counting_row(rng, count)
+            seen.add(key)
+            path = folder / f"{i:05d}.png"
+            draw_scene(cells, "ood" if split == "ood" else "plain").save(path)
+            what = f"{attribute} objects" if attribute in COLOURS else f"{attribute}s"
+            glance = split == "train" and rng.random() < GLANCE
+            thought = "at first sight" if glance else counting_thought(cells, attribute)
+            records.append({
+                "id": f"counting-{split}-{i}", "question": f"How many {what} are there?", "images": [str(path)],
+                "answer": str(count), "answer_type": "number", "task": "counting", "source": "mini",
+                "response": f"<think> {thought} </think> <answer> {count} </answer>",
+                "meta": {"cells": [cell and " ".join(cell) for cell in cells], "style": "glance" if glance else "look"}})
+        # Rows of equal answers would otherwise sit at a fixed stride.
+        rng.shuffle(records)
+        write_records(out / f"counting_{split}.jsonl", records)
+
+
+# ----- tiny model -----
+TINY_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def tiny_tokenizer(texts: list[str]):
+    """One token for each word of `texts`, bytes for everything else, so any text in any language round-trips."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated"),
+                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    words = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *sorted(words)]))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (
+        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def make_tiny(out: Path, texts: list[str], seed: int) -> None:
+    """Save a random Qwen2.5-VL of about 0.6M parameters: hidden 128, 2 layers, 1 vision layer, word-level tokenizer over `texts`.
+
+    The architecture, processor and file layout are the real ones, so everything that loads the 7B loads this.
+    """
+    import torch
+    from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessor,
+                              Qwen2VLVideoProcessor)
+    tokenizer = tiny_tokenizer([*texts, "user", "assistant"])
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)) | tokenizer.get_added_vocab()
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, max_position_embeddings=32768, tie_word_embeddings=True,
+                         rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0},
+                         bos_token_id=None, eos_token_id=special["<|im_end|>"], pad_token_id=special["<|endoftext|>"]),
+        vision_config=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=1, out_hidden_size=128, patch_size=14,
+                           spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[0]),
+        image_token_id=special["<|image_pad|>"], video_token_id=special["<|video_pad|>"], tie_word_embeddings=True,
+        vision_start_token_id=special["<|vision_start|>"], vision_end_token_id=special["<|vision_end|>"])
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = special["<|im_end|>"]
+    model.generation_config.pad_token_id = special["<|endoftext|>"]
+    model.save_pretrained(out)
+    Qwen2_5_VLProcessor(Qwen2VLImageProcessor(size={"shortest_edge": CELL**2, "longest_edge": 1280 * CELL**2}), tokenizer,
+                        Qwen2VLVideoProcessor(), chat_template=TINY_TEMPLATE).save_pretrained(out)
+    print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
+
+
+# ----- command line -----
+@dataclasses.dataclass(frozen=True)
+class Config:
+    source: str = "mini"      # records: convert --input, in any format named at the top
+    input: str = ""           # records: a file, a folder or a Hub id
+    split: str = "train"      # records: split of a folder or Hub id, and name of the file written
+    n: int = 0                # at most this many rows, 0 for all
+    seed: int = 0             # of everything drawn at random
+    strict: bool = False      # stop at an unreadable image instead of skipping its row
+    out: str = "data/mini"    # folder to write
+
+
+# ----- twins (identical in every stage; tests/test_twins.py) -----
+def parse_config(cls, argv=None):
+    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists; exit with one line on a bad flag.
+
+    The default gives the type; the field's trailing comment is its --help text.
+    """
+    source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    truth = {"true": True, "1": True, "false": False, "0": False}
+    for f in dataclasses.fields(cls):
+        text = re.search(rf"^    {f.name}: .*?  # (.+)$", source, re.M)[1]
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        kind = dict(type=type(f.default))
+        if isinstance(f.default, bool):
+            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True, metavar="true|false")
+        elif isinstance(f.default, tuple):
+            kind = dict(type=str, nargs="*")
+        parser.add_argument(f"--{f.name}", default=f.default, help=f"{text} [{shown}]".replace("%", "%%"), **kind)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
+        parser.error(f"unknown flag {unknown[0]}; did you mean --{near[0]}?")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()})
+
+
+def main(cfg: Config) -> None:
+    if cfg.source == "mini":
+        make_mini(Path(cfg.out), cfg.seed)
+        texts = [r["response"] for r in read_records(Path(cfg.out) / "counting_train.jsonl")]
+        make_tiny(Path("out/tiny"), texts, cfg.seed)
+    elif cfg.source == "records":
+        convert_input(cfg)
+    else:
+        raise ValueError(f"--source {cfg.source}: use mini | records")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_config(Config))
+    except ValueError as error:
+        sys.exit(f"data_prep.py: {error}")

@@ -1,0 +1,815 @@
+"""GRPO: records with an answer -> a policy that reasons about images.
+
+For each question q draw G rollouts y_1..y_G from the policy, score them, and raise the likelihood of the better ones:
+
+    A_i  = (r_i - mean(r)) / (std(r) + 1e-4)                     group advantage, exactly 0 when all rewards are equal
+    rho  = pi(y_t) / pi_old(y_t)                                 per token, pi_old = the policy that was sampled
+    loss = - sum_t w_t c_t min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_beta sum_t w_t k3(pi_ref, pi)
+
+w_t are weights that sum to 1 over every response token of the global batch (`--loss_mean token`), or over every rollout
+(`sequence`). c_t = min(pi_old / mu, is_cap) corrects for a sampler mu that is not quite the trainer (other kernels, top-p).
+
+What differs from the papers, and why:
+  1. GRPO (DeepSeekMath, arXiv 2402.03300) averages per sequence; the default here is the token mean of DAPO (2503.14476), which
+     does not make tokens of long answers count less. The clip is asymmetric, also from DAPO.
+  2. The denominator is counted over all ranks and micro-batches before the first backward, so 1 GPU and 64 GPUs, small and
+     large micro-batches give the same update.
+  3. Groups whose rewards are all equal have no gradient (when kl_beta = 0), so they cost no forward pass; they still count in
+     the denominator.
+  4. No KL term and no reference model unless --kl_beta > 0.
+  5. Each rollout has its own random stream, a function of (seed, step, question, sample): batching, ranks and restarts do not
+     change what is sampled.
+
+    python grpo.py                                               # mini suite, laptop: out/sft -> out/grpo
+    torchrun --nproc_per_node 8 grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct --data hiyouga/geometry3k
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 grpo.py ...
+    python grpo.py --resume                                      # go on from the newest complete step of --out
+
+Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens, G rollouts per question.
+Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
+"""
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+import transformers
+from PIL import Image
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from data_prep import BadImage, build_messages, load_image, newest_step, read_records, resolve_model
+from rewards import REWARDS, accuracy, parse_reward_spec
+
+
+@dataclass(frozen=True)
+class Config:
+    # i/o
+    model: str = "out/sft"  # Hub id, model folder or run directory to start from
+    data: str = "data/mini/counting_train.jsonl"  # records with an answer: file, Hub id or known dataset format
+    out: str = "out/grpo"  # run directory
+    resume: bool = False  # go on from the newest complete step of --out
+    strict: bool = False  # stop at an unreadable image instead of skipping its question
+    seed: int = 0  # data order and sampling
+    # rollouts
+    reward: str = "accuracy=1"  # weighted sum of rewards, name=weight,...
+    prompts_per_step: int = 64  # questions per step, over all ranks
+    group_size: int = 8  # rollouts per question (G)
+    max_new_tokens: int = 72  # response tokens at most
+    temperature: float = 1.0  # for sampling and for scoring alike
+    top_p: float = 1.0  # nucleus sampling
+    top_k: int = 0  # 0 = off
+    rollout_batch: int = 512  # rollouts generated at once on a rank
+    # objective
+    adv_std: bool = True  # divide advantages by the group's standard deviation
+    clip_low: float = 0.2  # ratio clipped below 1 - clip_low
+    clip_high: float = 0.28  # ratio clipped above 1 + clip_high
+    kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
+    loss_mean: str = "token"  # token | sequence
+    is_cap: float = 2.0  # cap of the importance weight trainer / sampler
+    updates: int = 1  # optimizer updates per batch of rollouts
+    # optimisation
+    steps: int = 120  # rollout batches
+    lr: float = 3e-4  # peak learning rate (1e-6 is usual for a 7B model)
+    warmup: int = 5  # steps of linear warm-up
+    schedule: str = "constant"  # cosine | linear | constant
+    lr_floor: float = 0.1  # final learning rate as a share of the peak (cosine, linear)
+    weight_decay: float = 0.0  # AdamW
+    max_grad_norm: float = 1.0  # gradient clipping
+    token_budget: int = 16384  # padded tokens in a micro-batch
+    # memory and model
+    max_pixels: int = 1003520  # larger images are scaled down to this many pixels
+    freeze_vision: bool = False  # train the language model only
+    param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
+    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more compute
+    cpu_offload: bool = False  # keep weights and moments in host memory
+    attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
+    # cadence
+    eval_data: str = "data/mini/counting_id.jsonl"  # held-out records, "" = no evaluation
+    eval_every: int = 20  # steps between evaluations
+    eval_n: int = 200  # held-out questions used
+    save_every: int = 60  # steps between checkpoints (one is always written at the end)
+    keep: int = 2  # checkpoints kept
+    samples_every: int = 10  # steps between entries of samples.jsonl
+
+
+# ----- twins: setup (identical in sft.py, grpo.py, rise.py; tests/test_twins.py) --------------------------------------
+
+def parse_config(cls, argv=None):
+    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists; exit with one line on a bad flag.
+
+    The default gives the type; the field's trailing comment is its --help text.
+    """
+    source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    truth = {"true": True, "1": True, "false": False, "0": False}
+    for f in dataclasses.fields(cls):
+        text = re.search(rf"^    {f.name}: .*?  # (.+)$", source, re.M)[1]
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        kind = dict(type=type(f.default))
+        if isinstance(f.default, bool):
+            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True, metavar="true|false")
+        elif isinstance(f.default, tuple):
+            kind = dict(type=str, nargs="*")
+        parser.add_argument(f"--{f.name}", default=f.default, help=f"{text} [{shown}]".replace("%", "%%"), **kind)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
+        parser.error(f"unknown flag {unknown[0]}; did you mean --{near[0]}?")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()})
+
+
+def init_distributed():
+    """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
+    rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in
+                                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        # One core stays free for the thread that prepares images: spinning OpenMP threads on a busy core are 20x slower.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // neighbours - 1))
+        device, backend = torch.device("cpu"), "gloo"
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, **alone)
+    return rank, world, device
+
+
+def global_sum(values):
+    """Add each number up over all ranks."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def global_max(value):
+    """Largest of a number over all ranks."""
+    most = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
+
+
+def load_policy(path, cfg, device, trainable=True):
+    """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
+
+    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at a time is cast
+    and moved, so the GPU never holds an unsharded model.
+    """
+    policy = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", attn_implementation=cfg.attn)
+    processor = AutoProcessor.from_pretrained(path)
+    vision = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
+    for name, p in policy.named_parameters():
+        p.requires_grad_(trainable and not (cfg.freeze_vision and vision.search(name)))
+    if trainable and cfg.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train(trainable)
+    on_gpu = device.type == "cuda"
+    master = torch.bfloat16 if cfg.param_dtype == "bf16" or on_gpu and not trainable else torch.float32
+    shard = functools.partial(
+        fully_shard, mesh=dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),)),
+        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy(),
+        offload_policy=CPUOffloadPolicy() if cfg.cpu_offload and on_gpu else OffloadPolicy())
+    for block in [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)] + [policy]:
+        shard(block.to(master))
+    policy.banned = vision_ids(policy.config, device)
+    policy.token_logprobs = MethodType(token_logprobs, policy)
+    register_fsdp_forward_method(policy, "token_logprobs")
+    return policy, processor
+
+
+def vision_ids(config, device):
+    """Ids of image and video placeholder tokens. A response must not hold one: the model would look for its image features."""
+    ids = config.to_dict()
+    named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
+    return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
+
+
+def stop_ids(generation_config, processor):
+    """Token ids that end a response; the first one is what the chat template writes after an assistant turn."""
+    turn = [{"role": "user", "content": [{"type": "text", "text": "-"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
+    tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
+    written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
+    known = generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known] if known is not None else []
+    return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
+
+
+def lr_at(step, cfg):
+    """Learning rate of step 1..cfg.steps: linear warm-up, then cosine or linear decay to lr_floor * lr, or constant."""
+    if step < cfg.warmup:
+        return cfg.lr * step / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[cfg.schedule]
+    return cfg.lr * (cfg.lr_floor + (1 - cfg.lr_floor) * falling)
+
+
+def make_optimizer(policy, cfg):
+    """AdamW over the trained parameters; norms and biases (1-D) are not decayed."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
+                              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95))
+
+
+def describe(policy, cfg, copies):
+    """Parameter count and what the model's states need per rank, in GiB; `copies` = further bf16 models held (reference, engine)."""
+    total = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    width = 2 if cfg.param_dtype == "bf16" else 4
+    states = (total * width + trained * 3 * width) / dist.get_world_size()
+    vocab = policy.get_output_embeddings().weight.shape[0]
+    return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
+            f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, {total * 2 * copies / 2**30:.2f} GiB model copies; "
+            f"activations on top grow with --token_budget {cfg.token_budget}")
+
+
+# ----- twins: batches (identical in sft.py, grpo.py, rise.py) ---------------------------------------------------------
+
+
+def encode_prompt(record, processor, max_pixels):
+    """Render a record's prompt and images into the processor's CPU tensors, batch size 1. Raises BadImage."""
+    text = processor.apply_chat_template(build_messages(record), add_generation_prompt=True, tokenize=False)
+    images = [load_image(image, max_pixels) for image in record["images"]]
+    # The template already wrote every special token, a second BOS would shift the prompt.
+    return dict(processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"))
+
+
+def micro_batches(lengths, budget):
+    """Group row indices, long with long, so that rows x longest row <= budget tokens; every rank gets equally many groups.
+
+    FSDP's collectives run per forward pass, so a rank with fewer groups appends empty ones (collate turns them into the dummy row).
+    """
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups + [[]] * (int(global_max(len(groups))) - len(groups))
+
+
+def collate(rows, dummy, pad_id, device):
+    """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
+
+    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower, or FSDP
+    waits for ever for those that do not.
+    """
+    if dummy and not any("pixel_values" in p for p, _ in rows):
+        rows = rows + [(dummy, [])]
+    width = max(p["input_ids"].shape[1] + len(response) for p, response in rows)
+    inputs, mask = {}, torch.zeros(len(rows), width - 1, dtype=torch.bool)
+    for key in dict.fromkeys(k for p, _ in rows for k in p):
+        parts = [p[key] for p, _ in rows if key in p]
+        if parts[0].shape == rows[0][0]["input_ids"].shape:
+            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)                      # (B, T)
+            for row, (p, response) in zip(out, rows):
+                n = p["input_ids"].shape[1]
+                row[:n] = p[key][0]
+                if key == "input_ids":
+                    row[n:n + len(response)] = torch.tensor(response, dtype=torch.long)
+                elif key == "attention_mask":
+                    row[n:n + len(response)] = 1
+            inputs[key] = out
+        else:
+            # Rows of patches (Qwen) concatenate as they are; padded frames (Idefics3, whose zero frames the model drops) must agree first.
+            shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
+            inputs[key] = torch.cat([torch.nn.functional.pad(x, [w for have, want in zip(x.shape[:0:-1], shape[::-1])
+                                                                 for w in (0, want - have)]) for x in parts])
+    for row, (p, response) in zip(mask, rows):
+        n = p["input_ids"].shape[1]
+        row[n - 1:n - 1 + len(response)] = True
+    return {k: v.to(device) for k, v in inputs.items()}, mask.to(device)
+
+
+class ResponseLogprob(torch.autograd.Function):
+    """log softmax(h W' / temperature)[target] at N positions; logits exist for a chunk at a time, in forward and in backward."""
+
+    @staticmethod
+    def chunks(hidden, weight, temperature, banned):
+        size = max(1, 2**25 // weight.shape[0])  # 2^25 fp32 logits = 128 MiB
+        for start in range(0, len(hidden), size):
+            logits = (hidden[start:start + size] @ weight.T).float().div_(temperature)                     # (n, V)
+            logits[:, banned] = -torch.inf
+            yield slice(start, start + size), logits
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, banned):
+        ctx.save_for_backward(hidden, weight, targets, banned)
+        ctx.temperature = temperature
+        logps = torch.empty(len(hidden), device=hidden.device)                                             # (N,)
+        for rows, logits in ResponseLogprob.chunks(hidden, weight, temperature, banned):
+            logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(1)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, banned = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for rows, logits in ResponseLogprob.chunks(hidden, weight, ctx.temperature, banned):
+            g = grad[rows, None] / ctx.temperature
+            logits = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-g)
+            d_logits = logits.scatter_add_(1, targets[rows, None], g).to(weight.dtype)                     # g (onehot - softmax)
+            d_hidden[rows] = d_logits @ weight
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.T, hidden[rows])
+        return d_hidden, d_weight, None, None, None
+
+
+def token_logprobs(policy, inputs, mask, temperature=1.0):
+    """Log-probability of each response token under the policy, (B, T-1), 0 outside `mask`.
+
+    The output head runs at response positions only and in chunks, so a (B, T, V) tensor never exists.
+    """
+    hidden = policy.model(**inputs).last_hidden_state[:, :-1]                                              # (B, T-1, H)
+    targets = inputs["input_ids"][:, 1:][mask]                                                             # (N,)
+    head = policy.get_output_embeddings().weight                                                           # (V, H)
+    logps = ResponseLogprob.apply(hidden[mask], head, targets, temperature, policy.banned)
+    return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps)
+
+
+# ----- twins: rollouts (identical in grpo.py, rise.py; build_engine and generate also in eval.py) ---------------------
+
+
+@dataclass
+class Rollout:
+    """One response from sampling to loss. Images stay with the dataset: `question` is an index."""
+    question: int
+    response: list[int]  # token ids, with the stop token unless truncated
+    sampler_logps: torch.Tensor  # (len(response),) under the engine, after temperature and top-p
+    truncated: bool
+    text: str
+    reward: float = 0.0
+    advantage: float = 0.0
+    old_logps: torch.Tensor | None = None  # (len(response),) under the trainer, before this batch's updates
+    ref_logps: torch.Tensor | None = None
+
+
+def build_engine(path, processor, cfg, device):
+    """A plain copy of the model for sampling, with the trainer's compute dtype; independent of FSDP, so ranks need not move in step."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    engine = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=cfg.attn)
+    engine.stop, engine.banned = stop_ids(engine.generation_config, processor), vision_ids(engine.config, device)
+    # Fields that a request leaves at their default fall back to the checkpoint's own (Qwen2-VL ships T = 0.01, repetition penalty 1.05).
+    engine.generation_config = GenerationConfig()
+    return engine.eval().requires_grad_(False).to(device)
+
+
+def sync_weights(policy, engine):
+    """Copy the policy's weights into the engine, one full tensor at a time."""
+    target = dict(engine.named_parameters())
+    for name, p in policy.named_parameters():
+        target[name].copy_(p.full_tensor() if isinstance(p, DTensor) else p)
+
+
+@torch.no_grad()
+def generate(engine, prompts, seeds, cfg):
+    """Sample one response per prompt. Returns (response ids, their logprobs under the sampler, truncated) in the prompts' order.
+
+    prompts: encode_prompt's tensors; seeds: one int per prompt; cfg: max_new_tokens, temperature (0 = greedy), top_p, top_k,
+    rollout_batch. Each row draws from its own stream by inverse CDF, so what it samples does not depend on its batch.
+    """
+    out, stop, device = [None] * len(prompts), engine.stop, engine.banned.device
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i]["input_ids"].shape[1])
+    for chunk in (order[i:i + cfg.rollout_batch] for i in range(0, len(order), cfg.rollout_batch)):
+        rows = [prompts[i] for i in chunk]
+        width = max(p["input_ids"].shape[1] for p in rows)
+        left = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=stop[0] if k == "input_ids" else 0)
+                 if v.shape == p["input_ids"].shape else v for k, v in p.items()} for p in rows]
+        inputs, _ = collate([(p, []) for p in left], None, stop[0], device)
+        draws = torch.stack([torch.rand(cfg.max_new_tokens, generator=torch.Generator().manual_seed(seeds[i]),
+                                        dtype=torch.float64) for i in chunk]).to(device)                  # (B, max_new_tokens)
+        logps = torch.zeros(len(chunk), cfg.max_new_tokens, device=device)
+
+        def choose(ids, logits):
+            t = ids.shape[1] - width
+            logp = truncate(logits.float().index_fill(1, engine.banned, -torch.inf) / (cfg.temperature or 1.0), cfg).log_softmax(1)
+            cdf = logp.double().exp().cumsum(1)
+            token = torch.searchsorted(cdf, draws[:, t, None] * cdf[:, -1:], right=True) if cfg.temperature else logp.argmax(1, True)
+            logps[:, t] = logp.gather(1, token)[:, 0]
+            return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
+
+        config = GenerationConfig(max_new_tokens=cfg.max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
+        ids = engine.generate(**inputs, generation_config=config, logits_processor=[choose])[:, width:].tolist()
+        for i, row, logp in zip(chunk, ids, logps.cpu()):
+            end = next((t for t, token in enumerate(row) if token in stop), None)
+            row = row if end is None else row[:end + 1]
+            out[i] = row, logp[:len(row)].clone(), end is None
+    return out
+
+
+def truncate(logits, cfg):
+    """Top-k, then nucleus (top-p): everything else gets -inf. (B, V) -> (B, V)"""
+    if cfg.top_k:
+        logits = logits.masked_fill(logits < logits.topk(cfg.top_k).values[:, -1:], -torch.inf)
+    if cfg.top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        probs = ordered.softmax(1)
+        drop = probs.cumsum(1) - probs >= cfg.top_p  # keep the token that crosses top_p
+        logits = logits.masked_fill(drop.scatter(1, index, drop), -torch.inf)
+    return logits
+
+
+# ----- twins: objective (identical in grpo.py, rise.py) ---------------------------------------------------------------
+
+
+def group_advantages(rewards, std=True, eps=1e-4):
+    """(Q, G) rewards -> (Q, G) advantages r - mean, divided by the sample standard deviation + eps if `std`; equal rewards -> exactly 0."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    same = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    return torch.where(same, 0.0, centred / (rewards.std(1, keepdim=True) + eps) if std else centred)
+
+
+def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, cfg):
+    """The clipped objective of the module docstring. All tensors (B, T-1); `weights` are 0 outside the response.
+
+    Returns the loss (a sum, since the weights carry the global denominator) and weighted sums for the log.
+    ref_logps may be None when cfg.kl_beta = 0. KL estimator: k3 of Schulman, exp(d) - d - 1 with d = ref - policy.
+    """
+    ratio = (logps - old_logps).exp()
+    correction = (old_logps - sampler_logps).exp().clamp(max=cfg.is_cap)
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    loss = -(weights * correction * surrogate).sum()
+    stats = {"loss/policy": loss.detach(),
+             "loss/clip_low": (weights * ((ratio < 1 - cfg.clip_low) & (advantages < 0))).sum(),
+             "loss/clip_high": (weights * ((ratio > 1 + cfg.clip_high) & (advantages > 0))).sum()}
+    if cfg.kl_beta:
+        gap = ref_logps - logps
+        kl = (weights * (gap.exp() - gap - 1)).sum()
+        loss, stats["loss/kl"] = loss + cfg.kl_beta * kl, kl.detach()
+    return loss, stats
+
+
+# ----- twins: persistence (identical in sft.py, grpo.py, rise.py) -----------------------------------------------------
+
+
+def save_checkpoint(cfg, step, policy, processor, optimizer):
+    """Write out/step_000200: HF weights and processor, one trainer file per rank; complete or absent, never half there.
+
+    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep removed. With several nodes
+    --out must be on a file system they share. Raises OSError (full disk): earlier checkpoints stay as they are.
+    """
+    final = Path(cfg.out) / f"step_{step:06d}"
+    tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
+    dist.barrier()
+    weights = {}
+    for name, p in policy.named_parameters():
+        full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()  # all ranks take part, only rank 0 keeps it
+        if rank == 0:
+            weights[name] = full.cpu()
+    if rank == 0:
+        policy.save_pretrained(tmp, state_dict=weights)
+        processor.save_pretrained(tmp)
+        (tmp / "meta.json").write_text(json.dumps({"step": step, "world_size": dist.get_world_size()}))
+    moments = {name: {k: v.to_local() if isinstance(v, DTensor) else v for k, v in optimizer.state[p].items()}
+               for name, p in policy.named_parameters() if p in optimizer.state}
+    torch.save({"optimizer": moments, "rng": torch.get_rng_state()}, tmp / f"trainer_rank{rank}.pt")
+    dist.barrier()
+    if rank == 0:
+        for path in [*tmp.iterdir(), tmp]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        tmp.rename(final)
+        for old in sorted(Path(cfg.out).glob("step_??????"))[:-cfg.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(path, policy, optimizer):
+    """Restore optimizer moments and RNG saved by save_checkpoint (weights came with load_policy). Returns the step.
+
+    Raises ValueError when the run was saved with another number of ranks.
+    """
+    meta = json.loads((path / "meta.json").read_text())
+    if meta["world_size"] != dist.get_world_size():
+        raise ValueError(f"{path} was saved by {meta['world_size']} ranks, this run has {dist.get_world_size()}")
+    state = torch.load(path / f"trainer_rank{dist.get_rank()}.pt", weights_only=True)
+    for name, p in policy.named_parameters():
+        for key, value in state["optimizer"].get(name, {}).items():
+            if isinstance(p, DTensor) and key != "step":
+                value = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            optimizer.state[p][key] = value
+    torch.set_rng_state(state["rng"])
+    return meta["step"]
+
+
+class RunLog:
+    """The only writer of a run directory besides checkpoints: config.json, metrics.jsonl, samples.jsonl and the progress bar (rank 0).
+
+    A new run moves an existing directory aside; a resumed one drops the lines written after its checkpoint.
+    """
+
+    def __init__(self, cfg, start=0):
+        self.out, self.rank, self.began = Path(cfg.out), dist.get_rank(), time.time()
+        if self.rank == 0:
+            if self.out.exists() and not cfg.resume:
+                aside = next(p for p in (self.out.with_name(f"{self.out.name}.old{i}") for i in range(1, 10**6)) if not p.exists())
+                self.out.rename(aside)
+                print(f"{self.out} existed: moved to {aside}")
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                path = self.out / name
+                kept = [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start] if path.exists() else []
+                path.write_text("".join(kept))
+            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+            (self.out / "config.json").write_text(json.dumps({
+                "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(), "world_size": dist.get_world_size(),
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True)
+        dist.barrier()
+
+    def note(self, text):
+        if self.rank == 0:
+            self.bar.write(text)
+
+    def write(self, name, rows):
+        if self.rank == 0:
+            with open(self.out / name, "a") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def step(self, step, metrics, shown):
+        self.write("metrics.jsonl", [{"step": step, **metrics}])
+        self.bar.set_postfix({k.split("/")[-1] if k.startswith("loss") else k: f"{metrics[k]:.3g}" for k in shown if k in metrics})
+        self.bar.update()
+
+
+# ----- this stage -----------------------------------------------------------------------------------------------------
+
+
+def questions_at(step, total, cfg):
+    """Record indices of step 1, 2, ...: consecutive slices of endless seeded permutations, so a resumed run needs no saved cursor."""
+    epochs = {}
+    for k in range((step - 1) * cfg.prompts_per_step, step * cfg.prompts_per_step):
+        epoch, i = divmod(k, total)
+        if epoch not in epochs:
+            epochs[epoch] = random.Random(f"{cfg.seed}/{epoch}").sample(range(total), total)
+        yield epochs[epoch][i]
+
+
+def rollout_seed(cfg, step, question, sample):
+    """The random stream of one rollout, independent of rank and batch."""
+    return random.Random(f"{cfg.seed}/{step}/{question}/{sample}").getrandbits(62)
+
+
+def all_logprobs(policy, rollouts, prompts, dummy, cfg):
+    """Trainer-side log-probabilities of every rollout's tokens, without gradient: one CPU tensor (len(response),) each."""
+    out, device = [None] * len(rollouts), policy.banned.device
+    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
+    with torch.no_grad():
+        for group in micro_batches(lengths, cfg.token_budget):
+            inputs, mask = collate([(prompts[rollouts[i].question], rollouts[i].response) for i in group], dummy, 0, device)
+            logps = policy.token_logprobs(inputs, mask, cfg.temperature)
+            for i, row in zip(group, logps[mask].cpu().split([len(rollouts[i].response) for i in group])):
+                out[i] = row
+    return out
+
+
+def update(policy, optimizer, rollouts, denominator, prompts, dummy, cfg):
+    """One optimizer step on this rank's rollouts; `denominator` is the global token (or rollout) count. Returns summed statistics."""
+    device, stats = policy.banned.device, {}
+    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
+    for group in micro_batches(lengths, cfg.token_budget):
+        rows = [rollouts[i] for i in group]
+        inputs, mask = collate([(prompts[r.question], r.response) for r in rows], dummy, 0, device)
+        spread = lambda parts: torch.zeros(mask.shape, device=device).masked_scatter(                      # noqa: E731  (B, T-1)
+            mask, torch.cat([*parts, torch.zeros(0)]).to(device))
+        logps = policy.token_logprobs(inputs, mask, cfg.temperature)
+        ones = [torch.ones(len(r.response)) for r in rows]
+        old = spread([r.old_logps for r in rows]) if rows and rows[0].old_logps is not None else logps.detach()
+        sampler = spread([r.sampler_logps for r in rows])
+        reference = spread([r.ref_logps for r in rows]) if cfg.kl_beta else None
+        advantages = spread([r.advantage * one for r, one in zip(rows, ones)])
+        weights = spread([one / denominator / (len(one) if cfg.loss_mean == "sequence" else 1) for one in ones])
+        loss, extra = grpo_loss(logps, old, sampler, reference, advantages, weights, cfg)
+        # FSDP averages gradients over ranks; the weights already sum to 1 over all ranks together.
+        (loss * dist.get_world_size()).backward()
+        gap = (logps.detach() - sampler)[mask].abs()
+        for k, v in {**extra, "gap": gap.sum(), "tokens": mask.sum()}.items():
+            stats[k] = stats.get(k, 0.0) + v.item()
+        stats["gap_max"] = max([stats.get("gap_max", 0.0), *gap.tolist()])
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+    stats["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if math.isfinite(stats["norm"]):
+        optimizer.step()
+    optimizer.zero_grad()
+    return stats
+
+
+def step_metrics(rollouts, trained, rewards, parts, totals, cfg):
+    """The step's numbers, over all ranks; every key is explained in the README."""
+    sums = {"reward/mean": (rewards.sum(), rewards.numel()),
+            "reward/std": (rewards.std(1).sum(), len(rewards)),
+            "groups/effective_frac": ((rewards != rewards[:, :1]).any(1).sum(), len(rewards)),
+            "len/mean": (sum(len(r.response) for r in rollouts), len(rollouts)),
+            "len/truncated": (sum(r.truncated for r in rollouts), len(rollouts)),
+            "mismatch/mean": (sum(t["gap"] for t in totals), sum(t["tokens"] for t in totals))}
+    for name in parts[0] if parts else []:
+        sums[f"reward/{name}"] = (sum(part[name] for part in parts), len(parts))
+    flat = global_sum([float(x) for pair in sums.values() for x in pair])
+    metrics = {name: flat[2 * i] / max(1.0, flat[2 * i + 1]) for i, name in enumerate(sums)}
+    metrics["groups/zero_adv_frac"] = 1 - metrics["groups/effective_frac"]
+    keys = ["loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl"]
+    metrics |= dict(zip(keys, global_sum([sum(t.get(k, 0.0) for t in totals) / cfg.updates for k in keys])))
+    metrics["tokens/gen"], metrics["tokens/train"] = global_sum([sum(len(r.response) for r in rollouts),
+                                                                 sum(len(r.response) for r in trained)])
+    metrics["mismatch/max"] = global_max(max((t["gap_max"] for t in totals), default=0.0))
+    metrics["optim/grad_norm"] = totals[-1]["norm"] if totals else 0.0
+    return metrics
+
+
+def extremes(rollouts, records, step, group_size):
+    """Best and worst rollout of the first three groups that differ inside: the ones worth reading."""
+    groups = [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
+    for group in [g for g in groups if any(r.advantage for r in g)][:3]:
+        for r in (max(group, key=lambda r: r.reward), min(group, key=lambda r: r.reward)):
+            record = records[r.question]
+            yield {"step": step, "id": record["id"], "question": record["question"], "answer": record["answer"], "response": r.text,
+                   "reward": r.reward, "advantage": r.advantage, "tokens": len(r.response), "truncated": r.truncated}
+
+
+def evaluate(engine, records, processor, cfg):
+    """Greedy accuracy and mean response length on held-out records, sharded over ranks."""
+    share = records[dist.get_rank()::dist.get_world_size()]
+    prompts = [encode_prompt(r, processor, cfg.max_pixels) for r in share]
+    answers = generate(engine, prompts, [0] * len(share), dataclasses.replace(cfg, temperature=0.0))
+    texts = processor.tokenizer.batch_decode([ids for ids, _, _ in answers], skip_special_tokens=True)
+    right, length, n = global_sum([sum(accuracy(text, r) for text, r in zip(texts, share)),
+                                   sum(len(ids) for ids, _, _ in answers), len(share)])
+    return {"eval/accuracy": right / n, "eval/len": length / n}
+
+
+def check(cfg):
+    """Refuse what cannot train. Raises ValueError naming the flag."""
+    for flag, allowed in (("loss_mean", ("token", "sequence")), ("schedule", ("cosine", "linear", "constant")),
+                          ("param_dtype", ("fp32", "bf16"))):
+        if getattr(cfg, flag) not in allowed:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)}: use {' | '.join(allowed)}")
+    for flag in ("steps", "prompts_per_step", "max_new_tokens", "rollout_batch", "updates", "token_budget", "keep"):
+        if getattr(cfg, flag) < 1:
+            raise ValueError(f"--{flag} must be at least 1")
+    if cfg.group_size < 2:
+        raise ValueError("--group_size must be at least 2: the advantage compares the rollouts of a group with each other")
+    if cfg.temperature <= 0:
+        raise ValueError("--temperature must be above 0: greedy rollouts of a group are all the same")
+
+
+def main(cfg):
+    """Train. Ten beats a step: draw, generate, score, advantages, select, old and reference logprobs, update, sync, log, evaluate and save."""
+    rank, world, device = init_distributed()
+    try:
+        check(cfg)
+        spec = parse_reward_spec(cfg.reward)
+        start = newest_step(cfg.out) if cfg.resume else None
+        first = resolve_model(cfg.model)
+        records = read_records(cfg.data, need=("answer",))
+        held_out = read_records(cfg.eval_data, need=("answer",))[:cfg.eval_n] if cfg.eval_data and cfg.eval_every else []
+        policy, processor = load_policy(start or first, cfg, device)
+        optimizer = make_optimizer(policy, cfg)
+        done = load_checkpoint(start, policy, optimizer) if start else 0
+        log = RunLog(cfg, done)
+    except (ValueError, OSError) as e:
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
+    reference = load_policy(first, cfg, device, trainable=False)[0] if cfg.kl_beta else None
+    engine = build_engine(first, processor, cfg, device)
+    sync_weights(policy, engine)
+    encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels)
+    dummy = encode({"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"})
+    log.note(describe(policy, cfg, 2 if cfg.kl_beta else 1))
+    log.note(f"{len(records)} questions; a step is {cfg.prompts_per_step} of them x {cfg.group_size} rollouts on {world} rank(s)")
+    log.note("first prompt: " + processor.tokenizer.decode(encode(records[0])["input_ids"][0]))
+    pool, stopping = ThreadPoolExecutor(1), []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    if held_out and not done:
+        before = evaluate(engine, held_out, processor, cfg)
+        log.write("metrics.jsonl", [{"step": 0, **before}])
+        log.note(f"before training: {before['eval/accuracy']:.3f} of {len(held_out)} held-out questions right")
+
+    def prefetch(step):
+        mine = list(questions_at(step, len(records), cfg))[rank::world]
+        return [(q, pool.submit(encode, records[q])) for q in mine]
+
+    drawn, failures = prefetch(done + 1), 0
+    for step in range(done + 1, cfg.steps + 1):
+        clock = [time.time()]
+        tick = lambda: clock.append(time.time()) or clock[-1] - clock[-2]                                  # noqa: E731
+
+        # 1. draw this rank's questions; the next step's images are prepared in the background meanwhile
+        prompts, unreadable = {}, 0
+        for q, future in drawn:
+            try:
+                prompts[q] = future.result()
+            except BadImage as e:
+                if cfg.strict:
+                    sys.exit(f"{Path(sys.argv[0]).name}: {e}")
+                log.note(f"question {records[q]['id']} skipped: {e}")
+                unreadable += 1
+        drawn = prefetch(step + 1) if step < cfg.steps else []
+
+        # 2. generate G rollouts of each
+        asked = [(q, g) for q in prompts for g in range(cfg.group_size)]
+        samples = generate(engine, [prompts[q] for q, _ in asked], [rollout_seed(cfg, step, q, g) for q, g in asked],
+                           cfg)
+        texts = processor.tokenizer.batch_decode([ids for ids, _, _ in samples], skip_special_tokens=True)
+        rollouts = [Rollout(q, ids, logps, cut, text) for (q, _), (ids, logps, cut), text in zip(asked, samples, texts)]
+        seconds = {"time/gen": tick()}
+
+        # 3. score
+        parts = [{name: REWARDS[name](r.text, records[r.question]) for name in spec} for r in rollouts]
+        for r, part in zip(rollouts, parts):
+            r.reward = sum(weight * part[name] for name, weight in spec.items())
+        seconds["time/score"] = tick()
+
+        # 4. advantages within each group
+        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)                      # (Q, G)
+        advantages = group_advantages(rewards, cfg.adv_std)
+        for r, a in zip(rollouts, advantages.flatten().tolist()):
+            r.advantage = a
+
+        # 5. select: a rollout without advantage has no gradient, unless there is a KL term
+        trained = [r for r in rollouts if r.advantage or cfg.kl_beta]
+
+        # 6. logprobs before the updates; with one update they are those of the update itself
+        if cfg.updates > 1:
+            for r, logps in zip(trained, all_logprobs(policy, trained, prompts, dummy, cfg)):
+                r.old_logps = logps
+        if reference:
+            for r, logps in zip(trained, all_logprobs(reference, trained, prompts, dummy, cfg)):
+                r.ref_logps = logps
+
+        # 7. update: slices of questions, cut alike for every number of ranks
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg)
+        place = {q: j * cfg.updates // cfg.prompts_per_step for j, q in enumerate(questions_at(step, len(records), cfg))}
+        totals = []
+        for u in range(cfg.updates):
+            part = [r for r in rollouts if place[r.question] == u]
+            count, active = global_sum([sum(len(r.response) for r in part) if cfg.loss_mean == "token" else len(part),
+                                        sum(place[r.question] == u for r in trained)])
+            if active:
+                totals.append(update(policy, optimizer, [r for r in trained if place[r.question] == u], count,
+                                     prompts, dummy, cfg))
+                failures = 0 if math.isfinite(totals[-1]["norm"]) else failures + 1
+        if failures >= 3:
+            sys.exit(f"{Path(sys.argv[0]).name}: step {step}: gradient norm not finite {failures} times in a row; "
+                     f"the last checkpoint in {cfg.out} is sound, lower --lr")
+        seconds["time/train"] = tick()
+
+        # 8. sync
+        sync_weights(policy, engine)
+        seconds["time/sync"] = tick()
+
+        # 9. log
+        metrics = step_metrics(rollouts, trained, rewards, parts, totals, cfg)
+        metrics["data/unreadable"], stop_now = global_sum([unreadable, len(stopping)])
+        metrics |= {"optim/lr": lr_at(step, cfg), **seconds, "time/step": clock[-1] - clock[0],
+                    "mem/peak_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
+                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        if step % cfg.samples_every == 0:
+            log.write("samples.jsonl", extremes(rollouts, records, step, cfg.group_size))
+
+        # 10. evaluate and save
+        if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
+            metrics |= evaluate(engine, held_out, processor, cfg)
+            log.note(f"step {step}: {metrics['eval/accuracy']:.3f} of {len(held_out)} held-out questions right, "
+                     f"{metrics['eval/len']:.1f} tokens long")
+        log.step(step, metrics, ("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))
+        if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
+            save_checkpoint(cfg, step, policy, processor, optimizer)
+        if stop_now:
+            log.note(f"SIGTERM: saved step {step}; go on with --resume")
+            break
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))

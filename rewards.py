@@ -1,0 +1,373 @@
+r"""Text in, numbers out: prompts, answer extraction, grading, rewards. A leaf: imports nothing of this project.
+
+Every reward is `(response: str, record: dict) -> float`. The response is hostile input, because RL finds every hole:
+no reward raises, hangs (each call is bounded well under a second), or returns NaN, whatever the model wrote. The
+record is trusted, data_prep checks it on load: id, question, images, answer (str), answer_type (one of ANSWER_TYPES),
+choices? (option texts), precision? (decimals the answer is rounded to), task? (picks a prompt of its own).
+
+How a response becomes a verdict:
+  1. extract_answer: last <answer> tag, else last \boxed{}, else "the answer is ...", else the bare text.
+     Tag and box are slots the model chose to fill, so they are read strictly: one answer, nothing else.
+     Prose is read for its conclusion, because untrained models only ever write prose.
+  2. accuracy: choice compares option labels, number compares exact values, text compares normalised words.
+     What the cheap comparisons leave open goes to math-verify, if it is small enough to be safe.
+
+Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or "and" are
+one list); a tag beats a box outside it; units and degree signs are ignored; 50% equals 50 and 0.5 (but 50 is not 0.5);
+with `precision` the response is rounded to it, without it values must agree to six digits; sets ignore order; a hedge
+("A or B", "3 or 4") is wrong; spelled-out counts are numbers in prose only, a slot wants a numeral.
+"""
+import difflib
+import logging
+import math
+import re
+from fractions import Fraction
+
+ANSWER_TYPES = ("choice", "number", "math", "text")
+LONGEST = 200  # characters of an answer: more in a tag or box is prose
+TAIL = 4000  # characters of a response that are read: answers come last, and it bounds the cost of every regex below
+
+# ----- prompts: beside the parsers, since each template promises a form that extract_answer reads back
+
+PROMPTS = {
+    "counting": "{question} Think inside <think> </think> , then give the number inside <answer> </answer> .",
+    "choice": "{question}\nWork it out step by step between <think> and </think>. Then write only the letter of the "
+              "option you choose between <answer> and </answer>.",
+    "number": "{question}\nWork it out step by step between <think> and </think>. Then write only the resulting number "
+              "between <answer> and </answer>.",
+    "math": "{question}\nWork it out step by step between <think> and </think>. Then write only the result, as a number "
+            "or in LaTeX, between <answer> and </answer>.",
+    "text": "{question}\nWork it out step by step between <think> and </think>. Then write only the answer, in a few "
+            "words, between <answer> and </answer>.",
+}
+HAS_OPTIONS = re.compile(r"\(A\)[\s\S]*\(B\)|^\s*A\s*[.:)]|(?i:\bchoices?\s*:)", re.MULTILINE)
+
+
+def build_prompt(record: dict) -> str:
+    """User text of a record: its task's template if there is one, else its answer type's, options one a line."""
+    question, choices = record["question"], record.get("choices") or []
+    if choices and not HAS_OPTIONS.search(question):
+        question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
+    template = PROMPTS.get(record.get("task")) or PROMPTS[record["answer_type"]]
+    return template.replace("{question}", question)  # not str.format: questions are full of braces
+
+
+# ----- extraction
+
+BOX_GLUE = re.compile(r"(?:[\s$]|\\[()]|\\q?quad)*(?:[,;]|\\text\{[^{}]{,40}\}|and\b)(?:[\s$,]|and\b|\\[()]|\\q?quad)*")
+CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
+                 r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*|答案\s*[:：是为]?\s*|final answer\s+", re.IGNORECASE)
+SENTENCE_END = re.compile(r"[.!?。](?=\s|$)|[。，；]|\n")
+LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)", re.IGNORECASE)
+
+
+def extract_answer(response: str) -> str | None:
+    """The answer a response commits to, as written: tag, box, "answer is" clause or bare text; None if there is none."""
+    return _find_answer(response)[0] or None
+
+
+def _find_answer(response: str) -> tuple[str, str]:
+    """(answer, the prose it was found in). Prose is "" for a slot, and an unclosed last box is a slot left empty."""
+    text = response[-TAIL:]
+    tags = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    boxed = _last_box(tags[-1] if tags else text)
+    slot = boxed if boxed is not None else tags[-1] if tags else None
+    if slot is not None and len(slot) <= LONGEST:
+        return LABEL.sub("", slot).strip(), ""
+    prose = (slot or text.rpartition("</think>")[2]).replace("</s>", "").strip()
+    cues = [m.end() for m in CUE.finditer(prose) if m.end() < len(prose)]
+    tail = prose[cues[-1]:] if cues else prose
+    end = SENTENCE_END.search(tail, 1) if cues else None
+    return tail[:end.start() if end else None].strip(), prose
+
+
+def _last_box(text: str) -> str | None:
+    r"""Content of the last \boxed{}, or of the list of boxes it ends; "" if that box is never closed; None without box."""
+    opened, boxes = [], []
+    for brace in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
+        if brace[0] in (r"\{", r"\}"):
+            continue
+        if brace[0] != "}":
+            opened.append(brace)
+        elif opened:
+            start = opened.pop()
+            if len(start[0]) > 1 and not (boxes and boxes[-1][0] > start.start()):  # of nested boxes the inner one
+                boxes.append((start.start(), brace.end(), text[start.end():brace.start()].strip()))
+    if any(len(o[0]) > 1 and o.start() > (boxes[-1][0] if boxes else -1) for o in opened):
+        return ""
+    run = boxes[-1:]
+    for box in reversed(boxes[:-1]):
+        if not BOX_GLUE.fullmatch(text[box[1]:run[0][0]]):
+            break
+        run.insert(0, box)
+    return ", ".join(dict.fromkeys(content for _, _, content in run)) if run else None
+
+
+# ----- notation: one spelling for what can be written in many ways
+
+NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
+    (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s*(\d)", r"\\frac{\1}"),
+    (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"(?<![\w})])\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
+    (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|掳|º|\bdegrees?\b", ""),
+    (r"\\(?:left|right|[,!;:()\[\] ])|[$*`~]|\\q?quad", " "),
+    (r"\\%|％|\s(?:percent|per cent|pct)\b", "%"),
+    (r"[−–—]", "-"),
+    (r"\\approx|≈|≃", "="),
+    (r"\{,\}", ","),
+    (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", "")),
+    (r"\s+", " "),
+)]
+WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
+COUNTS = re.compile(r"\b(?:" + "|".join(WORDS) + r")\b")
+NUMBER = re.compile(r"(?<![\w.])[-+]?\s?[€£¥]?(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:e[-+]?\d{1,2})?(?:/\d{1,15})?(?![\d/])")
+UNIT = re.compile(r"(?:%|\s?(?:[cdkmµ]?m|[km]?g|m?s|hr?|min|in|ft|yd|mi|lbs?|oz|m?[lL]|[kM]?[VWNJA]|[kMG]?Hz|k?Pa|K|C|F|mol"
+                  r"|[\u4e00-\u9fff]+)(?:\^?\{?[23]\}?|[²³])?(?:/(?:s|h|min|kg|[mc]?m)(?:\^?\{?[23]\}?|[²³])?)?"
+                  r"|(?:\s(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,}(?:\^?\{?[23]\}?|[²³])?){1,4})?")
+PARTS = re.compile(r"[.!?](?:\s|$)|\n|[。，；]")
+STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|be|equals?))[:\s]+"
+                    rf"(?:an? |total |of |about |approximately |only |\W)*(?P<value>{NUMBER.pattern})")
+NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
+REFUSAL = re.compile(r"cannot|can't|unable to|impossible|not (?:possible|enough|provide|specif|available|clear|contain|in the)"
+                     r"|insufficient|without |no (?:information|option)|none of", re.IGNORECASE)
+ASSIGNED = re.compile(r"^[^=\d+*/<>^-]{1,40}(?:_\{?\d\}?)?\s?=\s?")
+
+
+def _plain(text: str) -> str:
+    for pattern, repl in NOTATION:
+        text = pattern.sub(repl, text)
+    return text.strip(" .,:;\"'")
+
+
+def _value(text: str) -> tuple[Fraction, bool] | None:
+    """(value, written as a percentage) when the whole of a plain text is one number, perhaps `x =` and a unit."""
+    text = ASSIGNED.sub("", text)
+    number = NUMBER.match(text)
+    if not number or not UNIT.fullmatch(text, number.end()):
+        return None
+    return _fraction(number[0]), text[number.end():].strip() == "%"
+
+
+def _only_value(text: str) -> tuple[Fraction, bool] | None:
+    """The number in a slot that says more than a number, if it holds exactly one and no formula."""
+    plain = _plain(text)
+    numbers = {m[0]: m for m in NUMBER.finditer(plain)}
+    if len(numbers) != 1 or re.search(r"[\\^√π*+=]", plain):
+        return None
+    (number,) = numbers.values()
+    return _fraction(number[0]), plain[number.end():].startswith("%")
+
+
+def _fraction(number: str) -> Fraction:
+    top, _, bottom = re.sub(r"[^\d./e+-]", "", number).partition("/")
+    return Fraction(top) / (int(bottom or 1) or 1)
+
+
+def _same_value(got: tuple[Fraction, bool], gold: tuple[Fraction, bool], precision: float | None) -> bool:
+    """Equal to the record's decimals, else to six digits; where one side is a percentage, as written or as a ratio."""
+    (x, x_percent), (y, y_percent) = got, gold
+    if precision is not None:
+        tolerance = Fraction(1, 2 * 10 ** int(precision))
+    else:
+        tolerance = 0 if y.denominator == 1 else abs(y) / 10**6
+    ratio = 100 if x_percent != y_percent else 1
+    return any(abs(a - b) <= tolerance for a, b in ((x, y), (x / ratio, y) if x_percent else (x, y / ratio)))
+
+
+def _conclusion(answer: str, prose: str) -> tuple[Fraction, bool] | None:
+    """The number that prose commits to: the first of its answer clause, else what its last sentence with one states."""
+    if answer == prose and REFUSAL.search(prose[-300:]):
+        return None
+    for text in ([] if answer == prose else [answer]) + PARTS.split(prose)[::-1]:
+        text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(text).rpartition("=")[2].lower())
+        numbers = list(NUMBER.finditer(text))
+        stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
+        if numbers:
+            at = stated[-1].start("value") if stated else (numbers[0] if text is answer else numbers[-1]).start()
+            number = NUMBER.match(text, at)
+            return _fraction(number[0]), text[number.end():].startswith("%")
+    return None
+
+
+# ----- grading
+
+def accuracy(response: str, record: dict) -> float:
+    """1.0 if the response's answer equals the record's, else 0.0. Hedged, empty and unreadable answers are wrong."""
+    answer, prose = _find_answer(response)
+    gold = record["answer"]
+    if len(gold) > LONGEST or "<answer>" in gold or gold.count(r"\boxed") == 1:
+        gold = _find_answer(gold)[0] or gold
+    return float(bool(answer) and GRADERS[record["answer_type"]](answer, prose, gold, record))
+
+
+def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
+    choices = [_fold(choice) for choice in record.get("choices") or []]
+    label = _labels(gold, choices)
+    if not label:
+        return _grade_text(answer, prose, gold, record)
+    return (_labels(answer, choices) or prose and _label_in(answer, prose, choices)) == label
+
+
+def _labels(text: str, choices: list[str]) -> str:
+    """Option letters that a short text names ("B", "(b) 3 cm", an option's own text, "A, C" -> "AC"); "" if none."""
+    plain = _plain(text)
+    several = re.fullmatch(r"\(?([A-K])\)?(?:\s?(?:,|;|and|\s)\s?\(?([A-K])\)?)+", plain)
+    if several:
+        return "".join(sorted(set(re.findall(r"\b[A-K]\b", plain))))
+    label = re.match(r"(?:(?:option|choice)\s)?(?:\(([A-Za-z])\)|([A-Za-z])(?:$|[.:)]))\s?", plain, re.IGNORECASE)
+    if label and ord((label[1] or label[2]).upper()) < 65 + (len(choices) or 26) and not re.match(r"(?:or\b|and\b|/|,|\(?[A-K]\)?(?:[.:)]|$))|.*\bor \(?[A-K]\b", plain[label.end():]):
+        return (label[1] or label[2]).upper()
+    folded = _fold(text)
+    same = [i for i, choice in enumerate(choices) if _bare(folded) == _bare(choice)] or _same_value_options(folded, choices)
+    return chr(65 + same[0]) if same else ""
+
+
+def _same_value_options(text: str, choices: list[str]) -> list[int]:
+    got, values = _value(text), [_value(choice) for choice in choices]
+    return [i for i, value in enumerate(values) if got and value and _same_value(got, value, None)]
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[\s{}]", "", text)
+
+
+def _label_in(answer: str, prose: str, choices: list[str]) -> str:
+    """Option letter that prose commits to: a labelled option in the answer clause, else the last one, else by option text."""
+    last = 65 + (len(choices) or 11)
+    for text in (answer, prose):
+        labels = [next(filter(None, m)).upper() for m in LABELLED.findall(text)]
+        labels = [label for label in labels if ord(label) < last]
+        if labels:
+            return labels[-1] if text is prose or len(set(labels)) == 1 else "?"
+    values = [_value(choice) for choice in choices]
+    if all(values):
+        got = _conclusion(answer, prose)
+        return next((chr(65 + i) for i, value in enumerate(values) if got and _same_value(got, value, None)), "")
+    if REFUSAL.search(prose[-300:]):
+        return ""
+    for part in reversed(PARTS.split(prose)):
+        part = _fold(part)
+        hits = [(m.start(), -len(choice), i) for i, choice in enumerate(choices)
+                for m in re.finditer(rf"(?<![\w.]){re.escape(choice)}(?!\w|\.\d)", part)]
+        if hits:
+            return chr(65 + min(hits)[2])
+    if sorted(choices) == ["no", "yes"]:
+        return chr(65 + choices.index("no" if NEGATION.search(prose) else "yes"))
+    return ""
+
+
+def _fold(text: str) -> str:
+    """Text reduced to its words: case, articles, punctuation and LaTeX dressing do not matter."""
+    plain = re.sub(r"\b(?:a|an|An|the|The)\s|^A\s|[\"'“”{}]", "", _plain(text))  # capital A inside is a name: "sample A has"
+    return plain.lower().strip(" .,:;!?")
+
+
+def _grade_number(answer: str, prose: str, gold: str, record: dict) -> bool:
+    got, want = _value(_plain(answer)), _value(_plain(gold))
+    got = got or (_conclusion(answer, prose) if prose else _only_value(answer))
+    if got and want:
+        return _same_value(got, want, record.get("precision"))
+    return bool(re.search(r"[\\^√π*]", answer)) and _math_equal(answer, gold)
+
+
+def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
+    got, want = _plain(answer), _plain(gold)
+    if got.replace(" ", "") == want.replace(" ", ""):
+        return True
+    want_value = _value(want)
+    got_value = _value(got) or (_conclusion(answer, prose) if want_value and prose else None)
+    if got_value and want_value:
+        return _same_value(got_value, want_value, record.get("precision"))
+    return _math_equal(answer, gold)
+
+
+def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:
+    got, want = _fold(answer), _fold(gold)
+    values = _value(got), _value(want)
+    return got == want or all(values) and _same_value(*values, record.get("precision"))
+
+
+HEAVY = re.compile(r"\d{16}|\d{3}\s*!|[^\d\s]\s*!(?!=)|!.*\^|\^.*!|\*\*|\^\s*\(|\^\s*\{?\s*[-+]?\d{3}|\^\s*\{[^{}]{9}|\de[-+]?\d{3}"
+                   r"|\\(?:int|sum|prod|lim|d?binom|oint|iint)(?![a-z])|\[\d{3}")
+LABELLED = re.compile(r"\(([A-K])\)|\b(?:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b|\b(?:option|choice) \W*([A-K])\b"
+                      r"|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))|(?:选项|答案|是)\W*为?([A-K])")
+POWER = re.compile(r"\^\s*\{?\s*-?(\d{1,2})")  # their product bounds the degree that nested powers expand to
+GROUP = re.compile(r"\{[^{}^]*\}")
+
+
+def _light(latex: str) -> bool:
+    """Whether a computer algebra system surely handles this in a fraction of a second: no bombs, towers or long chains."""
+    if len(latex) > 200 or HEAVY.search(latex) or latex.count("^") > 6 or len(re.findall(r"\\[a-z]{3,}", latex)) > 24:
+        return False
+    if math.prod(int(power) for power in POWER.findall(latex)) > 200:
+        return False
+    flat, groups = latex, 1
+    for _ in range(8):
+        flat, groups = GROUP.subn("()", flat)
+        if not groups:
+            break
+    return not groups and not re.search(r"\^\s*(?:\{|(?:\(\)|\S)?\s*\^)", flat)
+
+
+def _marked(text: str) -> str:
+    """Text as math-verify wants it: formulas inside $..$, unless words around them show that it must search itself."""
+    prose = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 2
+    return text if prose or re.search(r"\$|\\[(\[]|\\boxed", text) else f"${text}$"
+
+
+def _math_equal(answer: str, gold: str) -> bool:
+    """Symbolic equality by math-verify, whose own time limits need signals, hence the main thread: _light bounds it instead."""
+    if not (_light(answer) and _light(gold)):
+        return False
+    from math_verify import parse, verify
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    got, want = (parse(_marked(t), parsing_timeout=None) for t in (answer, gold))
+    return verify(want, got, timeout_seconds=None)
+
+
+GRADERS = dict(zip(ANSWER_TYPES, (_grade_choice, _grade_number, _grade_math, _grade_text)))
+
+
+# ----- format and the registry
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def format_think_answer(response: str, record: dict) -> float:
+    """1.0 if the response is one non-empty think block, then one non-empty answer block, and nothing else; else 0.0."""
+    text = response.strip()
+    if any(text.count(tag) != 1 for tag in TAGS):
+        return 0.0
+    think, _, rest = text.removeprefix("<think>").partition("</think>")
+    answer = rest.strip().removeprefix("<answer>").removesuffix("</answer>")
+    shape = text.startswith("<think>") and rest.lstrip().startswith("<answer>") and text.endswith("</answer>")
+    return float(shape and bool(think.strip()) and bool(answer.strip()))
+
+
+REWARDS = {"accuracy": accuracy, "format": format_think_answer}
+
+
+def parse_reward_spec(spec: str) -> dict[str, float]:
+    """Weights by reward name from "accuracy=1,format=0.5" (a bare name weighs 1); ValueError says what is wrong with it."""
+    weights = {}
+    for part in spec.split(","):
+        name, _, weight = (piece.strip() for piece in part.partition("="))
+        if name not in REWARDS:
+            near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown reward {name!r} in {spec!r}: did you mean {near!r}? Known: {', '.join(REWARDS)}")
+        if name in weights:
+            raise ValueError(f"reward {name!r} is given twice in {spec!r}")
+        try:
+            weights[name] = float(weight or ("nan" if "=" in part else 1))
+        except ValueError:
+            weights[name] = math.nan
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"bad weight {weight!r} for reward {name!r} in {spec!r}: it must be a finite number")
+    return weights
+
+
+def total_reward(response: str, record: dict, spec: dict[str, float]) -> float:
+    """Weighted sum of the rewards in a parsed spec."""
+    return sum(weight * REWARDS[name](response, record) for name, weight in spec.items())

@@ -1,0 +1,572 @@
+"""SFT: records with a response -> a checkpoint that answers the way they do.
+
+    loss = - sum_t w_t log pi(y_t | image, question, y_<t)        w_t = 1 / response tokens of the global batch
+
+Only response tokens and the token that ends the turn are learnt. The kernel is the one that grpo.py scores rollouts with
+(token_logprobs), so the vision placeholder ids it bans have no probability here either.
+
+What differs from the usual recipe, and why:
+  1. The denominator is the response-token count of the whole step over all ranks and micro-batches, so that one GPU and 64,
+     small and large micro-batches, give the same update.
+  2. Rows are packed into micro-batches by a token budget, long with long, instead of a fixed number of rows.
+  3. No truncation: a row longer than --max_tokens is left out and counted. Cutting could part an image from its tokens or a thought
+     from its answer.
+
+    python sft.py                                                # mini suite, laptop: out/tiny -> out/sft
+    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data cold.jsonl --lr 1e-5 --epochs 1 --batch_size 128
+    python sft.py --resume                                       # go on from the newest complete step of --out
+
+Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens.
+Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
+"""
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.distributed as dist
+import transformers
+from PIL import Image
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from data_prep import BadImage, build_messages, load_image, newest_step, read_records, resolve_model
+
+
+@dataclass(frozen=True)
+class Config:
+    # i/o
+    model: str = "out/tiny"  # Hub id, model folder or run directory to start from
+    data: str = "data/mini/counting_train.jsonl"  # records with a response: file, Hub id or known dataset format
+    out: str = "out/sft"  # run directory
+    resume: bool = False  # go on from the newest complete step of --out
+    strict: bool = False  # stop at an unreadable image instead of skipping its row
+    seed: int = 0  # data order
+    # optimisation
+    steps: int = 1500  # optimizer steps
+    epochs: float = 0.0  # passes over the data instead of --steps, 0 = use --steps
+    batch_size: int = 32  # rows per step, over all ranks
+    lr: float = 3e-3  # peak learning rate (1e-5 is usual for a 7B model)
+    warmup: int = 50  # steps of linear warm-up
+    schedule: str = "cosine"  # cosine | linear | constant
+    lr_floor: float = 0.02  # final learning rate as a share of the peak (cosine, linear)
+    weight_decay: float = 0.0  # AdamW
+    max_grad_norm: float = 1.0  # gradient clipping
+    token_budget: int = 16384  # padded tokens in a micro-batch
+    max_tokens: int = 8192  # rows with more tokens, prompt and response, are left out
+    # memory and model
+    max_pixels: int = 1003520  # larger images are scaled down to this many pixels
+    freeze_vision: bool = False  # train the language model only
+    param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
+    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more compute
+    cpu_offload: bool = False  # keep weights and moments in host memory
+    attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
+    # cadence
+    eval_data: str = "data/mini/counting_id.jsonl"  # held-out records with a response, "" = no evaluation
+    eval_every: int = 250  # steps between evaluations
+    eval_n: int = 200  # held-out rows used
+    save_every: int = 500  # steps between checkpoints (one is always written at the end)
+    keep: int = 1  # checkpoints kept
+
+
+# ----- twins: setup (identical in sft.py, grpo.py, rise.py; tests/test_twins.py) --------------------------------------
+
+def parse_config(cls, argv=None):
+    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists; exit with one line on a bad flag.
+
+    The default gives the type; the field's trailing comment is its --help text.
+    """
+    source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    truth = {"true": True, "1": True, "false": False, "0": False}
+    for f in dataclasses.fields(cls):
+        text = re.search(rf"^    {f.name}: .*?  # (.+)$", source, re.M)[1]
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        kind = dict(type=type(f.default))
+        if isinstance(f.default, bool):
+            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True, metavar="true|false")
+        elif isinstance(f.default, tuple):
+            kind = dict(type=str, nargs="*")
+        parser.add_argument(f"--{f.name}", default=f.default, help=f"{text} [{shown}]".replace("%", "%%"), **kind)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
+        parser.error(f"unknown flag {unknown[0]}; did you mean --{near[0]}?")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()})
+
+
+def init_distributed():
+    """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
+    rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in
+                                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        # One core stays free for the thread that prepares images: spinning OpenMP threads on a busy core are 20x slower.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // neighbours - 1))
+        device, backend = torch.device("cpu"), "gloo"
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, **alone)
+    return rank, world, device
+
+
+def global_sum(values):
+    """Add each number up over all ranks."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def global_max(value):
+    """Largest of a number over all ranks."""
+    most = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
+
+
+def load_policy(path, cfg, device, trainable=True):
+    """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
+
+    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at a time is cast
+    and moved, so the GPU never holds an unsharded model.
+    """
+    policy = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", attn_implementation=cfg.attn)
+    processor = AutoProcessor.from_pretrained(path)
+    vision = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
+    for name, p in policy.named_parameters():
+        p.requires_grad_(trainable and not (cfg.freeze_vision and vision.search(name)))
+    if trainable and cfg.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train(trainable)
+    on_gpu = device.type == "cuda"
+    master = torch.bfloat16 if cfg.param_dtype == "bf16" or on_gpu and not trainable else torch.float32
+    shard = functools.partial(
+        fully_shard, mesh=dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),)),
+        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy(),
+        offload_policy=CPUOffloadPolicy() if cfg.cpu_offload and on_gpu else OffloadPolicy())
+    for block in [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)] + [policy]:
+        shard(block.to(master))
+    policy.banned = vision_ids(policy.config, device)
+    policy.token_logprobs = MethodType(token_logprobs, policy)
+    register_fsdp_forward_method(policy, "token_logprobs")
+    return policy, processor
+
+
+def vision_ids(config, device):
+    """Ids of image and video placeholder tokens. A response must not hold one: the model would look for its image features."""
+    ids = config.to_dict()
+    named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
+    return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
+
+
+def stop_ids(generation_config, processor):
+    """Token ids that end a response; the first one is what the chat template writes after an assistant turn."""
+    turn = [{"role": "user", "content": [{"type": "text", "text": "-"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
+    tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
+    written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
+    known = generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known] if known is not None else []
+    return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
+
+
+def lr_at(step, cfg):
+    """Learning rate of step 1..cfg.steps: linear warm-up, then cosine or linear decay to lr_floor * lr, or constant."""
+    if step < cfg.warmup:
+        return cfg.lr * step / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[cfg.schedule]
+    return cfg.lr * (cfg.lr_floor + (1 - cfg.lr_floor) * falling)
+
+
+def make_optimizer(policy, cfg):
+    """AdamW over the trained parameters; norms and biases (1-D) are not decayed."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
+                              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95))
+
+
+def describe(policy, cfg, copies):
+    """Parameter count and what the model's states need per rank, in GiB; `copies` = further bf16 models held (reference, engine)."""
+    total = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    width = 2 if cfg.param_dtype == "bf16" else 4
+    states = (total * width + trained * 3 * width) / dist.get_world_size()
+    vocab = policy.get_output_embeddings().weight.shape[0]
+    return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
+            f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, {total * 2 * copies / 2**30:.2f} GiB model copies; "
+            f"activations on top grow with --token_budget {cfg.token_budget}")
+
+
+# ----- twins: batches (identical in sft.py, grpo.py, rise.py) ---------------------------------------------------------
+
+
+def encode_prompt(record, processor, max_pixels):
+    """Render a record's prompt and images into the processor's CPU tensors, batch size 1. Raises BadImage."""
+    text = processor.apply_chat_template(build_messages(record), add_generation_prompt=True, tokenize=False)
+    images = [load_image(image, max_pixels) for image in record["images"]]
+    # The template already wrote every special token, a second BOS would shift the prompt.
+    return dict(processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"))
+
+
+def micro_batches(lengths, budget):
+    """Group row indices, long with long, so that rows x longest row <= budget tokens; every rank gets equally many groups.
+
+    FSDP's collectives run per forward pass, so a rank with fewer groups appends empty ones (collate turns them into the dummy row).
+    """
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups + [[]] * (int(global_max(len(groups))) - len(groups))
+
+
+def collate(rows, dummy, pad_id, device):
+    """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
+
+    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower, or FSDP
+    waits for ever for those that do not.
+    """
+    if dummy and not any("pixel_values" in p for p, _ in rows):
+        rows = rows + [(dummy, [])]
+    width = max(p["input_ids"].shape[1] + len(response) for p, response in rows)
+    inputs, mask = {}, torch.zeros(len(rows), width - 1, dtype=torch.bool)
+    for key in dict.fromkeys(k for p, _ in rows for k in p):
+        parts = [p[key] for p, _ in rows if key in p]
+        if parts[0].shape == rows[0][0]["input_ids"].shape:
+            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)                      # (B, T)
+            for row, (p, response) in zip(out, rows):
+                n = p["input_ids"].shape[1]
+                row[:n] = p[key][0]
+                if key == "input_ids":
+                    row[n:n + len(response)] = torch.tensor(response, dtype=torch.long)
+                elif key == "attention_mask":
+                    row[n:n + len(response)] = 1
+            inputs[key] = out
+        else:
+            # Rows of patches (Qwen) concatenate as they are; padded frames (Idefics3, whose zero frames the model drops) must agree first.
+            shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
+            inputs[key] = torch.cat([torch.nn.functional.pad(x, [w for have, want in zip(x.shape[:0:-1], shape[::-1])
+                                                                 for w in (0, want - have)]) for x in parts])
+    for row, (p, response) in zip(mask, rows):
+        n = p["input_ids"].shape[1]
+        row[n - 1:n - 1 + len(response)] = True
+    return {k: v.to(device) for k, v in inputs.items()}, mask.to(device)
+
+
+class ResponseLogprob(torch.autograd.Function):
+    """log softmax(h W' / temperature)[target] at N positions; logits exist for a chunk at a time, in forward and in backward."""
+
+    @staticmethod
+    def chunks(hidden, weight, temperature, banned):
+        size = max(1, 2**25 // weight.shape[0])  # 2^25 fp32 logits = 128 MiB
+        for start in range(0, len(hidden), size):
+            logits = (hidden[start:start + size] @ weight.T).float().div_(temperature)                     # (n, V)
+            logits[:, banned] = -torch.inf
+            yield slice(start, start + size), logits
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, banned):
+        ctx.save_for_backward(hidden, weight, targets, banned)
+        ctx.temperature = temperature
+        logps = torch.empty(len(hidden), device=hidden.device)                                             # (N,)
+        for rows, logits in ResponseLogprob.chunks(hidden, weight, temperature, banned):
+            logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(1)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, banned = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for rows, logits in ResponseLogprob.chunks(hidden, weight, ctx.temperature, banned):
+            g = grad[rows, None] / ctx.temperature
+            logits = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-g)
+            d_logits = logits.scatter_add_(1, targets[rows, None], g).to(weight.dtype)                     # g (onehot - softmax)
+            d_hidden[rows] = d_logits @ weight
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.T, hidden[rows])
+        return d_hidden, d_weight, None, None, None
+
+
+def token_logprobs(policy, inputs, mask, temperature=1.0):
+    """Log-probability of each response token under the policy, (B, T-1), 0 outside `mask`.
+
+    The output head runs at response positions only and in chunks, so a (B, T, V) tensor never exists.
+    """
+    hidden = policy.model(**inputs).last_hidden_state[:, :-1]                                              # (B, T-1, H)
+    targets = inputs["input_ids"][:, 1:][mask]                                                             # (N,)
+    head = policy.get_output_embeddings().weight                                                           # (V, H)
+    logps = ResponseLogprob.apply(hidden[mask], head, targets, temperature, policy.banned)
+    return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps)
+
+
+# ----- twins: persistence (identical in sft.py, grpo.py, rise.py) -----------------------------------------------------
+
+
+def save_checkpoint(cfg, step, policy, processor, optimizer):
+    """Write out/step_000200: HF weights and processor, one trainer file per rank; complete or absent, never half there.
+
+    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep removed. With several nodes
+    --out must be on a file system they share. Raises OSError (full disk): earlier checkpoints stay as they are.
+    """
+    final = Path(cfg.out) / f"step_{step:06d}"
+    tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir()
+    dist.barrier()
+    weights = {}
+    for name, p in policy.named_parameters():
+        full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()  # all ranks take part, only rank 0 keeps it
+        if rank == 0:
+            weights[name] = full.cpu()
+    if rank == 0:
+        policy.save_pretrained(tmp, state_dict=weights)
+        processor.save_pretrained(tmp)
+        (tmp / "meta.json").write_text(json.dumps({"step": step, "world_size": dist.get_world_size()}))
+    moments = {name: {k: v.to_local() if isinstance(v, DTensor) else v for k, v in optimizer.state[p].items()}
+               for name, p in policy.named_parameters() if p in optimizer.state}
+    torch.save({"optimizer": moments, "rng": torch.get_rng_state()}, tmp / f"trainer_rank{rank}.pt")
+    dist.barrier()
+    if rank == 0:
+        for path in [*tmp.iterdir(), tmp]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        tmp.rename(final)
+        for old in sorted(Path(cfg.out).glob("step_??????"))[:-cfg.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(path, policy, optimizer):
+    """Restore optimizer moments and RNG saved by save_checkpoint (weights came with load_policy). Returns the step.
+
+    Raises ValueError when the run was saved with another number of ranks.
+    """
+    meta = json.loads((path / "meta.json").read_text())
+    if meta["world_size"] != dist.get_world_size():
+        raise ValueError(f"{path} was saved by {meta['world_size']} ranks, this run has {dist.get_world_size()}")
+    state = torch.load(path / f"trainer_rank{dist.get_rank()}.pt", weights_only=True)
+    for name, p in policy.named_parameters():
+        for key, value in state["optimizer"].get(name, {}).items():
+            if isinstance(p, DTensor) and key != "step":
+                value = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            optimizer.state[p][key] = value
+    torch.set_rng_state(state["rng"])
+    return meta["step"]
+
+
+class RunLog:
+    """The only writer of a run directory besides checkpoints: config.json, metrics.jsonl, samples.jsonl and the progress bar (rank 0).
+
+    A new run moves an existing directory aside; a resumed one drops the lines written after its checkpoint.
+    """
+
+    def __init__(self, cfg, start=0):
+        self.out, self.rank, self.began = Path(cfg.out), dist.get_rank(), time.time()
+        if self.rank == 0:
+            if self.out.exists() and not cfg.resume:
+                aside = next(p for p in (self.out.with_name(f"{self.out.name}.old{i}") for i in range(1, 10**6)) if not p.exists())
+                self.out.rename(aside)
+                print(f"{self.out} existed: moved to {aside}")
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                path = self.out / name
+                kept = [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start] if path.exists() else []
+                path.write_text("".join(kept))
+            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+            (self.out / "config.json").write_text(json.dumps({
+                "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(), "world_size": dist.get_world_size(),
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True)
+        dist.barrier()
+
+    def note(self, text):
+        if self.rank == 0:
+            self.bar.write(text)
+
+    def write(self, name, rows):
+        if self.rank == 0:
+            with open(self.out / name, "a") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def step(self, step, metrics, shown):
+        self.write("metrics.jsonl", [{"step": step, **metrics}])
+        self.bar.set_postfix({k.split("/")[-1] if k.startswith("loss") else k: f"{metrics[k]:.3g}" for k in shown if k in metrics})
+        self.bar.update()
+
+
+# ----- this stage -----------------------------------------------------------------------------------------------------
+
+
+def rows_at(step, total, cfg):
+    """Record indices of step 1, 2, ...: consecutive slices of endless seeded permutations, so a resumed run needs no saved cursor."""
+    epochs = {}
+    for k in range((step - 1) * cfg.batch_size, step * cfg.batch_size):
+        epoch, i = divmod(k, total)
+        if epoch not in epochs:
+            epochs[epoch] = random.Random(f"{cfg.seed}/{epoch}").sample(range(total), total)
+        yield epochs[epoch][i]
+
+
+def encode_row(record, processor, stop, banned, cfg):
+    """(prompt tensors, response ids with the stop token), or None when longer than cfg.max_tokens. Raises BadImage, ValueError."""
+    prompt = encode_prompt(record, processor, cfg.max_pixels)
+    response = processor.tokenizer(record["response"], add_special_tokens=False)["input_ids"] + stop[:1]
+    if banned & set(response):
+        raise ValueError(f"row {record['id']}: the response holds a vision placeholder token")
+    return (prompt, response) if prompt["input_ids"].shape[1] + len(response) <= cfg.max_tokens else None
+
+
+def ready(futures, records, log, cfg):
+    """Rows prepared in the background, less those with an unreadable image or too many tokens; and how many were left out."""
+    rows = []
+    for i, future in futures:
+        try:
+            row = future.result()
+        except BadImage as e:
+            if cfg.strict:
+                sys.exit(f"{Path(sys.argv[0]).name}: {e}")
+            log.note(f"row {records[i]['id']} skipped: {e}")
+            row = None
+        rows += [row] if row else []
+    return rows, len(futures) - len(rows)
+
+
+def losses(policy, rows, dummy, cfg):
+    """Summed negative log-likelihood of each micro-batch of `rows`, with its graph, and the count of tokens predicted right so far."""
+    for group in micro_batches([p["input_ids"].shape[1] + len(r) for p, r in rows], cfg.token_budget):
+        inputs, mask = collate([rows[i] for i in group], dummy, 0, policy.banned.device)
+        yield -policy.token_logprobs(inputs, mask).sum()
+
+
+@torch.no_grad()
+def evaluate(policy, rows, dummy, cfg):
+    """Mean negative log-likelihood per response token of held-out rows; each rank holds its share."""
+    policy.eval()
+    total, tokens = global_sum([sum(loss.item() for loss in losses(policy, rows, dummy, cfg)), sum(len(r) for _, r in rows)])
+    policy.train()
+    return {"eval/loss": total / max(1, tokens)}
+
+
+def check(cfg):
+    """Refuse what cannot train. Raises ValueError naming the flag."""
+    for flag, allowed in (("schedule", ("cosine", "linear", "constant")), ("param_dtype", ("fp32", "bf16"))):
+        if getattr(cfg, flag) not in allowed:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)}: use {' | '.join(allowed)}")
+    for flag in ("steps", "batch_size", "token_budget", "max_tokens", "keep"):
+        if getattr(cfg, flag) < 1:
+            raise ValueError(f"--{flag} must be at least 1")
+
+
+def main(cfg):
+    """Train: draw rows, update, log, evaluate and save."""
+    rank, world, device = init_distributed()
+    try:
+        check(cfg)
+        start = newest_step(cfg.out) if cfg.resume else None
+        first = start or resolve_model(cfg.model)
+        records = read_records(cfg.data, need=("response",))
+        if cfg.epochs:
+            cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * len(records) / cfg.batch_size)))
+        held_out = read_records(cfg.eval_data, need=("response",))[:cfg.eval_n] if cfg.eval_data and cfg.eval_every else []
+        policy, processor = load_policy(first, cfg, device)
+        optimizer = make_optimizer(policy, cfg)
+        done = load_checkpoint(start, policy, optimizer) if start else 0
+        log = RunLog(cfg, done)
+    except (ValueError, OSError) as e:
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
+    encode = functools.partial(encode_row, processor=processor, stop=stop_ids(policy.generation_config, processor),
+                               banned=set(policy.banned.tolist()), cfg=cfg)
+    dummy = encode_prompt({"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"}, processor, cfg.max_pixels)
+    log.note(describe(policy, cfg, 0))
+    log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) = {cfg.steps * cfg.batch_size / len(records):.2f} epochs")
+    prompt, response = encode(records[0])
+    log.note("first row, what is learnt in [[ ]]: " + processor.tokenizer.decode(prompt["input_ids"][0])
+             + "[[" + processor.tokenizer.decode(response) + "]]")
+    pool, stopping = ThreadPoolExecutor(1), []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    held_out, _ = ready([(i, pool.submit(encode, r)) for i, r in enumerate(held_out[rank::world])], held_out, log, cfg)
+
+    def prefetch(step):
+        mine = list(rows_at(step, len(records), cfg))[rank::world]
+        return [(i, pool.submit(encode, records[i])) for i in mine]
+
+    drawn, failures = prefetch(done + 1), 0
+    for step in range(done + 1, cfg.steps + 1):
+        began = time.time()
+
+        # 1. draw this rank's rows; the next step's images are prepared in the background meanwhile
+        rows, left_out = ready(drawn, records, log, cfg)
+        drawn = prefetch(step + 1) if step < cfg.steps else []
+        waited = time.time() - began
+
+        # 2. update, with the denominator counted over all ranks before the first backward
+        tokens, left_out, stop_now = global_sum([sum(len(r) for _, r in rows), left_out, len(stopping)])
+        total = 0.0
+        for loss in losses(policy, rows, dummy, cfg):
+            # FSDP averages gradients over ranks; the sum over all ranks is divided by their common token count instead.
+            (loss * world / max(1, tokens)).backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg)
+        if math.isfinite(norm) and tokens:
+            optimizer.step()
+        optimizer.zero_grad()
+        failures = 0 if math.isfinite(norm) else failures + 1
+        if failures >= 3:
+            sys.exit(f"{Path(sys.argv[0]).name}: step {step}: gradient norm not finite {failures} times in a row; "
+                     f"the last checkpoint in {cfg.out} is sound, lower --lr")
+
+        # 3. log
+        metrics = {"loss/nll": global_sum([total])[0] / max(1, tokens), "optim/lr": lr_at(step, cfg), "optim/grad_norm": norm,
+                   "tokens/train": tokens, "data/left_out": left_out, "time/data": waited, "time/step": time.time() - began,
+                   "mem/peak_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
+                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+        # 4. evaluate and save
+        if cfg.eval_data and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
+            metrics |= evaluate(policy, held_out, dummy, cfg)
+            log.note(f"step {step}: loss {metrics['loss/nll']:.4f}, held-out loss {metrics['eval/loss']:.4f}")
+        log.step(step, metrics, ("loss/nll", "eval/loss"))
+        if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
+            save_checkpoint(cfg, step, policy, processor, optimizer)
+        if stop_now:
+            log.note(f"SIGTERM: saved step {step}; go on with --resume")
+            break
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))
