@@ -636,8 +636,8 @@ def parse_config(cls, argv=None):
 def main(cfg: Config) -> None:
     if cfg.source == "mini":
         make_mini(Path(cfg.out), cfg.seed)
-        texts = [r["response"] for r in read_records(Path(cfg.out) / "counting_train.jsonl")]
-        make_tiny(Path("out/tiny"), texts, cfg.seed)
+        rows = read_records(Path(cfg.out) / "counting_train.jsonl")
+        make_tiny(Path("out/tiny"), [text for r in rows for text in (rewards.build_prompt(r), r["response"])], cfg.seed)
     elif cfg.source == "records":
         convert_input(cfg)
     else:

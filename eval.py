@@ -55,7 +55,8 @@ class Config:
     top_p: float = 1.0  # nucleus sampling
     top_k: int = 0  # 0 = off
     seed: int = 0  # of sampling, when the temperature is above 0
-    rollout_batch: int = 64  # rows generated at once
+    rollout_tokens: int = 65536  # prompt and response tokens generated at once
+    batch_rows: int = 64  # rows answered between two writes to disk
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
 
@@ -160,38 +161,74 @@ def build_engine(path, processor, cfg, device):
 
 @torch.no_grad()
 def generate(engine, prompts, seeds, cfg):
-    """Sample one response per prompt. Returns (response ids, their logprobs under the sampler, truncated) in the prompts' order.
+    """Sample one response per prompt; returns (response ids, logprobs under the sampler, truncated) in order.
 
-    prompts: encode_prompt's tensors; seeds: one int per prompt; cfg: max_new_tokens, temperature (0 = greedy), top_p, top_k,
-    rollout_batch. Each row draws from its own stream by inverse CDF, so what it samples does not depend on its batch.
+    prompts: encode_prompt's tensors; rows that are the same object share one prefill, so the images of a
+    question are encoded once and only its KV cache is copied G times. seeds: one int per prompt; each row draws
+    from its own stream by inverse CDF, so what it samples does not depend on its batch. cfg: max_new_tokens,
+    temperature (0 = greedy), top_p, top_k, rollout_tokens.
     """
-    out, stop, device = [None] * len(prompts), engine.stop, engine.banned.device
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i]["input_ids"].shape[1])
-    for chunk in (order[i:i + cfg.rollout_batch] for i in range(0, len(order), cfg.rollout_batch)):
-        rows = [prompts[i] for i in chunk]
-        width = max(p["input_ids"].shape[1] for p in rows)
-        left = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=stop[0] if k == "input_ids" else 0)
-                 if v.shape == p["input_ids"].shape else v for k, v in p.items()} for p in rows]
-        inputs, _ = collate([(p, []) for p in left], None, stop[0], device)
-        draws = torch.stack([torch.rand(cfg.max_new_tokens, generator=torch.Generator().manual_seed(seeds[i]),
-                                        dtype=torch.float64) for i in chunk]).to(device)                  # (B, max_new_tokens)
-        logps = torch.zeros(len(chunk), cfg.max_new_tokens, device=device)
-
-        def choose(ids, logits):
-            t = ids.shape[1] - width
-            logp = truncate(logits.float().index_fill(1, engine.banned, -torch.inf) / (cfg.temperature or 1.0), cfg).log_softmax(1)
+    out, device, stop = [None] * len(prompts), engine.banned.device, torch.tensor(engine.stop, device=engine.banned.device)
+    room = [p["input_ids"].shape[1] + cfg.max_new_tokens for p in prompts]
+    chunks, order = [], sorted(range(len(prompts)), key=lambda i: room[i])
+    for i in order:
+        if chunks and (len(chunks[-1]) + 1) * room[i] <= cfg.rollout_tokens:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+    for chunk in chunks:
+        unique = {id(prompts[i]): prompts[i] for i in chunk}
+        owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)           # (B,)
+        cache, mask, shift, logits = prefill(engine, list(unique.values()), owner)
+        draws = torch.stack([torch.rand(cfg.max_new_tokens, dtype=torch.float64,
+                                        generator=torch.Generator().manual_seed(seeds[i])) for i in chunk]).to(device)
+        tokens = torch.full(draws.shape, engine.stop[0], device=device)                        # (B, max_new_tokens)
+        logps = torch.zeros(draws.shape, device=device)
+        live = torch.arange(len(chunk), device=device)  # rows still in the batch
+        for t in range(cfg.max_new_tokens):
+            logp = logits.float().index_fill(1, engine.banned, -torch.inf) / (cfg.temperature or 1.0)
+            logp = truncate(logp, cfg).log_softmax(1)                                                      # (b, V)
             cdf = logp.double().exp().cumsum(1)
-            token = torch.searchsorted(cdf, draws[:, t, None] * cdf[:, -1:], right=True) if cfg.temperature else logp.argmax(1, True)
-            logps[:, t] = logp.gather(1, token)[:, 0]
-            return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
-
-        config = GenerationConfig(max_new_tokens=cfg.max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
-        ids = engine.generate(**inputs, generation_config=config, logits_processor=[choose])[:, width:].tolist()
-        for i, row, logp in zip(chunk, ids, logps.cpu()):
-            end = next((t for t, token in enumerate(row) if token in stop), None)
-            row = row if end is None else row[:end + 1]
-            out[i] = row, logp[:len(row)].clone(), end is None
+            token = torch.searchsorted(cdf, draws[live, t, None] * cdf[:, -1:], right=True) if cfg.temperature \
+                else logp.argmax(1, keepdim=True)                                                          # (b, 1)
+            tokens[live, t], logps[live, t] = token[:, 0], logp.gather(1, token)[:, 0]
+            ended = torch.isin(tokens[live, :t + 1], stop).any(1)
+            if ended.all() or t + 1 == cfg.max_new_tokens:
+                break
+            if 2 * ended.sum() >= len(live):  # finished rows leave once they are half: copying the cache costs a step or two
+                keep = (~ended).nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                live, token, mask = live[keep], token[keep], mask[keep]
+                shift = shift[keep] if shift is not None else None
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            place = mask.sum(1, keepdim=True) - 1                                                          # (b, 1)
+            place = place if shift is None else (place + shift).expand(3, -1, -1)
+            logits = engine(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache,
+                            use_cache=True).logits[:, -1]
+        for i, row, logp in zip(chunk, tokens.tolist(), logps.cpu()):
+            end = next((t + 1 for t, token in enumerate(row) if token in engine.stop), None)
+            out[i] = row[:end], logp[:end].clone(), end is None
     return out
+
+
+def prefill(engine, prompts, owner):
+    """Run distinct prompts, left-padded, and copy their states to the rows that own them.
+
+    Returns the KV cache, attention mask (B, T), shift (B, 1) of Qwen's multimodal positions against the token
+    count (None for other families) and next-token logits (B, V).
+    """
+    width = max(p["input_ids"].shape[1] for p in prompts)
+    padded = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=engine.stop[0] if k == "input_ids" else 0)
+               if v.shape == p["input_ids"].shape else v for k, v in p.items()} for p in prompts]
+    inputs, _ = collate([(p, []) for p in padded], None, engine.stop[0], owner.device)
+    if hasattr(engine.model, "rope_deltas"):
+        engine.model.rope_deltas = None  # kept from the last batch otherwise
+    if "image_grid_thw" not in inputs:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    result = engine(**inputs, use_cache=True, logits_to_keep=1)
+    result.past_key_values.batch_select_indices(owner)
+    shift = getattr(engine.model, "rope_deltas", None)
+    return result.past_key_values, inputs["attention_mask"][owner], None if shift is None else shift[owner], result.logits[owner, -1]
 
 
 def truncate(logits, cfg):
@@ -237,9 +274,9 @@ def wilson(p, n):
 
 
 def answer_rows(records, engine, processor, cfg):
-    """Yield one result per record, in batches of cfg.rollout_batch; unreadable rows come back with an `error`."""
-    for start in range(0, len(records), cfg.rollout_batch):
-        batch, prompts, results = records[start:start + cfg.rollout_batch], [], []
+    """Yield one result per record, in batches of cfg.batch_rows; unreadable rows come back with an `error`."""
+    for start in range(0, len(records), cfg.batch_rows):
+        batch, prompts, results = records[start:start + cfg.batch_rows], [], []
         for record in batch:
             try:
                 prompts.append(encode_prompt(record, processor, cfg.max_pixels))

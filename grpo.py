@@ -33,6 +33,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -44,7 +45,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -56,6 +56,7 @@ from PIL import Image
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -81,7 +82,7 @@ class Config:
     temperature: float = 1.0  # for sampling and for scoring alike
     top_p: float = 1.0  # nucleus sampling
     top_k: int = 0  # 0 = off
-    rollout_batch: int = 512  # rollouts generated at once on a rank
+    rollout_tokens: int = 65536  # prompt and response tokens generated at once on a rank
     # objective
     adv_std: bool = True  # divide advantages by the group's standard deviation
     clip_low: float = 0.2  # ratio clipped below 1 - clip_low
@@ -100,6 +101,7 @@ class Config:
     max_grad_norm: float = 1.0  # gradient clipping
     token_budget: int = 16384  # padded tokens in a micro-batch
     # memory and model
+    workers: int = 1  # processes that prepare images, per rank
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
     param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
@@ -145,6 +147,7 @@ def parse_config(cls, argv=None):
 
 def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of the image workers
     rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in
                                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     if torch.cuda.is_available():
@@ -157,6 +160,7 @@ def init_distributed():
         device, backend = torch.device("cpu"), "gloo"
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend, **alone)
+    transformers.utils.logging.disable_progress_bar()
     return rank, world, device
 
 
@@ -257,6 +261,32 @@ def encode_prompt(record, processor, max_pixels):
     images = [load_image(image, max_pixels) for image in record["images"]]
     # The template already wrote every special token, a second BOS would shift the prompt.
     return dict(processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"))
+
+
+def schedule(total, per_step, done, steps, seed):
+    """Record indices of steps done+1..steps: slices of endless seeded permutations, each record at most once a step.
+
+    A function of the seed alone, so a resumed run needs no saved cursor.
+    """
+    epochs = (random.Random(f"{seed}/{epoch}").sample(range(total), total) for epoch in itertools.count())
+    stream = itertools.islice(itertools.chain.from_iterable(epochs), done * per_step, None)
+    return [list(dict.fromkeys(itertools.islice(stream, per_step))) for _ in range(done, steps)]
+
+
+def prepared(batches, encode, workers):
+    """Iterate over lists of record indices; yields the lists of (index, encode(index)), prepared ahead in processes.
+
+    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record with an
+    unreadable image comes back as (index, BadImage).
+    """
+    class Rows:
+        def __getitem__(self, i):
+            try:
+                return i, encode(i)
+            except BadImage as error:
+                return i, error
+    return DataLoader(Rows(), batch_sampler=batches, num_workers=workers, collate_fn=list,
+                      multiprocessing_context="fork")
 
 
 def micro_batches(lengths, budget):
@@ -389,38 +419,74 @@ def sync_weights(policy, engine):
 
 @torch.no_grad()
 def generate(engine, prompts, seeds, cfg):
-    """Sample one response per prompt. Returns (response ids, their logprobs under the sampler, truncated) in the prompts' order.
+    """Sample one response per prompt; returns (response ids, logprobs under the sampler, truncated) in order.
 
-    prompts: encode_prompt's tensors; seeds: one int per prompt; cfg: max_new_tokens, temperature (0 = greedy), top_p, top_k,
-    rollout_batch. Each row draws from its own stream by inverse CDF, so what it samples does not depend on its batch.
+    prompts: encode_prompt's tensors; rows that are the same object share one prefill, so the images of a
+    question are encoded once and only its KV cache is copied G times. seeds: one int per prompt; each row draws
+    from its own stream by inverse CDF, so what it samples does not depend on its batch. cfg: max_new_tokens,
+    temperature (0 = greedy), top_p, top_k, rollout_tokens.
     """
-    out, stop, device = [None] * len(prompts), engine.stop, engine.banned.device
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i]["input_ids"].shape[1])
-    for chunk in (order[i:i + cfg.rollout_batch] for i in range(0, len(order), cfg.rollout_batch)):
-        rows = [prompts[i] for i in chunk]
-        width = max(p["input_ids"].shape[1] for p in rows)
-        left = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=stop[0] if k == "input_ids" else 0)
-                 if v.shape == p["input_ids"].shape else v for k, v in p.items()} for p in rows]
-        inputs, _ = collate([(p, []) for p in left], None, stop[0], device)
-        draws = torch.stack([torch.rand(cfg.max_new_tokens, generator=torch.Generator().manual_seed(seeds[i]),
-                                        dtype=torch.float64) for i in chunk]).to(device)                  # (B, max_new_tokens)
-        logps = torch.zeros(len(chunk), cfg.max_new_tokens, device=device)
-
-        def choose(ids, logits):
-            t = ids.shape[1] - width
-            logp = truncate(logits.float().index_fill(1, engine.banned, -torch.inf) / (cfg.temperature or 1.0), cfg).log_softmax(1)
+    out, device, stop = [None] * len(prompts), engine.banned.device, torch.tensor(engine.stop, device=engine.banned.device)
+    room = [p["input_ids"].shape[1] + cfg.max_new_tokens for p in prompts]
+    chunks, order = [], sorted(range(len(prompts)), key=lambda i: room[i])
+    for i in order:
+        if chunks and (len(chunks[-1]) + 1) * room[i] <= cfg.rollout_tokens:
+            chunks[-1].append(i)
+        else:
+            chunks.append([i])
+    for chunk in chunks:
+        unique = {id(prompts[i]): prompts[i] for i in chunk}
+        owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)           # (B,)
+        cache, mask, shift, logits = prefill(engine, list(unique.values()), owner)
+        draws = torch.stack([torch.rand(cfg.max_new_tokens, dtype=torch.float64,
+                                        generator=torch.Generator().manual_seed(seeds[i])) for i in chunk]).to(device)
+        tokens = torch.full(draws.shape, engine.stop[0], device=device)                        # (B, max_new_tokens)
+        logps = torch.zeros(draws.shape, device=device)
+        live = torch.arange(len(chunk), device=device)  # rows still in the batch
+        for t in range(cfg.max_new_tokens):
+            logp = logits.float().index_fill(1, engine.banned, -torch.inf) / (cfg.temperature or 1.0)
+            logp = truncate(logp, cfg).log_softmax(1)                                                      # (b, V)
             cdf = logp.double().exp().cumsum(1)
-            token = torch.searchsorted(cdf, draws[:, t, None] * cdf[:, -1:], right=True) if cfg.temperature else logp.argmax(1, True)
-            logps[:, t] = logp.gather(1, token)[:, 0]
-            return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
-
-        config = GenerationConfig(max_new_tokens=cfg.max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop[0])
-        ids = engine.generate(**inputs, generation_config=config, logits_processor=[choose])[:, width:].tolist()
-        for i, row, logp in zip(chunk, ids, logps.cpu()):
-            end = next((t for t, token in enumerate(row) if token in stop), None)
-            row = row if end is None else row[:end + 1]
-            out[i] = row, logp[:len(row)].clone(), end is None
+            token = torch.searchsorted(cdf, draws[live, t, None] * cdf[:, -1:], right=True) if cfg.temperature \
+                else logp.argmax(1, keepdim=True)                                                          # (b, 1)
+            tokens[live, t], logps[live, t] = token[:, 0], logp.gather(1, token)[:, 0]
+            ended = torch.isin(tokens[live, :t + 1], stop).any(1)
+            if ended.all() or t + 1 == cfg.max_new_tokens:
+                break
+            if 2 * ended.sum() >= len(live):  # finished rows leave once they are half: copying the cache costs a step or two
+                keep = (~ended).nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                live, token, mask = live[keep], token[keep], mask[keep]
+                shift = shift[keep] if shift is not None else None
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            place = mask.sum(1, keepdim=True) - 1                                                          # (b, 1)
+            place = place if shift is None else (place + shift).expand(3, -1, -1)
+            logits = engine(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache,
+                            use_cache=True).logits[:, -1]
+        for i, row, logp in zip(chunk, tokens.tolist(), logps.cpu()):
+            end = next((t + 1 for t, token in enumerate(row) if token in engine.stop), None)
+            out[i] = row[:end], logp[:end].clone(), end is None
     return out
+
+
+def prefill(engine, prompts, owner):
+    """Run distinct prompts, left-padded, and copy their states to the rows that own them.
+
+    Returns the KV cache, attention mask (B, T), shift (B, 1) of Qwen's multimodal positions against the token
+    count (None for other families) and next-token logits (B, V).
+    """
+    width = max(p["input_ids"].shape[1] for p in prompts)
+    padded = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=engine.stop[0] if k == "input_ids" else 0)
+               if v.shape == p["input_ids"].shape else v for k, v in p.items()} for p in prompts]
+    inputs, _ = collate([(p, []) for p in padded], None, engine.stop[0], owner.device)
+    if hasattr(engine.model, "rope_deltas"):
+        engine.model.rope_deltas = None  # kept from the last batch otherwise
+    if "image_grid_thw" not in inputs:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    result = engine(**inputs, use_cache=True, logits_to_keep=1)
+    result.past_key_values.batch_select_indices(owner)
+    shift = getattr(engine.model, "rope_deltas", None)
+    return result.past_key_values, inputs["attention_mask"][owner], None if shift is None else shift[owner], result.logits[owner, -1]
 
 
 def truncate(logits, cfg):
@@ -545,7 +611,9 @@ class RunLog:
             (self.out / "config.json").write_text(json.dumps({
                 "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(), "world_size": dist.get_world_size(),
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
-        self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True)
+        # Piped into a file, a line every ten seconds is enough.
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True,
+                        mininterval=0.2 if sys.stderr.isatty() else 10)
         dist.barrier()
 
     def note(self, text):
@@ -559,21 +627,12 @@ class RunLog:
 
     def step(self, step, metrics, shown):
         self.write("metrics.jsonl", [{"step": step, **metrics}])
-        self.bar.set_postfix({k.split("/")[-1] if k.startswith("loss") else k: f"{metrics[k]:.3g}" for k in shown if k in metrics})
+        self.bar.set_postfix({k.split("/")[-1] if k.startswith("loss") else k: f"{metrics[k]:.3g}" for k in shown if k in metrics},
+                             refresh=False)
         self.bar.update()
 
 
 # ----- this stage -----------------------------------------------------------------------------------------------------
-
-
-def questions_at(step, total, cfg):
-    """Record indices of step 1, 2, ...: consecutive slices of endless seeded permutations, so a resumed run needs no saved cursor."""
-    epochs = {}
-    for k in range((step - 1) * cfg.prompts_per_step, step * cfg.prompts_per_step):
-        epoch, i = divmod(k, total)
-        if epoch not in epochs:
-            epochs[epoch] = random.Random(f"{cfg.seed}/{epoch}").sample(range(total), total)
-        yield epochs[epoch][i]
 
 
 def rollout_seed(cfg, step, question, sample):
@@ -674,7 +733,7 @@ def check(cfg):
                           ("param_dtype", ("fp32", "bf16"))):
         if getattr(cfg, flag) not in allowed:
             raise ValueError(f"--{flag} {getattr(cfg, flag)}: use {' | '.join(allowed)}")
-    for flag in ("steps", "prompts_per_step", "max_new_tokens", "rollout_batch", "updates", "token_budget", "keep"):
+    for flag in ("steps", "prompts_per_step", "max_new_tokens", "rollout_tokens", "updates", "token_budget", "keep"):
         if getattr(cfg, flag) < 1:
             raise ValueError(f"--{flag} must be at least 1")
     if cfg.group_size < 2:
@@ -707,33 +766,27 @@ def main(cfg):
     log.note(describe(policy, cfg, 2 if cfg.kl_beta else 1))
     log.note(f"{len(records)} questions; a step is {cfg.prompts_per_step} of them x {cfg.group_size} rollouts on {world} rank(s)")
     log.note("first prompt: " + processor.tokenizer.decode(encode(records[0])["input_ids"][0]))
-    pool, stopping = ThreadPoolExecutor(1), []
+    stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     if held_out and not done:
         before = evaluate(engine, held_out, processor, cfg)
         log.write("metrics.jsonl", [{"step": 0, **before}])
         log.note(f"before training: {before['eval/accuracy']:.3f} of {len(held_out)} held-out questions right")
 
-    def prefetch(step):
-        mine = list(questions_at(step, len(records), cfg))[rank::world]
-        return [(q, pool.submit(encode, records[q])) for q in mine]
-
-    drawn, failures = prefetch(done + 1), 0
-    for step in range(done + 1, cfg.steps + 1):
+    plan = schedule(len(records), cfg.prompts_per_step, done, cfg.steps, cfg.seed)
+    mine = prepared([drawn[rank::world] for drawn in plan], lambda i: encode(records[i]), cfg.workers)
+    failures = 0
+    for step, questions, drawn in zip(itertools.count(done + 1), plan, mine):
         clock = [time.time()]
         tick = lambda: clock.append(time.time()) or clock[-1] - clock[-2]                                  # noqa: E731
 
-        # 1. draw this rank's questions; the next step's images are prepared in the background meanwhile
-        prompts, unreadable = {}, 0
-        for q, future in drawn:
-            try:
-                prompts[q] = future.result()
-            except BadImage as e:
+        # 1. draw this rank's questions; their images were prepared in the background
+        prompts = {q: prompt for q, prompt in drawn if not isinstance(prompt, BadImage)}
+        for q, error in drawn:
+            if q not in prompts:
                 if cfg.strict:
-                    sys.exit(f"{Path(sys.argv[0]).name}: {e}")
-                log.note(f"question {records[q]['id']} skipped: {e}")
-                unreadable += 1
-        drawn = prefetch(step + 1) if step < cfg.steps else []
+                    sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+                log.note(f"question {records[q]['id']} skipped: {error}")
 
         # 2. generate G rollouts of each
         asked = [(q, g) for q in prompts for g in range(cfg.group_size)]
@@ -769,7 +822,7 @@ def main(cfg):
         # 7. update: slices of questions, cut alike for every number of ranks
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, cfg)
-        place = {q: j * cfg.updates // cfg.prompts_per_step for j, q in enumerate(questions_at(step, len(records), cfg))}
+        place = {q: j * cfg.updates // len(questions) for j, q in enumerate(questions)}
         totals = []
         for u in range(cfg.updates):
             part = [r for r in rollouts if place[r.question] == u]
@@ -790,7 +843,7 @@ def main(cfg):
 
         # 9. log
         metrics = step_metrics(rollouts, trained, rewards, parts, totals, cfg)
-        metrics["data/unreadable"], stop_now = global_sum([unreadable, len(stopping)])
+        metrics["data/unreadable"], stop_now = global_sum([len(drawn) - len(prompts), len(stopping)])
         metrics |= {"optim/lr": lr_at(step, cfg), **seconds, "time/step": clock[-1] - clock[0],
                     "mem/peak_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
                     else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

@@ -1,21 +1,24 @@
-r"""Text in, numbers out: prompts, answer extraction, grading, rewards. A leaf: imports nothing of this project.
+r"""Text in, numbers out: prompts, answer extraction, grading, rewards. A leaf: imports no other file.
 
-Every reward is `(response: str, record: dict) -> float`. The response is hostile input, because RL finds every hole:
-no reward raises, hangs (each call is bounded well under a second), or returns NaN, whatever the model wrote. The
-record is trusted, data_prep checks it on load: id, question, images, answer (str), answer_type (one of ANSWER_TYPES),
-choices? (option texts), precision? (decimals the answer is rounded to), task? (picks a prompt of its own).
+Every reward is `(response: str, record: dict) -> float`. The response is hostile input, because RL finds
+every hole: no reward raises, hangs (each call is bounded well under a second), or returns NaN, whatever the
+model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer (str),
+answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
+(picks a prompt of its own).
 
 How a response becomes a verdict:
   1. extract_answer: last <answer> tag, else last \boxed{}, else "the answer is ...", else the bare text.
      Tag and box are slots the model chose to fill, so they are read strictly: one answer, nothing else.
      Prose is read for its conclusion, because untrained models only ever write prose.
-  2. accuracy: choice compares option labels, number compares exact values, text compares normalised words.
+  2. accuracy: choice compares option letters, number compares exact values, text compares normalised words.
      What the cheap comparisons leave open goes to math-verify, if it is small enough to be safe.
 
-Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or "and" are
-one list); a tag beats a box outside it; units and degree signs are ignored; 50% equals 50 and 0.5 (but 50 is not 0.5);
-with `precision` the response is rounded to it, without it values must agree to six digits; sets ignore order; a hedge
-("A or B", "3 or 4") is wrong; spelled-out counts are numbers in prose only, a slot wants a numeral.
+Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or
+"and" are one list); a tag beats a box outside it; units and degree signs are ignored; 50% equals 50 and 0.5
+(but 50 is not 0.5); with `precision` a response within half a unit of the last decimal is right, without it
+integers are exact and others agree to six digits; sets ignore order; a hedge ("A or B", "3 or 4") is wrong;
+a letter beats the option text beside it; spelled-out counts are numbers in prose only, a slot wants a
+numeral.
 """
 import difflib
 import logging
@@ -25,26 +28,31 @@ from fractions import Fraction
 
 ANSWER_TYPES = ("choice", "number", "math", "text")
 LONGEST = 200  # characters of an answer: more in a tag or box is prose
-TAIL = 4000  # characters of a response that are read: answers come last, and it bounds the cost of every regex below
+TAIL = 4000  # characters of a response that are read: answers come last, and it bounds the regexes
 
 # ----- prompts: beside the parsers, since each template promises a form that extract_answer reads back
 
 PROMPTS = {
-    "counting": "{question} Think inside <think> </think> , then give the number inside <answer> </answer> .",
-    "choice": "{question}\nWork it out step by step between <think> and </think>. Then write only the letter of the "
-              "option you choose between <answer> and </answer>.",
-    "number": "{question}\nWork it out step by step between <think> and </think>. Then write only the resulting number "
-              "between <answer> and </answer>.",
-    "math": "{question}\nWork it out step by step between <think> and </think>. Then write only the result, as a number "
-            "or in LaTeX, between <answer> and </answer>.",
-    "text": "{question}\nWork it out step by step between <think> and </think>. Then write only the answer, in a few "
-            "words, between <answer> and </answer>.",
+    "plain": "{question}",
+    "counting": "{question} Think inside <think> </think>, then give the number inside <answer> </answer>.",
+    "choice": "{question}\nWork it out step by step between <think> and </think>."
+              " Then write only the letter of "
+              "the option you choose between <answer> and </answer>.",
+    "number": "{question}\nWork it out step by step between <think> and </think>."
+              " Then write only the resulting "
+              "number between <answer> and </answer>.",
+    "math": "{question}\nWork it out step by step between <think> and </think>."
+              " Then write only the result, as a "
+            "number or in LaTeX, between <answer> and </answer>.",
+    "text": "{question}\nWork it out step by step between <think> and </think>."
+              " Then write only the answer, in a "
+            "few words, between <answer> and </answer>.",
 }
 HAS_OPTIONS = re.compile(r"\(A\)[\s\S]*\(B\)|^\s*A\s*[.:)]|(?i:\bchoices?\s*:)", re.MULTILINE)
 
 
 def build_prompt(record: dict) -> str:
-    """User text of a record: its task's template if there is one, else its answer type's, options one a line."""
+    """User text of a record: its task's template if it has one, else its answer type's."""
     question, choices = record["question"], record.get("choices") or []
     if choices and not HAS_OPTIONS.search(question):
         question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
@@ -54,20 +62,23 @@ def build_prompt(record: dict) -> str:
 
 # ----- extraction
 
-BOX_GLUE = re.compile(r"(?:[\s$]|\\[()]|\\q?quad)*(?:[,;]|\\text\{[^{}]{,40}\}|and\b)(?:[\s$,]|and\b|\\[()]|\\q?quad)*")
+BOX_GLUE = re.compile(r"(?:[\s$]|\\[()]|\\q?quad)*"
+                      r"(?:[,;]|\\text\{[^{}]{,40}\}|and\b)(?:[\s$,]|and\b|\\[()]|\\q?quad)*")
 CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
-                 r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*|答案\s*[:：是为]?\s*|final answer\s+", re.IGNORECASE)
+                 r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*"
+                 r"|答案\s*[:：是为]?\s*|final answer\s+", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[.!?。](?=\s|$)|[。，；]|\n")
-LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)", re.IGNORECASE)
+LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)",
+                   re.IGNORECASE)
 
 
 def extract_answer(response: str) -> str | None:
-    """The answer a response commits to, as written: tag, box, "answer is" clause or bare text; None if there is none."""
+    """The answer a response commits to, as written (tag, box, clause or bare text), or None."""
     return _find_answer(response)[0] or None
 
 
 def _find_answer(response: str) -> tuple[str, str]:
-    """(answer, the prose it was found in). Prose is "" for a slot, and an unclosed last box is a slot left empty."""
+    """(answer, the prose it is from). Prose is "" for a slot; an unclosed last box is a slot left empty."""
     text = response[-TAIL:]
     tags = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     boxed = _last_box(tags[-1] if tags else text)
@@ -82,7 +93,7 @@ def _find_answer(response: str) -> tuple[str, str]:
 
 
 def _last_box(text: str) -> str | None:
-    r"""Content of the last \boxed{}, or of the list of boxes it ends; "" if that box is never closed; None without box."""
+    r"""Content of the last \boxed{}, or of the list it ends; "" if it is never closed; None without box."""
     opened, boxes = [], []
     for brace in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
         if brace[0] in (r"\{", r"\}"):
@@ -91,7 +102,7 @@ def _last_box(text: str) -> str | None:
             opened.append(brace)
         elif opened:
             start = opened.pop()
-            if len(start[0]) > 1 and not (boxes and boxes[-1][0] > start.start()):  # of nested boxes the inner one
+            if len(start[0]) > 1 and not (boxes and boxes[-1][0] > start.start()):  # innermost
                 boxes.append((start.start(), brace.end(), text[start.end():brace.start()].strip()))
     if any(len(o[0]) > 1 and o.start() > (boxes[-1][0] if boxes else -1) for o in opened):
         return ""
@@ -120,18 +131,22 @@ NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
     (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", "")),
     (r"\s+", " "),
 )]
-WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
+WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}
 COUNTS = re.compile(r"\b(?:" + "|".join(WORDS) + r")\b")
-NUMBER = re.compile(r"(?<![\w.])[-+]?\s?[€£¥]?(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:e[-+]?\d{1,2})?(?:/\d{1,15})?(?![\d/])")
-UNIT = re.compile(r"(?:%|\s?(?:[cdkmµ]?m|[km]?g|m?s|hr?|min|in|ft|yd|mi|lbs?|oz|m?[lL]|[kM]?[VWNJA]|[kMG]?Hz|k?Pa|K|C|F|mol"
-                  r"|[\u4e00-\u9fff]+)(?:\^?\{?[23]\}?|[²³])?(?:/(?:s|h|min|kg|[mc]?m)(?:\^?\{?[23]\}?|[²³])?)?"
+NUMBER = re.compile(r"(?<![\w.])[-+]?\s?[€£¥]?"
+                    r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:e[-+]?\d{1,2})?(?:/\d{1,15})?(?![\d/])")
+UNIT = re.compile(r"(?:%|\s?(?:[cdkmµ]?m|[km]?g|m?s|hr?|min|in|ft|yd|mi|lbs?|oz|m?[lL]"
+                  r"|[kM]?[VWNJA]|[kMG]?Hz|k?Pa|K|C|F|mol"
+                  r"|[\u4e00-\u9fff]+)(?:\^?\{?[23]\}?|[²³])?"
+                  r"(?:/(?:s|h|min|kg|[mc]?m)(?:\^?\{?[23]\}?|[²³])?)?"
                   r"|(?:\s(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,}(?:\^?\{?[23]\}?|[²³])?){1,4})?")
 PARTS = re.compile(r"[.!?](?:\s|$)|\n|[。，；]")
 STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|be|equals?))[:\s]+"
                     rf"(?:an? |total |of |about |approximately |only |\W)*(?P<value>{NUMBER.pattern})")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
-REFUSAL = re.compile(r"cannot|can't|unable to|impossible|not (?:possible|enough|provide|specif|available|clear|contain|in the)"
-                     r"|insufficient|without |no (?:information|option)|none of", re.IGNORECASE)
+REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
+                     r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
+                     r"|without |no (?:information|option)|none of", re.IGNORECASE)
 ASSIGNED = re.compile(r"^[^=\d+*/<>^-]{1,40}(?:_\{?\d\}?)?\s?=\s?")
 
 
@@ -142,7 +157,7 @@ def _plain(text: str) -> str:
 
 
 def _value(text: str) -> tuple[Fraction, bool] | None:
-    """(value, written as a percentage) when the whole of a plain text is one number, perhaps `x =` and a unit."""
+    """(value, written as a percentage) if a plain text is one number, perhaps with `x =` and a unit."""
     text = ASSIGNED.sub("", text)
     number = NUMBER.match(text)
     if not number or not UNIT.fullmatch(text, number.end()):
@@ -166,7 +181,7 @@ def _fraction(number: str) -> Fraction:
 
 
 def _same_value(got: tuple[Fraction, bool], gold: tuple[Fraction, bool], precision: float | None) -> bool:
-    """Equal to the record's decimals, else to six digits; where one side is a percentage, as written or as a ratio."""
+    """Equal to the record's decimals, else six digits; a percentage on one side is that number or ratio."""
     (x, x_percent), (y, y_percent) = got, gold
     if precision is not None:
         tolerance = Fraction(1, 2 * 10 ** int(precision))
@@ -177,15 +192,16 @@ def _same_value(got: tuple[Fraction, bool], gold: tuple[Fraction, bool], precisi
 
 
 def _conclusion(answer: str, prose: str) -> tuple[Fraction, bool] | None:
-    """The number that prose commits to: the first of its answer clause, else what its last sentence with one states."""
+    """The number that prose commits to: first of its clause, else what its last sentence with one states."""
     if answer == prose and REFUSAL.search(prose[-300:]):
         return None
-    for text in ([] if answer == prose else [answer]) + PARTS.split(prose)[::-1]:
+    clause = [] if answer == prose else [answer]
+    for i, text in enumerate(clause + PARTS.split(prose)[::-1]):
         text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(text).rpartition("=")[2].lower())
         numbers = list(NUMBER.finditer(text))
         stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
         if numbers:
-            at = stated[-1].start("value") if stated else (numbers[0] if text is answer else numbers[-1]).start()
+            at = stated[-1].start("value") if stated else numbers[0 if i < len(clause) else -1].start()
             number = NUMBER.match(text, at)
             return _fraction(number[0]), text[number.end():].startswith("%")
     return None
@@ -194,7 +210,7 @@ def _conclusion(answer: str, prose: str) -> tuple[Fraction, bool] | None:
 # ----- grading
 
 def accuracy(response: str, record: dict) -> float:
-    """1.0 if the response's answer equals the record's, else 0.0. Hedged, empty and unreadable answers are wrong."""
+    """1.0 if the response's answer equals the record's, else 0.0. Hedged and unreadable answers are wrong."""
     answer, prose = _find_answer(response)
     gold = record["answer"]
     if len(gold) > LONGEST or "<answer>" in gold or gold.count(r"\boxed") == 1:
@@ -211,40 +227,44 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
 
 
 def _labels(text: str, choices: list[str]) -> str:
-    """Option letters that a short text names ("B", "(b) 3 cm", an option's own text, "A, C" -> "AC"); "" if none."""
+    """Option letters a short text names ("B", "(b) 3 cm", an option's text, "A, C" -> "AC"); "" if none."""
     plain = _plain(text)
     several = re.fullmatch(r"\(?([A-K])\)?(?:\s?(?:,|;|and|\s)\s?\(?([A-K])\)?)+", plain)
     if several:
         return "".join(sorted(set(re.findall(r"\b[A-K]\b", plain))))
-    label = re.match(r"(?:(?:option|choice)\s)?(?:\(([A-Za-z])\)|([A-Za-z])(?:$|[.:)]))\s?", plain, re.IGNORECASE)
-    if label and ord((label[1] or label[2]).upper()) < 65 + (len(choices) or 26) and not re.match(r"(?:or\b|and\b|/|,|\(?[A-K]\)?(?:[.:)]|$))|.*\bor \(?[A-K]\b", plain[label.end():]):
-        return (label[1] or label[2]).upper()
+    label = LETTER.match(plain)
+    letter = (label[1] or label[2]).upper() if label else ""
+    if label and ord(letter) < 65 + (len(choices) or 26) and not HEDGE.match(plain, label.end()):
+        return letter
     folded = _fold(text)
-    same = [i for i, choice in enumerate(choices) if _bare(folded) == _bare(choice)] or _same_value_options(folded, choices)
+    same = [i for i, choice in enumerate(choices) if folded.replace(" ", "") == choice.replace(" ", "")]
+    same += _same_value_options(_value(folded), choices)
     return chr(65 + same[0]) if same else ""
 
 
-def _same_value_options(text: str, choices: list[str]) -> list[int]:
-    got, values = _value(text), [_value(choice) for choice in choices]
+def _same_value_options(got: tuple[Fraction, bool] | None, choices: list[str]) -> list[int]:
+    values = [_value(choice) for choice in choices]
     return [i for i, value in enumerate(values) if got and value and _same_value(got, value, None)]
 
 
-def _bare(text: str) -> str:
-    return re.sub(r"[\s{}]", "", text)
+LETTER = re.compile(r"(?:(?:option|choice)\s)?(?:\(([A-Z])\)|([A-Z])(?:$|[.:)]))\s?", re.IGNORECASE)
+HEDGE = re.compile(r"or\b|and\b|/|,|\(?[A-K]\)?(?:[.:)]|$)|.*\b(?:or \(?[A-K]\b|and (?:\([A-K]\)|[A-K][.:)]))")
+LABELLED = re.compile(r"\(([A-K])\)|\b(?:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b"
+                      r"|\b(?:option|choice) \W*([A-K])\b|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))"
+                      r"|(?:选项|答案|是)\W*为?([A-K])")
 
 
 def _label_in(answer: str, prose: str, choices: list[str]) -> str:
-    """Option letter that prose commits to: a labelled option in the answer clause, else the last one, else by option text."""
+    """Option letter that prose commits to: labelled in its clause, else the last label, else by text."""
     last = 65 + (len(choices) or 11)
     for text in (answer, prose):
         labels = [next(filter(None, m)).upper() for m in LABELLED.findall(text)]
         labels = [label for label in labels if ord(label) < last]
         if labels:
             return labels[-1] if text is prose or len(set(labels)) == 1 else "?"
-    values = [_value(choice) for choice in choices]
-    if all(values):
-        got = _conclusion(answer, prose)
-        return next((chr(65 + i) for i, value in enumerate(values) if got and _same_value(got, value, None)), "")
+    if all(map(_value, choices)):
+        same = _same_value_options(_conclusion(answer, prose), choices)
+        return chr(65 + same[0]) if same else ""
     if REFUSAL.search(prose[-300:]):
         return ""
     for part in reversed(PARTS.split(prose)):
@@ -260,7 +280,8 @@ def _label_in(answer: str, prose: str, choices: list[str]) -> str:
 
 def _fold(text: str) -> str:
     """Text reduced to its words: case, articles, punctuation and LaTeX dressing do not matter."""
-    plain = re.sub(r"\b(?:a|an|An|the|The)\s|^A\s|[\"'“”{}]", "", _plain(text))  # capital A inside is a name: "sample A has"
+    # a capital A further in is a name: "sample A has"
+    plain = re.sub(r"\b(?:a|an|An|the|The)\s|^A\s|[\"'“”{}]", "", _plain(text))
     return plain.lower().strip(" .,:;!?")
 
 
@@ -289,19 +310,24 @@ def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:
     return got == want or all(values) and _same_value(*values, record.get("precision"))
 
 
-HEAVY = re.compile(r"\d{16}|\d{3}\s*!|[^\d\s]\s*!(?!=)|!.*\^|\^.*!|\*\*|\^\s*\(|\^\s*\{?\s*[-+]?\d{3}|\^\s*\{[^{}]{9}|\de[-+]?\d{3}"
-                   r"|\\(?:int|sum|prod|lim|d?binom|oint|iint)(?![a-z])|\[\d{3}")
-LABELLED = re.compile(r"\(([A-K])\)|\b(?:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b|\b(?:option|choice) \W*([A-K])\b"
-                      r"|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))|(?:选项|答案|是)\W*为?([A-K])")
+# ----- symbolic equality
+
+HEAVY = re.compile(r"\d{16}|\d{3}\s*!|[^\d\s]\s*!(?!=)|!.*\^|\^.*!|\*\*|\^\s*\(|\^\s*\{?\s*[-+]?\d{3}"
+                   r"|\^\s*\{[^{}]{9}|\de[-+]?\d{3}|\[\d{3}"
+                   r"|\\(?:int|sum|prod|lim|d?binom|oint|iint)(?![a-z])")
+RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|neq?|lt|gt)(?![a-z])")
+TRANSCENDENTAL = re.compile(r"\\(?:a?r?c?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|sqrt)"
+                            r"|\^\s*\{?\s*-?[A-Za-z\\]|\|")
 POWER = re.compile(r"\^\s*\{?\s*-?(\d{1,2})")  # their product bounds the degree that nested powers expand to
 GROUP = re.compile(r"\{[^{}^]*\}")
 
 
 def _light(latex: str) -> bool:
-    """Whether a computer algebra system surely handles this in a fraction of a second: no bombs, towers or long chains."""
-    if len(latex) > 200 or HEAVY.search(latex) or latex.count("^") > 6 or len(re.findall(r"\\[a-z]{3,}", latex)) > 24:
+    """Whether computer algebra surely handles this in a fraction of a second: no bombs, no towers."""
+    powers = [int(power) for power in POWER.findall(latex)]
+    if len(latex) > 200 or HEAVY.search(latex) or len(re.findall(r"\\[a-z]{2,}", latex)) > 24:
         return False
-    if math.prod(int(power) for power in POWER.findall(latex)) > 200:
+    if latex.count("^") > 6 or math.prod(powers) > 100 or len(TRANSCENDENTAL.findall(latex)) > 4:
         return False
     flat, groups = latex, 1
     for _ in range(8):
@@ -312,14 +338,15 @@ def _light(latex: str) -> bool:
 
 
 def _marked(text: str) -> str:
-    """Text as math-verify wants it: formulas inside $..$, unless words around them show that it must search itself."""
+    """Text as math-verify wants it: formulas in $..$, unless words show that it must look for them itself."""
     prose = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 2
     return text if prose or re.search(r"\$|\\[(\[]|\\boxed", text) else f"${text}$"
 
 
 def _math_equal(answer: str, gold: str) -> bool:
-    """Symbolic equality by math-verify, whose own time limits need signals, hence the main thread: _light bounds it instead."""
-    if not (_light(answer) and _light(gold)):
+    """Equality by math-verify. Its time limits need the main thread, so _light bounds it instead."""
+    solving = RELATION.search(answer) and RELATION.search(gold)  # two relations are compared by solving both
+    if not (_light(answer) and _light(gold)) or solving and TRANSCENDENTAL.search(answer + gold):
         return False
     from math_verify import parse, verify
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
@@ -336,7 +363,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def format_think_answer(response: str, record: dict) -> float:
-    """1.0 if the response is one non-empty think block, then one non-empty answer block, and nothing else; else 0.0."""
+    """1.0 if the response is a non-empty think block, a non-empty answer block and nothing else, else 0.0."""
     text = response.strip()
     if any(text.count(tag) != 1 for tag in TAGS):
         return 0.0
@@ -350,13 +377,13 @@ REWARDS = {"accuracy": accuracy, "format": format_think_answer}
 
 
 def parse_reward_spec(spec: str) -> dict[str, float]:
-    """Weights by reward name from "accuracy=1,format=0.5" (a bare name weighs 1); ValueError says what is wrong with it."""
+    """Weights by name from "accuracy=1,format=0.5" (a bare name weighs 1); ValueError names what is wrong."""
     weights = {}
     for part in spec.split(","):
         name, _, weight = (piece.strip() for piece in part.partition("="))
         if name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown reward {name!r} in {spec!r}: did you mean {near!r}? Known: {', '.join(REWARDS)}")
+            raise ValueError(f"unknown reward {name!r} in {spec!r}: did you mean {near!r}?")
         if name in weights:
             raise ValueError(f"reward {name!r} is given twice in {spec!r}")
         try:
@@ -364,7 +391,7 @@ def parse_reward_spec(spec: str) -> dict[str, float]:
         except ValueError:
             weights[name] = math.nan
         if not math.isfinite(weights[name]):
-            raise ValueError(f"bad weight {weight!r} for reward {name!r} in {spec!r}: it must be a finite number")
+            raise ValueError(f"bad weight {weight!r} for reward {name!r} in {spec!r}: not a finite number")
     return weights
 
 

@@ -24,6 +24,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -47,6 +47,7 @@ from PIL import Image
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -76,6 +77,7 @@ class Config:
     token_budget: int = 16384  # padded tokens in a micro-batch
     max_tokens: int = 8192  # rows with more tokens, prompt and response, are left out
     # memory and model
+    workers: int = 1  # processes that prepare images, per rank
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
     param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
@@ -120,6 +122,7 @@ def parse_config(cls, argv=None):
 
 def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of the image workers
     rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in
                                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     if torch.cuda.is_available():
@@ -132,6 +135,7 @@ def init_distributed():
         device, backend = torch.device("cpu"), "gloo"
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group(backend, **alone)
+    transformers.utils.logging.disable_progress_bar()
     return rank, world, device
 
 
@@ -232,6 +236,32 @@ def encode_prompt(record, processor, max_pixels):
     images = [load_image(image, max_pixels) for image in record["images"]]
     # The template already wrote every special token, a second BOS would shift the prompt.
     return dict(processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"))
+
+
+def schedule(total, per_step, done, steps, seed):
+    """Record indices of steps done+1..steps: slices of endless seeded permutations, each record at most once a step.
+
+    A function of the seed alone, so a resumed run needs no saved cursor.
+    """
+    epochs = (random.Random(f"{seed}/{epoch}").sample(range(total), total) for epoch in itertools.count())
+    stream = itertools.islice(itertools.chain.from_iterable(epochs), done * per_step, None)
+    return [list(dict.fromkeys(itertools.islice(stream, per_step))) for _ in range(done, steps)]
+
+
+def prepared(batches, encode, workers):
+    """Iterate over lists of record indices; yields the lists of (index, encode(index)), prepared ahead in processes.
+
+    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record with an
+    unreadable image comes back as (index, BadImage).
+    """
+    class Rows:
+        def __getitem__(self, i):
+            try:
+                return i, encode(i)
+            except BadImage as error:
+                return i, error
+    return DataLoader(Rows(), batch_sampler=batches, num_workers=workers, collate_fn=list,
+                      multiprocessing_context="fork")
 
 
 def micro_batches(lengths, budget):
@@ -407,7 +437,9 @@ class RunLog:
             (self.out / "config.json").write_text(json.dumps({
                 "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(), "world_size": dist.get_world_size(),
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
-        self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True)
+        # Piped into a file, a line every ten seconds is enough.
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True,
+                        mininterval=0.2 if sys.stderr.isatty() else 10)
         dist.barrier()
 
     def note(self, text):
@@ -421,21 +453,12 @@ class RunLog:
 
     def step(self, step, metrics, shown):
         self.write("metrics.jsonl", [{"step": step, **metrics}])
-        self.bar.set_postfix({k.split("/")[-1] if k.startswith("loss") else k: f"{metrics[k]:.3g}" for k in shown if k in metrics})
+        self.bar.set_postfix({k.split("/")[-1] if k.startswith("loss") else k: f"{metrics[k]:.3g}" for k in shown if k in metrics},
+                             refresh=False)
         self.bar.update()
 
 
 # ----- this stage -----------------------------------------------------------------------------------------------------
-
-
-def rows_at(step, total, cfg):
-    """Record indices of step 1, 2, ...: consecutive slices of endless seeded permutations, so a resumed run needs no saved cursor."""
-    epochs = {}
-    for k in range((step - 1) * cfg.batch_size, step * cfg.batch_size):
-        epoch, i = divmod(k, total)
-        if epoch not in epochs:
-            epochs[epoch] = random.Random(f"{cfg.seed}/{epoch}").sample(range(total), total)
-        yield epochs[epoch][i]
 
 
 def encode_row(record, processor, stop, banned, cfg):
@@ -447,19 +470,15 @@ def encode_row(record, processor, stop, banned, cfg):
     return (prompt, response) if prompt["input_ids"].shape[1] + len(response) <= cfg.max_tokens else None
 
 
-def ready(futures, records, log, cfg):
-    """Rows prepared in the background, less those with an unreadable image or too many tokens; and how many were left out."""
-    rows = []
-    for i, future in futures:
-        try:
-            row = future.result()
-        except BadImage as e:
+def usable(drawn, records, log, cfg):
+    """Rows without those that have an unreadable image or too many tokens."""
+    for i, row in drawn:
+        if isinstance(row, BadImage):
             if cfg.strict:
-                sys.exit(f"{Path(sys.argv[0]).name}: {e}")
-            log.note(f"row {records[i]['id']} skipped: {e}")
-            row = None
-        rows += [row] if row else []
-    return rows, len(futures) - len(rows)
+                sys.exit(f"{Path(sys.argv[0]).name}: {row}")
+            log.note(f"row {records[i]['id']} skipped: {row}")
+        elif row:
+            yield row
 
 
 def losses(policy, rows, dummy, cfg):
@@ -513,25 +532,21 @@ def main(cfg):
     prompt, response = encode(records[0])
     log.note("first row, what is learnt in [[ ]]: " + processor.tokenizer.decode(prompt["input_ids"][0])
              + "[[" + processor.tokenizer.decode(response) + "]]")
-    pool, stopping = ThreadPoolExecutor(1), []
+    stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    held_out, _ = ready([(i, pool.submit(encode, r)) for i, r in enumerate(held_out[rank::world])], held_out, log, cfg)
-
-    def prefetch(step):
-        mine = list(rows_at(step, len(records), cfg))[rank::world]
-        return [(i, pool.submit(encode, records[i])) for i in mine]
-
-    drawn, failures = prefetch(done + 1), 0
-    for step in range(done + 1, cfg.steps + 1):
+    share = [list(range(rank, len(held_out), world))]
+    held_out = [row for drawn in prepared(share, lambda i: encode(held_out[i]), cfg.workers) for row in usable(drawn, held_out, log, cfg)]
+    plan = schedule(len(records), cfg.batch_size, done, cfg.steps, cfg.seed)
+    mine = prepared([drawn[rank::world] for drawn in plan], lambda i: encode(records[i]), cfg.workers)
+    failures = 0
+    for step, drawn in enumerate(mine, done + 1):
         began = time.time()
 
-        # 1. draw this rank's rows; the next step's images are prepared in the background meanwhile
-        rows, left_out = ready(drawn, records, log, cfg)
-        drawn = prefetch(step + 1) if step < cfg.steps else []
-        waited = time.time() - began
+        # 1. draw this rank's rows; their images were prepared in the background
+        rows = list(usable(drawn, records, log, cfg))
 
         # 2. update, with the denominator counted over all ranks before the first backward
-        tokens, left_out, stop_now = global_sum([sum(len(r) for _, r in rows), left_out, len(stopping)])
+        tokens, left_out, stop_now = global_sum([sum(len(r) for _, r in rows), len(drawn) - len(rows), len(stopping)])
         total = 0.0
         for loss in losses(policy, rows, dummy, cfg):
             # FSDP averages gradients over ranks; the sum over all ranks is divided by their common token count instead.
@@ -551,7 +566,7 @@ def main(cfg):
 
         # 3. log
         metrics = {"loss/nll": global_sum([total])[0] / max(1, tokens), "optim/lr": lr_at(step, cfg), "optim/grad_norm": norm,
-                   "tokens/train": tokens, "data/left_out": left_out, "time/data": waited, "time/step": time.time() - began,
+                   "tokens/train": tokens, "data/left_out": left_out, "time/step": time.time() - began,
                    "mem/peak_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
