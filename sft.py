@@ -65,11 +65,11 @@ class Config:
     strict: bool = False  # stop at an unreadable image instead of skipping its row
     seed: int = 0  # data order
     # optimisation
-    steps: int = 1500  # optimizer steps
+    steps: int = 400  # optimizer steps
     epochs: float = 0.0  # passes over the data instead of --steps, 0 = use --steps
     batch_size: int = 32  # rows per step, over all ranks
-    lr: float = 3e-3  # peak learning rate (1e-5 is usual for a 7B model)
-    warmup: int = 50  # steps of linear warm-up
+    lr: float = 2e-3  # peak learning rate (1e-5 is usual for a 7B model)
+    warmup: int = 30  # steps of linear warm-up
     schedule: str = "cosine"  # cosine | linear | constant
     lr_floor: float = 0.02  # final learning rate as a share of the peak (cosine, linear)
     weight_decay: float = 0.0  # AdamW
@@ -86,9 +86,9 @@ class Config:
     attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records with a response, "" = no evaluation
-    eval_every: int = 250  # steps between evaluations
+    eval_every: int = 100  # steps between evaluations
     eval_n: int = 200  # held-out rows used
-    save_every: int = 500  # steps between checkpoints (one is always written at the end)
+    save_every: int = 200  # steps between checkpoints (one is always written at the end)
     keep: int = 1  # checkpoints kept
 
 

@@ -1,0 +1,250 @@
+"""Shared fixtures: a process group, the mini suite, and tiny random models of every supported family with their real processors."""
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers as hf  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+import data_prep  # noqa: E402
+import grpo  # noqa: E402
+import rewards  # noqa: E402
+
+CPU = torch.device("cpu")
+WORDS = ["User:", "Assistant:", "user", "model", "assistant",
+         "one two three four five six seven eight nine ten red blue green circle square"]
+CHATML = data_prep.TINY_TEMPLATE
+SMOL_TEMPLATE = (
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}: "
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+GEMMA_TEMPLATE = (
+    "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+
+
+# ----- records
+
+
+def picture(width, height, seed=0):
+    """A deterministic RGB image with a few coloured boxes."""
+    image = Image.new("RGB", (width, height), (230, 230, 230))
+    pen, step = ImageDraw.Draw(image), 14
+    for i, (x, y) in enumerate((x, y) for y in range(0, height, step) for x in range(0, width, step)):
+        k = i * 37 + seed * 101
+        pen.rectangle((x, y, x + step - 2, y + step - 2), fill=(k % 256, k * 7 % 256, k * 13 % 256))
+    return image
+
+
+def question(text, *images):
+    """A record without an answer."""
+    return {"id": "q", "question": text, "images": list(images), "answer_type": "text"}
+
+
+RECORDS = {
+    "text": question("one two three"),
+    "long text": question("red blue green circle square one two three four five six seven eight nine ten red blue green circle square"),
+    "image": question("one two", picture(84, 84)),
+    "wide image": question("red circle <image> blue", picture(140, 56, seed=1)),
+    "two images": question("<image> one <image> two three", picture(56, 84, seed=2), picture(84, 56, seed=3)),
+}
+
+
+# ----- models
+
+
+def tokenizer(*special, eos="<|im_end|>", **named):
+    """data_prep's word-level tokenizer with more special tokens; `named` ones become attributes (boi_token=...), as checkpoints store them."""
+    made = data_prep.tiny_tokenizer([*WORDS, *(rewards.build_prompt(r) for r in RECORDS.values())])
+    made.add_special_tokens({"additional_special_tokens": [*special, *named.values()]})
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, eos_token=eos,
+                                      pad_token="<|endoftext|>",
+                                      extra_special_tokens=named)
+
+
+def shake(model, seed):
+    """Random weights large enough that every position, image and layer shows in the logits, and small enough that sampling varies."""
+    embeddings = 0.1 if model.config.model_type == "gemma3" else 0.2
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            scale = embeddings if name.endswith(("lm_head.weight",
+                                                 "embed_tokens.weight")) else p[0].numel() ** -0.5
+            p.data.normal_(0, scale, generator=generator)
+        elif name.endswith("bias"):
+            p.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def text_config(tok, **more):
+    """Sizes shared by the language models; two layers, grouped-query attention."""
+    return dict(vocab_size=len(tok), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2,
+                max_position_embeddings=4096, bos_token_id=None, eos_token_id=tok.eos_token_id,
+                pad_token_id=tok.pad_token_id) | more
+
+
+def qwen_ids(tok):
+    """Vision token ids of a Qwen configuration."""
+    ids = tok.get_vocab()
+    return dict(image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+                vision_start_token_id=ids["<|vision_start|>"],
+                vision_end_token_id=ids["<|vision_end|>"])
+
+
+def qwen25():
+    """Qwen2.5-VL: windowed vision attention, tied embeddings."""
+    tok = tokenizer()
+    model = hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(
+        text_config=text_config(tok, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3],
+                                                      "rope_theta": 1e4}, tie_word_embeddings=True),
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64,
+                           patch_size=14, spatial_merge_size=2,
+                           temporal_patch_size=2, window_size=56, fullatt_block_indexes=[1]),
+                           tie_word_embeddings=True, **qwen_ids(tok)))
+    size = {"shortest_edge": 28**2, "longest_edge": 1280 * 28**2}
+    return model, hf.Qwen2_5_VLProcessor(hf.Qwen2VLImageProcessor(size=size), tok, hf.Qwen2VLVideoProcessor(),
+                                         chat_template=CHATML)
+
+
+def qwen2():
+    """Qwen2-VL: untied output head."""
+    tok = tokenizer()
+    model = hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(
+        text_config=text_config(tok, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3],
+                                                      "rope_theta": 1e4}),
+        vision_config=dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14),
+        tie_word_embeddings=False,
+        **qwen_ids(tok)))
+    size = {"shortest_edge": 28**2, "longest_edge": 1280 * 28**2}
+    return model, hf.Qwen2VLProcessor(hf.Qwen2VLImageProcessor(size=size), tok, hf.Qwen2VLVideoProcessor(),
+                                      chat_template=CHATML)
+
+
+def qwen3():
+    """Qwen3-VL: patches of 16, interleaved rotary positions, image features added into early layers."""
+    tok = tokenizer()
+    model = hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(
+        text_config=text_config(tok, head_dim=16, rope_parameters={"rope_type": "default",
+                                                                   "mrope_section": [2, 3, 3],
+                                                                   "rope_theta": 1e4,
+                                                                   "mrope_interleaved": True}),
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64,
+                           patch_size=16,
+                           num_position_embeddings=64, deepstack_visual_indexes=[0]),
+                           tie_word_embeddings=False, **qwen_ids(tok)))
+    size = {"shortest_edge": 32**2, "longest_edge": 1280 * 32**2}
+    images = hf.Qwen2VLImageProcessor(size=size, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return model, hf.Qwen3VLProcessor(images, tok, hf.Qwen3VLVideoProcessor(), chat_template=CHATML)
+
+
+def smol_parts(config_class):
+    """Tokenizer and configuration of Idefics3 and SmolVLM: images cut into tiles of 56 pixels, 4 tokens each."""
+    rows = [f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5)]
+    tok = tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows,
+                    eos="<end_of_utterance>")
+    ids = tok.get_vocab()
+    config = config_class(text_config=dict(model_type="llama", **text_config(tok)), tie_word_embeddings=False,
+                          scale_factor=2,
+                          vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                             num_attention_heads=2,
+                                             image_size=56, patch_size=14),
+                          image_token_id=ids["<image>"], pad_token_id=tok.pad_token_id)
+    sizes = dict(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
+    return tok, config, sizes
+
+
+def idefics3():
+    """Idefics3: padded tiles, text positions without image geometry."""
+    tok, config, sizes = smol_parts(hf.Idefics3Config)
+    return hf.Idefics3ForConditionalGeneration(config), hf.Idefics3Processor(
+        hf.Idefics3ImageProcessor(**sizes), tok, image_seq_len=4, chat_template=SMOL_TEMPLATE)
+
+
+def smolvlm():
+    """SmolVLM, Idefics3's small successor."""
+    pytest.importorskip("num2words")  # its processor wants it
+    tok, config, sizes = smol_parts(hf.SmolVLMConfig)
+    return hf.SmolVLMForConditionalGeneration(config), hf.SmolVLMProcessor(
+        hf.SmolVLMImageProcessor(**sizes), tok, hf.SmolVLMVideoProcessor(**sizes), image_seq_len=4,
+        chat_template=SMOL_TEMPLATE)
+
+
+def gemma3():
+    """Gemma 3: sliding-window layers, bidirectional attention inside an image, scaled embeddings."""
+    tok = tokenizer("<bos>", "<start_of_turn>", "<end_of_turn>", eos="<end_of_turn>",
+                    boi_token="<start_of_image>", eoi_token="<end_of_image>",
+                    image_token="<image_soft_token>")
+    ids = tok.get_vocab()
+    config = hf.Gemma3Config(
+        text_config=text_config(tok, head_dim=16, sliding_window=16, layer_types=["sliding_attention",
+                                                                                  "full_attention"],
+                                                                                  tie_word_embeddings=True),
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                           image_size=56, patch_size=14,
+                           vision_use_head=False),
+        mm_tokens_per_image=4, boi_token_index=ids["<start_of_image>"], eoi_token_index=ids["<end_of_image>"],
+        image_token_index=ids["<image_soft_token>"], tie_word_embeddings=True)
+    images = hf.Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    return hf.Gemma3ForConditionalGeneration(config), hf.Gemma3Processor(images, tok,
+                                                                         chat_template=GEMMA_TEMPLATE,
+                                                                         image_seq_length=4)
+
+
+FAMILIES = {"qwen2.5-vl": qwen25, "qwen2-vl": qwen2, "qwen3-vl": qwen3, "idefics3": idefics3,
+            "smolvlm": smolvlm, "gemma3": gemma3}
+
+
+# ----- fixtures
+
+
+@pytest.fixture(scope="session")
+def group():
+    """A process group of one rank, as every stage makes it."""
+    rank, world, device = grpo.init_distributed()
+    torch.set_num_threads(1)
+    yield SimpleNamespace(rank=rank, world=world, device=device)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The mini suite at small sizes and the tiny model that goes with it."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("tiny")
+    data_prep.make_mini(root / "mini", 0, sizes={"train": 24, "id": 12, "ood": 12})
+    records = data_prep.read_records(root / "mini" / "counting_train.jsonl")
+    data_prep.make_tiny(root / "model", [t for r in records for t in (rewards.build_prompt(r),
+                                                                      r["response"])], 0)
+    return SimpleNamespace(root=root, mini=root / "mini", model=str(root / "model"), records=records)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request, tmp_path_factory, group):
+    """One family: its saved model, processor, prompts by name, plain model, FSDP policy and rollout engine."""
+    path = str(tmp_path_factory.mktemp(request.param))
+    torch.manual_seed(0)
+    model, processor = FAMILIES[request.param]()
+    shake(model, seed=1)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    cfg = grpo.Config(max_new_tokens=8)
+    policy, processor = grpo.load_policy(path, cfg, CPU)
+    engine = grpo.build_engine(path, processor, cfg, CPU)
+    prompts = {name: grpo.encode_prompt(record, processor, 10**6) for name, record in RECORDS.items()}
+    plain = hf.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    assert sum(p.numel() for p in plain.parameters()) < 1_000_000
+    return SimpleNamespace(name=request.param, path=path, processor=processor, policy=policy, engine=engine,
+                           prompts=prompts, plain=plain)

@@ -1,0 +1,286 @@
+"""generate: against transformers' own, against token_logprobs, against its batch, against the softmax; every model family."""
+import dataclasses
+import json
+import math
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import grpo
+
+CPU = torch.device("cpu")
+CFG = grpo.Config(max_new_tokens=10, temperature=1.0)
+GREEDY = dataclasses.replace(CFG, temperature=0.0)
+
+
+@pytest.fixture
+def stops(family):
+    """Many stop tokens, so that random models end their responses at different lengths."""
+    usual, family.engine.stop = family.engine.stop, [family.engine.stop[0], *range(0, 250, 8)]
+    yield family.engine.stop
+    family.engine.stop = usual
+
+
+def transformers_greedy(family, prompt, stop):
+    """Response ids of model.generate with the same banned ids, one row."""
+    family.plain.model.rope_deltas = None
+    out = family.plain.generate(**prompt, do_sample=False, max_new_tokens=CFG.max_new_tokens,
+                                eos_token_id=stop, pad_token_id=stop[0],
+                                suppress_tokens=family.engine.banned.tolist())
+    return out[0, prompt["input_ids"].shape[1]:].tolist()
+
+
+def teacher_forced(policy, family, rows, temperature=1.0):
+    """token_logprobs of (prompt, response) rows, split by row."""
+    with torch.no_grad():
+        inputs, mask = grpo.collate(rows, family.prompts["image"], 0, CPU)
+        return policy.token_logprobs(inputs, mask, temperature)[mask].split([len(r) for _, r in rows])
+
+
+def agree(samples, logps, tolerance=1e-4):
+    torch.testing.assert_close(torch.cat([s[1] for s in samples]), torch.cat(list(logps)), atol=tolerance,
+                               rtol=0)
+
+
+def same(a, b):
+    """Equal tokens and flags, equal logprobs up to rounding."""
+    assert [(ids, cut) for ids, _, cut in a] == [(ids, cut) for ids, _, cut in b]
+    agree(a, [logps for _, logps, _ in b], 1e-5)
+
+
+# ----- against transformers
+
+
+@pytest.mark.parametrize("many_stops", [False, True])
+def test_greedy_equals_transformers(family, request, many_stops):
+    stop = request.getfixturevalue("stops") if many_stops else family.engine.stop
+    got = grpo.generate(family.engine, [*family.prompts.values()], [0] * 5, GREEDY)
+    assert [ids for ids, _, _ in got] == [transformers_greedy(family, p, stop)
+                                          for p in family.prompts.values()]
+    assert [cut for _, _, cut in got] == [ids[-1] not in stop for ids, _, _ in got]
+
+
+# ----- against the trainer
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logprobs_equal_teacher_forcing(family, stops, temperature):
+    prompts = [p for p in family.prompts.values() for _ in range(4)]
+    samples = grpo.generate(family.engine, prompts, range(len(prompts)), dataclasses.replace(CFG,
+                                                                                             temperature=temperature))
+    lengths = {len(ids) for ids, _, _ in samples}
+    assert len(lengths) > 3 and any(cut for _, _, cut in samples) and not all(cut for _, _, cut in samples)
+    agree(samples, teacher_forced(family.policy, family, [(p, ids) for p, (ids, _, _) in zip(prompts,
+                                                                                             samples)],
+                                                                                             temperature))
+
+
+def test_greedy_logprobs_are_those_of_the_unscaled_policy(family):
+    prompts = [*family.prompts.values()]
+    samples = grpo.generate(family.engine, prompts, [0] * 5, GREEDY)
+    agree(samples, teacher_forced(family.policy, family, [(p, ids) for p, (ids, _, _) in zip(prompts,
+                                                                                             samples)]))
+
+
+@pytest.mark.parametrize("train", ["all", "language"])
+def test_sync_makes_the_engine_equal_to_the_policy(family, train):
+    cfg = dataclasses.replace(CFG, freeze_vision=train == "language", lr=0.02)
+    policy, processor = grpo.load_policy(family.path, cfg, CPU)
+    engine = grpo.build_engine(family.path, processor, cfg, CPU)
+    prompts = [*family.prompts.values()]
+    before = grpo.generate(engine, prompts, range(5), cfg)
+    optimizer = grpo.make_optimizer(policy, cfg)
+    inputs, mask = grpo.collate([(p, ids) for p, (ids, _, _) in zip(prompts, before)], None, 0, CPU)
+    policy.token_logprobs(inputs, mask).sum().backward()
+    optimizer.step()
+    rows = [(p, ids) for p, (ids, _, _) in zip(prompts, before)]
+    assert (torch.cat(teacher_forced(policy, family, rows)) - torch.cat([s[1]
+                                                                         for s in before])).abs().max() > 0.01
+    for _ in range(2):
+        grpo.sync_weights(policy, engine)
+    after = grpo.generate(engine, prompts, range(5), cfg)
+    agree(after, teacher_forced(policy, family, [(p, ids) for p, (ids, _, _) in zip(prompts, after)]))
+    mine = dict(engine.named_parameters())
+    for name, p in policy.named_parameters():
+        assert torch.equal(mine[name], p.full_tensor() if hasattr(p, "full_tensor") else p), name
+
+
+def test_sync_leaves_no_graph_behind(family):
+    """An engine weight that remembers where it was copied from keeps every earlier copy's graph alive."""
+    policy, processor = grpo.load_policy(family.path, CFG, CPU)
+    engine = grpo.build_engine(family.path, processor, CFG, CPU)
+    grpo.sync_weights(policy, engine)
+    assert not any(p.requires_grad for p in engine.parameters())
+
+
+# ----- a rollout depends on nothing but its prompt and seed
+
+
+@pytest.mark.parametrize("rollout_tokens", [1, 150, 400, 10**6])
+def test_rollouts_do_not_depend_on_rollout_tokens(family, stops, rollout_tokens):
+    prompts = [p for p in family.prompts.values() for _ in range(3)]
+    same(grpo.generate(family.engine, prompts, range(15), dataclasses.replace(CFG,
+                                                                              rollout_tokens=rollout_tokens)),
+         grpo.generate(family.engine, prompts, range(15), CFG))
+
+
+def test_rollouts_do_not_depend_on_companions_order_or_object_identity(family, stops):
+    prompts, seeds = [p for p in family.prompts.values() for _ in range(2)], [*range(10)]
+    together = grpo.generate(family.engine, prompts, seeds, CFG)
+    same([grpo.generate(family.engine, [p], [s], CFG)[0] for p, s in zip(prompts, seeds)], together)
+    same(grpo.generate(family.engine, prompts[::-1], seeds[::-1], CFG)[::-1], together)
+    same(grpo.generate(family.engine, [dict(p) for p in prompts], seeds, CFG), together)
+
+
+def test_same_seed_same_rollout_other_seed_another(family):
+    prompt = family.prompts["image"]
+    ids = [tuple(s[0]) for s in grpo.generate(family.engine, [prompt] * 16, [*range(8)] * 2, CFG)]
+    assert ids[:8] == ids[8:] and len(set(ids[:8])) == 8
+
+
+def test_rollout_seeds_are_distinct_and_fixed():
+    cfg = grpo.Config(seed=1)
+    keys = [(c, s, q, g) for c in (cfg, grpo.Config(seed=2)) for s in (1, 2) for q in range(20)
+            for g in range(8)]
+    seeds = [grpo.rollout_seed(*key) for key in keys]
+    assert len(set(seeds)) == len(keys) and seeds == [grpo.rollout_seed(*key) for key in keys]
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_no_prompts():
+    engine = SimpleNamespace(banned=torch.tensor([1]), stop=[0])
+    assert grpo.generate(engine, [], [], CFG) == []
+
+
+# ----- sampling
+
+
+@pytest.mark.parametrize("name", ["text", "two images"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_frequencies_follow_the_softmax(family, name, temperature):
+    """Chi-square of 4,000 first tokens; bins of fewer than 5 expected draws are merged."""
+    prompt, n = family.prompts[name], 4000
+    cfg = dataclasses.replace(CFG, temperature=temperature, max_new_tokens=1, rollout_tokens=10**7)
+    counts = Counter(ids[0] for ids, _, _ in grpo.generate(family.engine, [prompt] * n, range(n), cfg))
+    family.plain.model.rope_deltas = None
+    with torch.no_grad():
+        logits = family.plain(**prompt).logits[0, -1] / temperature
+    expected = n * logits.index_fill(0, family.engine.banned, -torch.inf).double().softmax(0)
+    rare = expected < 5
+    pairs = [(counts[i], expected[i].item()) for i in (~rare).nonzero()[:, 0].tolist()]
+    pairs.append((sum(counts[i] for i in rare.nonzero()[:, 0].tolist()), expected[rare].sum().item() + 1e-9))
+    assert len(pairs) > 5 and sum(seen for seen, _ in pairs) == n
+    chi, freedom = sum((seen - want) ** 2 / want for seen, want in pairs if want > 1e-6), len(pairs) - 1
+    assert chi < freedom + 4 * math.sqrt(2 * freedom) + 4
+
+
+def test_top_k_1_is_greedy(family):
+    prompts = [*family.prompts.values()]
+    got = grpo.generate(family.engine, prompts, range(5), dataclasses.replace(CFG, top_k=1))
+    assert [ids for ids, _, _ in got] == [ids for ids, _, _ in grpo.generate(family.engine, prompts, [0] * 5,
+                                                                             GREEDY)]
+    assert all((logps == 0).all() for _, logps, _ in got)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (3, 1.0), (20, 0.6)])
+def test_truncated_sampling_stays_inside_and_renormalises(family, top_k, top_p):
+    prompt, n = family.prompts["image"], 200
+    cfg = dataclasses.replace(CFG, max_new_tokens=1, top_k=top_k, top_p=top_p)
+    family.plain.model.rope_deltas = None
+    with torch.no_grad():
+        logits = family.plain(**prompt).logits[0, -1].index_fill(0, family.engine.banned, -torch.inf)
+    ranked = sorted(enumerate(logits.softmax(0).tolist()), key=lambda pair: -pair[1])[:top_k or None]
+    kept, total = {}, sum(p for _, p in ranked)
+    for i, p in ranked:
+        if sum(kept.values()) < top_p * total:
+            kept[i] = p
+    samples = grpo.generate(family.engine, [prompt] * n, range(n), cfg)
+    assert 1 < len({ids[0] for ids, _, _ in samples}) and {ids[0] for ids, _, _ in samples} <= kept.keys()
+    for ids, logps, _ in samples:
+        assert logps.item() == pytest.approx(math.log(kept[ids[0]] / sum(kept.values())), abs=1e-4)
+
+
+@pytest.mark.parametrize("top_k, top_p, kept", [
+    (0, 1.0, [0, 1, 2, 3]), (0, 0.5, [1]), (0, 0.51, [1, 3]), (0, 0.79, [1, 3]), (0, 0.81, [1, 2, 3]),
+    (0, 0.96, [0, 1, 2, 3]),
+    (0, 1e-9, [1]), (1, 1.0, [1]), (2, 1.0, [1, 3]), (4, 1.0, [0, 1, 2, 3]), (50, 1.0, [0, 1, 2, 3]),
+    (2, 0.6, [1]), (2, 0.63, [1, 3]), (3, 0.5, [1]), (3, 0.53, [1, 3])])
+def test_truncate_table(top_k, top_p, kept):
+    """Probabilities .05 .5 .15 .3; with top-k the nucleus is taken of what is left: .625 .375 of two, .526 .316 .158 of three."""
+    logits = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log()
+    cut = grpo.truncate(logits, SimpleNamespace(top_k=top_k, top_p=top_p))
+    assert cut.isfinite()[0].nonzero()[:, 0].tolist() == kept
+    assert torch.equal(cut[0, kept], logits[0, kept])
+
+
+# ----- hostile checkpoints
+
+
+def test_vision_tokens_are_never_sampled_however_large_their_logits(family):
+    prompts = [p for p in family.prompts.values() for _ in range(2)]
+    usual = [grpo.generate(family.engine, prompts, range(10), cfg) for cfg in (CFG, GREEDY)]
+
+    def favour(module, args, out):
+        out.logits[..., family.engine.banned] += 1e4
+
+    hook = family.engine.register_forward_hook(favour)
+    try:
+        shouted = [grpo.generate(family.engine, prompts, range(10), cfg) for cfg in (CFG, GREEDY)]
+    finally:
+        hook.remove()
+    for a, b in zip(shouted, usual):
+        same(a, b)
+        assert not {t for ids, _, _ in a for t in ids} & set(family.engine.banned.tolist())
+
+
+def test_sampling_ignores_the_checkpoints_generation_config(family, tmp_path):
+    """Qwen2-VL ships temperature 0.01, top_k 1 and a repetition penalty: with them a group of 8 would be 8 copies."""
+    path = shutil.copytree(family.path, tmp_path / "model")
+    shipped = json.loads((path / "generation_config.json").read_text())
+    odd = dict(do_sample=True, temperature=0.01, top_k=1, top_p=0.001, repetition_penalty=1.5)
+    (path / "generation_config.json").write_text(json.dumps(shipped | odd))
+    engine = grpo.build_engine(path, family.processor, CFG, CPU)
+    assert engine.stop == family.engine.stop
+    prompts = [family.prompts["image"]] * 8
+    group = grpo.generate(engine, prompts, range(8), CFG)
+    same(group, grpo.generate(family.engine, prompts, range(8), CFG))
+    assert len({tuple(ids) for ids, _, _ in group}) > 4
+
+
+# ----- the end of a response
+
+
+def test_first_stop_token_is_what_the_template_writes(family):
+    end = {"idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>",
+           "gemma3": "<end_of_turn>"}.get(family.name, "<|im_end|>")
+    assert family.engine.stop[0] == family.processor.tokenizer.convert_tokens_to_ids(end)
+
+
+@pytest.mark.parametrize("known, more", [(None, []), (7, [7]), ([7], [7]), ([7, 9], [7, 9]), ([], [])])
+def test_stop_ids_also_hold_the_checkpoints_own(family, known, more):
+    tok = family.processor.tokenizer
+    expected = [tok.eos_token_id, *more]  # in these families the tokenizer's own is what the template writes
+    assert grpo.stop_ids(SimpleNamespace(eos_token_id=known), family.processor) == expected
+    again = grpo.stop_ids(SimpleNamespace(eos_token_id=[tok.eos_token_id, *more]), family.processor)
+    assert again == expected
+
+
+@pytest.mark.parametrize("tail", ["", " ", "\n"])
+def test_ordinary_text_after_a_turn_is_no_stop_token(family, tail):
+    """LLaVA-1.5's template writes a space after an assistant turn: were it a stop token, responses would end at their first space."""
+    processor = SimpleNamespace(tokenizer=family.processor.tokenizer,
+                                apply_chat_template=lambda turns, **_: "".join(t["content"][0]["text"] + tail
+                                                                               for t in turns))
+    assert grpo.stop_ids(SimpleNamespace(eos_token_id=None),
+                         processor) == [family.processor.tokenizer.eos_token_id]
+
+
+def test_a_response_ends_with_its_only_stop_token_or_is_truncated(family, stops):
+    samples = grpo.generate(family.engine, [family.prompts["image"]] * 32, range(32), CFG)
+    for ids, logps, cut in samples:
+        assert len(ids) == len(logps) <= CFG.max_new_tokens and not set(ids[:-1]) & set(stops)
+        assert cut == (ids[-1] not in stops) and (len(ids) == CFG.max_new_tokens or not cut)
+    assert {cut for _, _, cut in samples} == {True, False}

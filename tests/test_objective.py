@@ -1,0 +1,336 @@
+"""The objective's arithmetic: advantages, clipping, KL, reductions, learning rate, data order, micro-batches. Worked numbers throughout."""
+import dataclasses
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import grpo
+
+EIGHT = {k: [1.0] * k + [0.0] * (8 - k) for k in range(9)}
+PLAIN = SimpleNamespace(clip_low=0.2, clip_high=0.35, kl_beta=0.0, is_cap=2.0)
+
+
+def row(values):
+    return torch.tensor([values], dtype=torch.float32)
+
+
+def loss_of(lengths, advantages, logps, old=None, ref=None, mean="token", **cfg):
+    """grpo_loss of ragged rows given flat per-token lists, with the weights of --loss_mean."""
+    cfg = SimpleNamespace(**vars(PLAIN) | cfg)
+    width = max(lengths)
+    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+    spread = lambda values: torch.zeros(mask.shape).masked_scatter(mask,
+                                                                   torch.tensor(values,
+                                                                                dtype=torch.float32))  # noqa: E731
+    per_row = [1 / sum(lengths)] * len(lengths) if mean == "token" else [1 / len(lengths) / n
+                                                                         for n in lengths]
+    weights, signs = (spread([x for x, n in zip(xs, lengths) for _ in range(n)]) for xs in (per_row,
+                                                                                            advantages))
+    logps, old = spread(logps), spread(old if old is not None else logps)
+    return grpo.grpo_loss(logps, old, old, spread(ref) if ref is not None else None, signs, weights, cfg)
+
+
+# ----- advantages
+
+
+@pytest.mark.parametrize("rewards, std, eps, expected", [
+    (EIGHT[1], False, 1e-4, [0.875] + [-0.125] * 7),
+    (EIGHT[1], True, 0.0, [2.4749] + [-0.3536] * 7),
+    (EIGHT[4], False, 1e-4, [0.5] * 4 + [-0.5] * 4),
+    (EIGHT[4], True, 0.0, [0.9354] * 4 + [-0.9354] * 4),
+    (EIGHT[7], False, 1e-4, [0.125] * 7 + [-0.875]),
+    (EIGHT[7], True, 0.0, [0.3536] * 7 + [-2.4749]),
+    ([1] * 4 + [0] * 12, True, 0.0, [1.6771] * 4 + [-0.5590] * 12),
+    ([1, 0, 0, 0], True, 0.0, [1.5] + [-0.5] * 3),
+    ([1] + [0] * 15, True, 0.0, [3.75] + [-0.25] * 15),
+    ([2, 1, 1, 1, 0, 0, 1, 2], True, 1e-4, [1.3227, 0, 0, 0, -1.3227, -1.3227, 0, 1.3227]),
+    ([2] + [0] * 7, True, 1e-4, [2.4745] + [-0.3535] * 7),
+    ([1.75] + [1] * 7, True, 1e-4, [2.4739] + [-0.3534] * 7),
+    ([2, 1.659091, 1.5, 1, 1, .5, .2, 0], True, 1e-4, [1.424362, .947189, .724508, .024654, .024654, -.6752,
+                                                       -1.095112, -1.375054]),
+    ([1, 0] * 4, True, 1e-4, [.935239, -.935239] * 4),
+])
+def test_group_advantages_table(rewards, std, eps, expected):
+    got = grpo.group_advantages(row(rewards), std, eps)[0].tolist()
+    assert got == pytest.approx(expected, abs=1e-4 if eps == 0 else 6e-5)
+
+
+@pytest.mark.parametrize("std", [True, False])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3, -2.7, 1e-8, 1e8])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
+def test_equal_rewards_give_exactly_zero(value, size, std):
+    assert grpo.group_advantages(torch.full((3, size), value), std).tolist() == [[0.0] * size] * 3
+
+
+def test_groups_do_not_touch_each_other():
+    rewards = torch.tensor([EIGHT[0], EIGHT[3], EIGHT[8], EIGHT[1]])
+    together = grpo.group_advantages(rewards)
+    assert torch.equal(together, torch.cat([grpo.group_advantages(r[None]) for r in rewards]))
+    assert together.isfinite().all() and together.any(1).tolist() == [False, True, False, True]
+    assert grpo.group_advantages(torch.zeros(0, 8)).shape == (0, 8)
+
+
+def test_advantages_sum_to_zero():
+    rewards = torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
+    for std in (True, False):
+        assert grpo.group_advantages(rewards, std).sum(1).abs().max() < 1e-4
+
+
+# ----- clipped surrogate
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, clipped", [
+    (1.5, .5, -.675, "high"), (0.7, .5, -.35, None), (1.5, -.5, .75, None), (0.7, -.5, .4, "low"),
+    (math.exp(-.6 + 1.0), .5, -.675, "high"), (math.exp(-.6 + 1.0), -.5, .7459, None),
+    (math.exp(-1.0 + .5), -.5, .4, "low"),
+    (1.0, .5, -.5, None), (1.0, -.5, .5, None), (1.35, .5, -.675, None), (1.34, 1, -1.34, None),
+    (0.81, -1, .81, None),
+    (0.2, 1, -.2, None), (5.0, -1, 5.0, None),
+])
+def test_clip_table(ratio, advantage, loss, clipped):
+    """Clip range 0.8..1.35: only a high ratio of a good token or a low ratio of a bad one is cut."""
+    logps = row([math.log(ratio) - 1]).requires_grad_()
+    old = row([-1.0])
+    got, stats = grpo.grpo_loss(logps, old, old, None, row([advantage]), row([1.0]), PLAIN)
+    got.backward()
+    assert got.item() == pytest.approx(loss, abs=1e-4)
+    assert stats["loss/policy"].item() == got.item()
+    if ratio != 1.35:  # on the edge rounding decides
+        assert (stats["loss/clip_low"].item(), stats["loss/clip_high"].item()) == (clipped == "low",
+                                                                                   clipped == "high")
+        assert logps.grad.item() == pytest.approx(0 if clipped else -ratio * advantage, abs=1e-4)
+
+
+@pytest.mark.parametrize("old, sampler, cap, weight", [
+    (-1.0, -1.0, 2.0, 1.0), (-1.0, -1.5, 2.0, math.exp(.5)), (-1.0, -3.0, 2.0, 2.0),
+    (-1.0, -0.5, 2.0, math.exp(-.5)),
+    (-1.0, -3.0, 1.0, 1.0), (-1.0, -3.0, 9.0, math.exp(2)),
+])
+def test_importance_weight_is_capped_above_only(old, sampler, cap, weight):
+    logps = row([old]).requires_grad_()
+    loss, _ = grpo.grpo_loss(logps, row([old]), row([sampler]), None, row([1.0]), row([1.0]),
+                             SimpleNamespace(**vars(PLAIN) | {"is_cap": cap}))
+    loss.backward()
+    assert loss.item() == pytest.approx(-weight, rel=1e-5) and logps.grad.item() == pytest.approx(-weight,
+                                                                                                  rel=1e-5)
+
+
+# ----- KL
+
+
+@pytest.mark.parametrize("logp, ref, k3", [
+    (0, .1, 0.005171), (0, -.1, 0.004837), (0, .5, 0.148721), (0, -.5, 0.106531), (-1, -1.2, .018731),
+    (-1.2, -1, .021403), (-2, -1, .718282),
+    (-1, -1.2, .01873075), (-1, -.8, .02140276), (-.7, -.7, 0.0),
+])
+def test_k3_table(logp, ref, k3):
+    loss, stats = loss_of([1], [0.0], [logp], ref=[ref], kl_beta=0.25)
+    assert stats["loss/kl"].item() == pytest.approx(k3, abs=1e-6) and loss.item() == pytest.approx(0.25 * k3,
+                                                                                                   abs=1e-6)
+
+
+def test_k3_is_never_negative_and_falls_toward_the_reference():
+    logps = (torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)) - 3).requires_grad_()
+    ref, zero = torch.full((1, 1000), -3.0), torch.zeros(1, 1000)
+    for i in (0, 500):
+        one_hot = zero.index_fill(1, torch.tensor(i), 1.0)
+        _, stats = grpo.grpo_loss(logps, logps, logps, ref, zero, one_hot,
+                                  SimpleNamespace(**vars(PLAIN) | {"kl_beta": 1.0}))
+        assert stats["loss/kl"] >= 0
+    loss, _ = grpo.grpo_loss(logps, logps.detach(), logps.detach(), ref, zero, zero + 1,
+                             SimpleNamespace(**vars(PLAIN) | {"kl_beta": 1.0}))
+    loss.backward()
+    away = (logps - ref).abs() > 0.01
+    assert (logps.grad.sign() == (logps - ref).sign())[away].all()
+
+
+def test_no_reference_is_needed_without_kl():
+    loss, stats = loss_of([2], [1.0], [-1.0, -2.0])
+    assert loss.item() == -1.0 and "loss/kl" not in stats
+
+
+# ----- reductions
+
+
+@pytest.mark.parametrize("mean, loss", [("token", -0.0556), ("sequence", -0.1667)])
+def test_reductions(mean, loss):
+    """Lengths 3, 2, 4 with advantages .5, .5, -.5 at ratio 1."""
+    assert loss_of([3, 2, 4], [.5, .5, -.5], [-1.0] * 9, mean=mean)[0].item() == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("lengths, rewards, logps, ref, beta, expected", [
+    ([2, 3], None, [-1, -.5, -2, -1, -.3], [-1.2, -.5, -1, -1, -.3], .04, .004976),
+    ([3, 1], [1, 0], [-1, -1, -1, -1], [-1.2, -1, -.8, -1.2], 0.0, 0.0),
+    ([3, 1], [1, 0], [-1, -1, -1, -1], [-1.2, -1, -.8, -1.2], .04, .00064217),
+], ids=["reason-rft", "rise beta 0", "rise beta .04"])
+def test_worked_losses(lengths, rewards, logps, ref, beta, expected):
+    """Mean over a completion's tokens, then over completions, at ratio 1."""
+    advantages = grpo.group_advantages(row(rewards))[0].tolist() if rewards else [1.0, -1.0]
+    loss, _ = loss_of(lengths, advantages, logps, ref=ref, mean="sequence", kl_beta=beta)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("advantage, tokens, loss", [(1.0, ([-1, -.5], [-1.2, -.5]), -.999625),
+                                                     (-1.0, ([-2, -1, -.3], [-1, -1, -.3]), 1.009577)])
+def test_worked_single_completions(advantage, tokens, loss):
+    assert loss_of([len(tokens[0])], [advantage], tokens[0], ref=tokens[1],
+                   kl_beta=.04)[0].item() == pytest.approx(loss, abs=1e-6)
+
+
+# ----- against other implementations
+
+
+def slow_loss(rows, cfg):
+    """The objective as a loop: rows of (advantage, weight, [(logp, old, sampler, ref), ...]). Returns loss, policy, low, high, kl."""
+    policy = low = high = kl = 0.0
+    for advantage, weight, tokens in rows:
+        for logp, old, sampler, ref in tokens:
+            ratio = math.exp(logp - old)
+            bounded = min(max(ratio, 1 - cfg.clip_low), 1 + cfg.clip_high)
+            policy -= weight * min(cfg.is_cap, math.exp(old - sampler)) * min(ratio * advantage,
+                                                                              bounded * advantage)
+            low += weight * (ratio < 1 - cfg.clip_low and advantage < 0)
+            high += weight * (ratio > 1 + cfg.clip_high and advantage > 0)
+            kl += weight * (math.exp(ref - logp) - (ref - logp) - 1)
+    return policy + cfg.kl_beta * kl, policy, low, high, kl
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("mean", ["token", "sequence"])
+def test_equals_a_slow_loop_on_ragged_rows(seed, mean):
+    rng = random.Random(seed)
+    cfg = SimpleNamespace(clip_low=rng.choice([.1, .2]), clip_high=rng.choice([.2, .28]),
+                          kl_beta=rng.choice([.01, 1]), is_cap=rng.choice([1.2, 2]))
+    lengths = [rng.randint(1, 9) for _ in range(7)]
+    draw = lambda: [-rng.expovariate(1),
+                    *(rng.gauss(0, .4) for _ in range(3))]                            # noqa: E731
+    rows = []
+    for n in lengths:
+        tokens = [(x, x + a, x + a + b, x + c) for x, a, b, c in (draw() for _ in range(n))]
+        rows.append((rng.gauss(0, 1), 1 / sum(lengths) if mean == "token" else 1 / len(lengths) / n, tokens))
+    mask = torch.arange(12)[None] < torch.tensor(lengths)[:, None]
+    garbage = lambda: torch.randn(mask.shape,
+                                  generator=torch.Generator().manual_seed(seed))               # noqa: E731  outside the response
+    fields = [garbage().masked_scatter(mask, torch.tensor([t[k] for _, _, tokens in rows for t in tokens]))
+              for k in range(4)]
+    advantages = torch.tensor([a for a, _, _ in rows])[:, None].expand(mask.shape)
+    weights = torch.tensor([w for _, w, _ in rows])[:, None] * mask
+    logps = fields[0].requires_grad_()
+    loss, stats = grpo.grpo_loss(logps, *fields[1:], advantages, weights, cfg)
+    loss.backward()
+    expected = slow_loss(rows, cfg)
+    got = [loss.item(), *(stats[f"loss/{k}"].item() for k in ("policy", "clip_low", "clip_high", "kl"))]
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-5) and min(expected[2:]) > 0
+    assert (logps.grad[~mask] == 0).all()
+    i, j = next((i, j) for i, n in enumerate(lengths) for j in range(n))
+    nudged = [(a, w, [(t[0] + 1e-5, *t[1:]) if (r, c) == (i, j) else t for c, t in enumerate(ts)]) for r,
+              (a, w, ts) in enumerate(rows)]
+    assert logps.grad[i, j].item() == pytest.approx((slow_loss(nudged, cfg)[0] - expected[0]) / 1e-5,
+                                                    rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_equals_the_common_trainers_formula(beta):
+    """(r - mean) / (std + 1e-4); per token -min(ratio A, clip(ratio) A) + beta k3; masked mean per completion, then over completions."""
+    g = torch.Generator().manual_seed(3)
+    rewards, mask = torch.rand(4, 8, generator=g), torch.arange(10)[None] < torch.randint(1, 11, (32, 1),
+                                                                                          generator=g)
+    logps = -torch.rand(32, 10, generator=g)
+    old, ref = (logps + 0.5 * torch.randn(32, 10, generator=g) for _ in range(2))
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).view(-1,
+                                                                                                          1)
+    ratio = torch.exp(logps - old)
+    per_token = -torch.min(ratio * advantages, torch.clamp(ratio, 0.8, 1.2) * advantages)
+    per_token = per_token + beta * (torch.exp(ref - logps) - (ref - logps) - 1)
+    expected = ((per_token * mask).sum(1) / mask.sum(1)).mean()
+    mine = grpo.group_advantages(rewards).view(-1, 1).expand(mask.shape)
+    cfg = SimpleNamespace(clip_low=0.2, clip_high=0.2, kl_beta=beta, is_cap=2.0)
+    loss, _ = grpo.grpo_loss(logps, old, old, ref, mine, mask / mask.sum(1, keepdim=True) / 32, cfg)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+# ----- learning rate
+
+
+COSINE = dataclasses.replace(grpo.Config(), steps=750, warmup=23, lr=1e-6, lr_floor=0.5, schedule="cosine")
+
+
+@pytest.mark.parametrize("cfg, step, lr", [
+    (COSINE, 0, 0.0), (COSINE, 23, 1e-6), (COSINE, 386, 7.505e-7), (COSINE, 749, 5.0e-7),
+    (COSINE, 750, 5.0e-7),
+    (dict(steps=10, warmup=0, schedule="constant"), 1, 1.0), (dict(steps=10, warmup=0, schedule="constant"),
+                                                              10, 1.0),
+    (dict(steps=10, warmup=4, schedule="constant"), 1, .25), (dict(steps=10, warmup=4, schedule="constant"),
+                                                              4, 1.0),
+    (dict(steps=10, warmup=0, schedule="linear", lr_floor=0.0), 5, .5),
+    (dict(steps=10, warmup=0, schedule="linear", lr_floor=.2), 10, .2),
+    (dict(steps=10, warmup=0, schedule="cosine", lr_floor=0.0), 5, .5),
+    (dict(steps=10, warmup=0, schedule="cosine", lr_floor=.1), 10, .1),
+    (dict(steps=1, warmup=1, schedule="cosine"), 1, 1.0), (dict(steps=3, warmup=3, schedule="linear"), 3,
+                                                           1.0),
+])
+def test_lr_at(cfg, step, lr):
+    cfg = dataclasses.replace(grpo.Config(), lr=1.0, **cfg) if isinstance(cfg, dict) else cfg
+    assert grpo.lr_at(step, cfg) == pytest.approx(lr, rel=1e-3, abs=1e-12)
+
+
+# ----- data order
+
+
+@pytest.mark.parametrize("total, per_step", [(10, 3), (12, 4), (7, 7), (5, 8), (1, 1), (1, 4), (100, 32)])
+def test_schedule_covers_every_record_and_repeats_none_within_a_step(total, per_step):
+    steps = 2 * total + 3
+    plan = grpo.schedule(total, per_step, 0, steps, 0)
+    assert len(plan) == steps and all(len(set(drawn)) == len(drawn) for drawn in plan)
+    assert all(set(drawn) <= set(range(total)) and drawn for drawn in plan)
+    seen, epochs = [0] * total, 0
+    for step, drawn in enumerate(plan, 1):
+        for i in drawn:
+            seen[i] += 1
+        if step * per_step // total > epochs and step * per_step % total == 0:
+            epochs = step * per_step // total
+            if per_step <= total:
+                assert max(seen) <= epochs and min(seen) >= epochs - sum(map(lambda d: per_step - len(d),
+                                                                             plan[:step]))
+    assert min(seen) > 0
+
+
+def test_an_epoch_shows_every_record_exactly_once():
+    plan = grpo.schedule(12, 4, 0, 9, 5)
+    for epoch in range(3):
+        assert sorted(sum(plan[3 * epoch:3 * epoch + 3], [])) == list(range(12))
+    assert plan[:3] != plan[3:6]
+
+
+@pytest.mark.parametrize("total, per_step", [(10, 3), (12, 4), (5, 8)])
+def test_schedule_resumes_anywhere_and_depends_on_the_seed_alone(total, per_step):
+    plan = grpo.schedule(total, per_step, 0, 20, 7)
+    random.seed(123)
+    torch.manual_seed(123)
+    assert all(grpo.schedule(total, per_step, done, 20, 7) == plan[done:] for done in range(21))
+    assert grpo.schedule(total, per_step, 0, 30, 7)[:20] == plan != grpo.schedule(total, per_step, 0, 20, 8)
+
+
+# ----- micro-batches
+
+
+@pytest.mark.parametrize("lengths, budget, expected", [
+    ([], 10, []), ([3], 10, [[0]]), ([30], 10, [[0]]), ([5, 5], 10, [[0, 1]]), ([5, 5, 1], 10, [[0, 1], [2]]),
+    ([1, 9, 2], 10, [[1], [2, 0]]),
+    ([4, 30, 4], 10, [[1], [0, 2]]), ([2, 2, 2, 2, 2, 2], 4, [[0, 1], [2, 3], [4, 5]]),
+])
+def test_micro_batches_table(group, lengths, budget, expected):
+    assert grpo.micro_batches(lengths, budget) == expected
+
+
+@pytest.mark.parametrize("budget", [1, 50, 256, 10**6])
+def test_micro_batches_keep_the_budget_and_every_row(group, budget):
+    lengths = [random.Random(budget + i).randint(1, 60) for i in range(200)]
+    groups = grpo.micro_batches(lengths, budget)
+    assert sorted(sum(groups, [])) == list(range(200))
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= budget for g in groups)
+    longest = [max(lengths[i] for i in g) for g in groups]
+    assert longest == sorted(longest, reverse=True)
