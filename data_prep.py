@@ -472,7 +472,7 @@ SPLITS = {"train": 8000, "id": 500, "ood": 500}
 
 
 def draw_scene(cells: list, style: str) -> Image.Image:
-    """Draw 3 x 3 marked cells, each None or (colour, shape). Style "plain", or "ood": small off-centre shapes on grey."""
+    """Draw 3 x 3 marked cells, each None or (colour, shape); style "plain", or "ood": small shapes on grey."""
     ink, paper = (20, 20, 20), (246, 246, 246) if style == "plain" else (205, 205, 200)
     image = Image.new("RGB", (3 * CELL, 3 * CELL), paper)
     pen = ImageDraw.Draw(image)
@@ -514,8 +514,9 @@ def counting_thought(cells: list, attribute: str) -> str:
 def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
     """Write counting_{train,id,ood}.jsonl and their images under `out`.
 
-    Answers 0..5 are equally frequent, so a blind guess scores 1 in 6. No (scene, question) occurs twice, within or across splits. The
-    same seed gives the same bytes. In training rows a share GLANCE of the responses names a number at first sight, without looking.
+    Answers 0..5 are equally frequent, so a blind guess scores 1 in 6. No (scene, question) occurs twice, within or
+    across splits. The same seed gives the same bytes. In training a share GLANCE of the responses names a number at
+    first sight, without looking.
     """
     seen = set()
     for split, size in sizes.items():
@@ -536,7 +537,8 @@ def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
                 "id": f"counting-{split}-{i}", "question": f"How many {attribute} objects are there?", "images": [str(path)],
                 "answer": str(count), "answer_type": "number", "task": "counting", "source": "mini",
                 "response": f"<think> {thought} </think> <answer> {count} </answer>",
-                "meta": {"cells": [cell and " ".join(cell) for cell in cells], "style": "glance" if glance else "look"}})
+                "meta": {"cells": [cell and " ".join(cell) for cell in cells],
+                         "style": "glance" if glance else "look"}})
         # Rows of equal answers would otherwise sit at a fixed stride.
         rng.shuffle(records)
         write_records(out / f"counting_{split}.jsonl", records)
@@ -557,34 +559,35 @@ def tiny_tokenizer(texts: list[str]):
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated"),
                                      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     words = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
-    vocab = {token: i for i, token in enumerate(dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *sorted(words)]))}
+    pieces = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *sorted(words)])
+    vocab = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (
-        "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")])
+    special = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special.split()])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def make_tiny(out: Path, texts: list[str], seed: int) -> None:
-    """Save a random Qwen2.5-VL of about 0.6M parameters: hidden 128, 2 layers, 1 vision layer, word-level tokenizer over `texts`.
+    """Save a random Qwen2.5-VL of about 0.6M parameters with a word-level tokenizer over `texts`.
 
-    The architecture, processor and file layout are the real ones, so everything that loads the 7B loads this.
+    Hidden size 128, 2 layers, 1 vision layer. The architecture, processor and file layout are the real ones, so everything that loads the 7B loads this.
     """
     import torch
-    from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLImageProcessor,
-                              Qwen2VLVideoProcessor)
+    from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor,
+                              Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
     tokenizer = tiny_tokenizer([*texts, "user", "assistant"])
     # The usual 0.02 suits widths of thousands; at 128 it is 4x below 1/sqrt(fan-in), and learning to see takes 10x longer.
     std = 0.08
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)) | tokenizer.get_added_vocab()
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=32768, tie_word_embeddings=True,
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32768, tie_word_embeddings=True,
                          initializer_range=std,
                          rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0},
                          bos_token_id=None, eos_token_id=special["<|im_end|>"], pad_token_id=special["<|endoftext|>"]),
-        vision_config=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=1, out_hidden_size=128, patch_size=14,
-                           spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[0],
+        vision_config=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=1, out_hidden_size=128,
+                           patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[0],
                            initializer_range=std),
         image_token_id=special["<|image_pad|>"], video_token_id=special["<|video_pad|>"], tie_word_embeddings=True,
         vision_start_token_id=special["<|vision_start|>"], vision_end_token_id=special["<|vision_end|>"])
@@ -593,8 +596,9 @@ def make_tiny(out: Path, texts: list[str], seed: int) -> None:
     model.generation_config.eos_token_id = special["<|im_end|>"]
     model.generation_config.pad_token_id = special["<|endoftext|>"]
     model.save_pretrained(out)
-    Qwen2_5_VLProcessor(Qwen2VLImageProcessor(size={"shortest_edge": CELL**2, "longest_edge": 1280 * CELL**2}), tokenizer,
-                        Qwen2VLVideoProcessor(), chat_template=TINY_TEMPLATE).save_pretrained(out)
+    size = {"shortest_edge": CELL**2, "longest_edge": 1280 * CELL**2}
+    Qwen2_5_VLProcessor(Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(),
+                        chat_template=TINY_TEMPLATE).save_pretrained(out)
     print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
 
 
@@ -610,11 +614,11 @@ class Config:
     out: str = "data/mini"    # folder to write
 
 
-# ----- twins (identical in every stage; tests/test_twins.py) -----
+# ----- twins (identical in every stage; tests/test_twins.py) ----- -----------------------------------------
 def parse_config(cls, argv=None):
-    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists; exit with one line on a bad flag.
+    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
 
-    The default gives the type; the field's trailing comment is its --help text.
+    The default gives the type; the field's trailing comment is its --help text. A bad flag exits with one line.
     """
     source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
@@ -626,10 +630,12 @@ def parse_config(cls, argv=None):
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         kind = dict(type=type(f.default))
         if isinstance(f.default, bool):
-            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True, metavar="true|false")
+            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True,
+                        metavar="true|false")
         elif isinstance(f.default, tuple):
             kind = dict(type=str, nargs="*")
-        parser.add_argument(f"--{f.name}", default=f.default, help=f"{text} [{shown}]".replace("%", "%%"), **kind)
+        text = f"{text} [{shown}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
@@ -641,7 +647,8 @@ def main(cfg: Config) -> None:
     if cfg.source == "mini":
         make_mini(Path(cfg.out), cfg.seed)
         rows = read_records(Path(cfg.out) / "counting_train.jsonl")
-        make_tiny(Path("out/tiny"), [text for r in rows for text in (rewards.build_prompt(r), r["response"])], cfg.seed)
+        texts = [text for r in rows for text in (rewards.build_prompt(r), r["response"])]
+        make_tiny(Path("out/tiny"), texts, cfg.seed)
     elif cfg.source == "records":
         convert_input(cfg)
     else:

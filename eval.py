@@ -1,16 +1,16 @@
 """Evaluation: a checkpoint -> accuracy on benchmarks, or the answer to one question.
 
-Greedy by default. Every row is graded by rewards.accuracy, the same function that training rewards. A row that could not be read
-or answered counts as wrong and stays in the denominator.
+Greedy by default. Every row is graded by rewards.accuracy, the same function that training rewards. A row that could not
+be read or answered counts as wrong and stays in the denominator.
 
     python eval.py --bench                                       # every benchmark whose data is present, newest step of out/grpo
     python eval.py --bench counting-id counting-ood --model out/sft
-    python eval.py --bench mathvision=downloads/test.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --max_new_tokens 2048
+    python eval.py --bench mathvision=test.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --max_new_tokens 2048
     python eval.py --bench my_records.jsonl                      # any file that data_prep can read
     python eval.py --image photo.jpg --prompt "What is unusual here?" --model Qwen/Qwen2.5-VL-7B-Instruct
 
-Writes MODEL/eval/BENCH.jsonl (a line per row, appended as answers come: the same command again goes on where it stopped) and
-MODEL/eval/summary.json. For a Hub id MODEL is out/OWNER--NAME.
+Writes MODEL/eval/BENCH.jsonl (a line per row, appended as answers come: the same command again goes on where it
+stopped) and MODEL/eval/summary.json. For a Hub id MODEL is out/OWNER--NAME.
 
 Shapes: B rows generated together, T padded length, V vocabulary.
 """
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data_prep import BadImage, build_messages, load_image, read_records, resolve_model
 from rewards import PROMPTS, accuracy, extract_answer
@@ -61,13 +61,13 @@ class Config:
     attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
 
 
-# ----- twins (identical in grpo.py, rise.py; tests/test_twins.py) -----------------------------------------------------
+# ----- twins (identical in grpo.py, rise.py; tests/test_twins.py) ------------------------------------------
 
 
 def parse_config(cls, argv=None):
-    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists; exit with one line on a bad flag.
+    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
 
-    The default gives the type; the field's trailing comment is its --help text.
+    The default gives the type; the field's trailing comment is its --help text. A bad flag exits with one line.
     """
     source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
@@ -79,10 +79,12 @@ def parse_config(cls, argv=None):
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         kind = dict(type=type(f.default))
         if isinstance(f.default, bool):
-            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True, metavar="true|false")
+            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True,
+                        metavar="true|false")
         elif isinstance(f.default, tuple):
             kind = dict(type=str, nargs="*")
-        parser.add_argument(f"--{f.name}", default=f.default, help=f"{text} [{shown}]".replace("%", "%%"), **kind)
+        text = f"{text} [{shown}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
@@ -91,14 +93,14 @@ def parse_config(cls, argv=None):
 
 
 def vision_ids(config, device):
-    """Ids of image and video placeholder tokens. A response must not hold one: the model would look for its image features."""
+    """Ids of image and video placeholders. A response must not hold one: the model would look for its features."""
     ids = config.to_dict()
     named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
     return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
 
 
 def stop_ids(generation_config, processor):
-    """Token ids that end a response; the first one is what the chat template writes after an assistant turn."""
+    """Token ids that end a response; the first is what the chat template writes after an assistant turn."""
     turn = [{"role": "user", "content": [{"type": "text", "text": "-"}]},
             {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
     tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
@@ -113,14 +115,15 @@ def encode_prompt(record, processor, max_pixels):
     text = processor.apply_chat_template(build_messages(record), add_generation_prompt=True, tokenize=False)
     images = [load_image(image, max_pixels) for image in record["images"]]
     # The template already wrote every special token, a second BOS would shift the prompt.
-    return dict(processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"))
+    images = [images] if images else None
+    return dict(processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt"))
 
 
 def collate(rows, dummy, pad_id, device):
     """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
 
-    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower, or FSDP
-    waits for ever for those that do not.
+    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower,
+    or FSDP waits for ever for those that do not.
     """
     if dummy and not any("pixel_values" in p for p, _ in rows):
         rows = rows + [(dummy, [])]
@@ -129,7 +132,7 @@ def collate(rows, dummy, pad_id, device):
     for key in dict.fromkeys(k for p, _ in rows for k in p):
         parts = [p[key] for p, _ in rows if key in p]
         if parts[0].shape == rows[0][0]["input_ids"].shape:
-            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)                      # (B, T)
+            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)  # (B, T)
             for row, (p, response) in zip(out, rows):
                 n = p["input_ids"].shape[1]
                 row[:n] = p[key][0]
@@ -139,10 +142,10 @@ def collate(rows, dummy, pad_id, device):
                     row[n:n + len(response)] = 1
             inputs[key] = out
         else:
-            # Rows of patches (Qwen) concatenate as they are; padded frames (Idefics3, whose zero frames the model drops) must agree first.
-            shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
-            inputs[key] = torch.cat([torch.nn.functional.pad(x, [w for have, want in zip(x.shape[:0:-1], shape[::-1])
-                                                                 for w in (0, want - have)]) for x in parts])
+            # Patches (Qwen) concatenate as they are; frames (Idefics3, which drops frames of zeros) are padded first.
+            most = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
+            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)] for x in parts]
+            inputs[key] = torch.cat([torch.nn.functional.pad(x, pad) for x, pad in zip(parts, pads)])
     for row, (p, response) in zip(mask, rows):
         n = p["input_ids"].shape[1]
         row[n - 1:n - 1 + len(response)] = True
@@ -150,12 +153,11 @@ def collate(rows, dummy, pad_id, device):
 
 
 def build_engine(path, processor, cfg, device):
-    """A plain copy of the model for sampling, with the trainer's compute dtype; independent of FSDP, so ranks need not move in step."""
+    """A plain copy of the model for sampling, in the trainer's compute dtype; outside FSDP, so ranks need not keep step."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=cfg.attn)
-    engine.stop, engine.banned = stop_ids(engine.generation_config, processor), vision_ids(engine.config, device)
-    # Fields that a request leaves at their default fall back to the checkpoint's own (Qwen2-VL ships T = 0.01, repetition penalty 1.05).
-    engine.generation_config = GenerationConfig()
+    engine.stop = stop_ids(engine.generation_config, processor)
+    engine.banned = vision_ids(engine.config, device)
     return engine.eval().requires_grad_(False).to(device)
 
 
@@ -168,7 +170,8 @@ def generate(engine, prompts, seeds, cfg):
     from its own stream by inverse CDF, so what it samples does not depend on its batch. cfg: max_new_tokens,
     temperature (0 = greedy), top_p, top_k, rollout_tokens.
     """
-    out, device, stop = [None] * len(prompts), engine.banned.device, torch.tensor(engine.stop, device=engine.banned.device)
+    out, device = [None] * len(prompts), engine.banned.device
+    stop = torch.tensor(engine.stop, device=device)
     room = [p["input_ids"].shape[1] + cfg.max_new_tokens for p in prompts]
     chunks, order = [], sorted(range(len(prompts)), key=lambda i: room[i])
     for i in order:
@@ -178,30 +181,32 @@ def generate(engine, prompts, seeds, cfg):
             chunks.append([i])
     for chunk in chunks:
         unique = {id(prompts[i]): prompts[i] for i in chunk}
-        owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)           # (B,)
+        owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)  # (B,)
         cache, mask, shift, logits = prefill(engine, list(unique.values()), owner)
         draws = torch.stack([torch.rand(cfg.max_new_tokens, dtype=torch.float64,
                                         generator=torch.Generator().manual_seed(seeds[i])) for i in chunk]).to(device)
-        tokens = torch.full(draws.shape, engine.stop[0], device=device)                        # (B, max_new_tokens)
+        tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
         logps = torch.zeros(draws.shape, device=device)
         live = torch.arange(len(chunk), device=device)  # rows still in the batch
         for t in range(cfg.max_new_tokens):
             logp = logits.float().index_fill(1, engine.banned, -torch.inf) / (cfg.temperature or 1.0)
-            logp = truncate(logp, cfg).log_softmax(1)                                                      # (b, V)
+            logp = truncate(logp, cfg).log_softmax(1)  # (b, V)
             cdf = logp.double().exp().cumsum(1)
-            token = torch.searchsorted(cdf, draws[live, t, None] * cdf[:, -1:], right=True) if cfg.temperature \
-                else logp.argmax(1, keepdim=True)                                                          # (b, 1)
+            if cfg.temperature:
+                token = torch.searchsorted(cdf, draws[live, t, None] * cdf[:, -1:], right=True)  # (b, 1)
+            else:
+                token = logp.argmax(1, keepdim=True)
             tokens[live, t], logps[live, t] = token[:, 0], logp.gather(1, token)[:, 0]
             ended = torch.isin(tokens[live, :t + 1], stop).any(1)
             if ended.all() or t + 1 == cfg.max_new_tokens:
                 break
-            if 2 * ended.sum() >= len(live):  # finished rows leave once they are half: copying the cache costs a step or two
+            if 2 * ended.sum() >= len(live):  # half is finished: worth copying the cache without them
                 keep = (~ended).nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 live, token, mask = live[keep], token[keep], mask[keep]
                 shift = shift[keep] if shift is not None else None
             mask = torch.cat([mask, torch.ones_like(token)], 1)
-            place = mask.sum(1, keepdim=True) - 1                                                          # (b, 1)
+            place = mask.sum(1, keepdim=True) - 1  # (b, 1)
             place = place if shift is None else (place + shift).expand(3, -1, -1)
             logits = engine(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache,
                             use_cache=True).logits[:, -1]
@@ -218,7 +223,8 @@ def prefill(engine, prompts, owner):
     count (None for other families) and next-token logits (B, V).
     """
     width = max(p["input_ids"].shape[1] for p in prompts)
-    padded = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=engine.stop[0] if k == "input_ids" else 0)
+    fill = {"input_ids": engine.stop[0]}
+    padded = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=fill.get(k, 0))
                if v.shape == p["input_ids"].shape else v for k, v in p.items()} for p in prompts]
     inputs, _ = collate([(p, []) for p in padded], None, engine.stop[0], owner.device)
     if hasattr(engine.model, "rope_deltas"):
@@ -228,7 +234,8 @@ def prefill(engine, prompts, owner):
     result = engine(**inputs, use_cache=True, logits_to_keep=1)
     result.past_key_values.batch_select_indices(owner)
     shift = getattr(engine.model, "rope_deltas", None)
-    return result.past_key_values, inputs["attention_mask"][owner], None if shift is None else shift[owner], result.logits[owner, -1]
+    shift = None if shift is None else shift[owner]
+    return result.past_key_values, inputs["attention_mask"][owner], shift, result.logits[owner, -1]
 
 
 def truncate(logits, cfg):
@@ -243,7 +250,7 @@ def truncate(logits, cfg):
     return logits
 
 
-# ----- this stage -----------------------------------------------------------------------------------------------------
+# ----- this stage ------------------------------------------------------------------------------------------
 
 
 def find_benches(names):
@@ -267,7 +274,7 @@ def find_benches(names):
 
 
 def wilson(p, n):
-    """95 % interval of a proportion p of n (Wilson 1927): unlike p +- 1.96 sd it stays in [0, 1] and does not vanish at p = 1."""
+    """95 % interval of a proportion p of n (Wilson 1927): unlike p +- 1.96 sd it stays in [0, 1], also at p = 1."""
     z = 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
@@ -342,7 +349,8 @@ def main(cfg):
         (_, row), = answer_rows([record], engine, processor, cfg)
         sys.exit(f"eval.py: {row['error']}") if "error" in row else print(row["response"])
         return
-    settings = {"model": path, **{k: getattr(cfg, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_pixels")}}
+    sampling = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_pixels")
+    settings = {"model": path, **{name: getattr(cfg, name) for name in sampling}}
     summary = []
     for name, records, size in loaded:
         if size and len(records) != size:
@@ -350,7 +358,8 @@ def main(cfg):
         summary.append(run_bench(name, records[:cfg.limit or None], engine, processor, folder, settings, cfg))
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\n{path}, temperature {cfg.temperature:g}, at most {cfg.max_new_tokens} tokens\n")
-    print("| benchmark | n | accuracy | 95 % interval | truncated | no answer | tokens | seconds |\n|---|---|---|---|---|---|---|---|")
+    print("| benchmark | n | accuracy | 95 % interval | truncated | no answer | tokens | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
     for s in summary:
         print(f"| {s['bench']} | {s['n']} | {100 * s['accuracy']:.1f} | {100 * s['ci95'][0]:.1f} - {100 * s['ci95'][1]:.1f} "
               f"| {100 * s['truncated']:.1f} % | {100 * s['parse_failed']:.1f} % | {s['tokens']} | {s['seconds']} |")

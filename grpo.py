@@ -1,31 +1,34 @@
 """GRPO: records with an answer -> a policy that reasons about images.
 
-For each question q draw G rollouts y_1..y_G from the policy, score them, and raise the likelihood of the better ones:
+For each question q draw G rollouts y_1..y_G from the policy, score them, and make the better ones more likely:
 
-    A_i  = (r_i - mean(r)) / (std(r) + 1e-4)                     group advantage, exactly 0 when all rewards are equal
-    rho  = pi(y_t) / pi_old(y_t)                                 per token, pi_old = the policy that was sampled
-    loss = - sum_t w_t c_t min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + kl_beta sum_t w_t k3(pi_ref, pi)
+    A_i  = (r_i - mean(r)) / (std(r) + 1e-4)       group advantage, exactly 0 when all rewards are equal
+    rho  = pi(y_t) / pi_old(y_t)                   per token; pi_old is the policy before this batch's updates
+    loss = - sum_t w_t c_t min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)
+           + kl_beta sum_t w_t k3(pi_ref, pi)
 
-w_t are weights that sum to 1 over every response token of the global batch (`--loss_mean token`), or over every rollout
-(`sequence`). c_t = min(pi_old / mu, is_cap) corrects for a sampler mu that is not quite the trainer (other kernels, top-p).
+The weights w_t sum to 1 over all response tokens of the global batch (`--loss_mean token`), each token alike, or each
+rollout alike (`sequence`). c_t = min(pi_old / mu, is_cap) corrects for a sampler mu that is not quite the trainer (other
+kernels, top-p).
 
 What differs from the papers, and why:
-  1. GRPO (DeepSeekMath, arXiv 2402.03300) averages per sequence; the default here is the token mean of DAPO (2503.14476), which
-     does not make tokens of long answers count less. The clip is asymmetric, also from DAPO.
-  2. The denominator is counted over all ranks and micro-batches before the first backward, so 1 GPU and 64 GPUs, small and
-     large micro-batches give the same update.
-  3. Groups whose rewards are all equal have no gradient (when kl_beta = 0), so they cost no forward pass; they still count in
-     the denominator.
+  1. GRPO (DeepSeekMath, arXiv 2402.03300) averages per sequence; the default here is the token mean of DAPO (arXiv
+     2503.14476), in which a token of a long answer counts as much as one of a short. The asymmetric clip is DAPO's too.
+  2. The denominator is counted over all ranks and micro-batches before the first backward, so 1 GPU and 64 GPUs, small
+     and large micro-batches give the same update.
+  3. Groups whose rewards are all equal have no gradient (when kl_beta = 0), so they cost no forward pass; they still
+     count in the denominator.
   4. No KL term and no reference model unless --kl_beta > 0.
-  5. Each rollout has its own random stream, a function of (seed, step, question, sample): batching, ranks and restarts do not
-     change what is sampled.
+  5. Each rollout has its own random stream, a function of (seed, step, question, sample): batches, ranks and restarts
+     do not change what is sampled.
 
     python grpo.py                                               # mini suite, laptop: out/sft -> out/grpo
     torchrun --nproc_per_node 8 grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct --data hiyouga/geometry3k
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 grpo.py ...
     python grpo.py --resume                                      # go on from the newest complete step of --out
 
-Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens, G rollouts per question.
+Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens, Q questions, G rollouts
+per question.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
 import argparse
@@ -58,7 +61,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_prep import BadImage, build_messages, load_image, newest_step, read_records, resolve_model
@@ -92,8 +95,8 @@ class Config:
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
     updates: int = 1  # optimizer updates per batch of rollouts
     # optimisation
-    steps: int = 120  # rollout batches
-    lr: float = 3e-4  # peak learning rate (1e-6 is usual for a 7B model)
+    steps: int = 60  # rollout batches
+    lr: float = 5e-5  # peak learning rate (1e-6 is usual for a 7B model)
     warmup: int = 5  # steps of linear warm-up
     schedule: str = "constant"  # cosine | linear | constant
     lr_floor: float = 0.1  # final learning rate as a share of the peak (cosine, linear)
@@ -110,19 +113,19 @@ class Config:
     attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records, "" = no evaluation
-    eval_every: int = 20  # steps between evaluations
+    eval_every: int = 5  # steps between evaluations
     eval_n: int = 200  # held-out questions used
-    save_every: int = 60  # steps between checkpoints (one is always written at the end)
+    save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
-    samples_every: int = 10  # steps between entries of samples.jsonl
+    samples_every: int = 5  # steps between entries of samples.jsonl
 
 
-# ----- twins: setup (identical in sft.py, grpo.py, rise.py; tests/test_twins.py) --------------------------------------
+# ----- twins: setup (identical in sft.py, grpo.py, rise.py; tests/test_twins.py) ---------------------------
 
 def parse_config(cls, argv=None):
-    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists; exit with one line on a bad flag.
+    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
 
-    The default gives the type; the field's trailing comment is its --help text.
+    The default gives the type; the field's trailing comment is its --help text. A bad flag exits with one line.
     """
     source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
@@ -134,10 +137,12 @@ def parse_config(cls, argv=None):
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         kind = dict(type=type(f.default))
         if isinstance(f.default, bool):
-            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True, metavar="true|false")
+            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True,
+                        metavar="true|false")
         elif isinstance(f.default, tuple):
             kind = dict(type=str, nargs="*")
-        parser.add_argument(f"--{f.name}", default=f.default, help=f"{text} [{shown}]".replace("%", "%%"), **kind)
+        text = f"{text} [{shown}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
@@ -147,14 +152,15 @@ def parse_config(cls, argv=None):
 
 def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of the image workers
-    rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in
-                                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the image workers' fork
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in names.items())
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
-        # One core stays free for the thread that prepares images: spinning OpenMP threads on a busy core are 20x slower.
+        # One core stays free for the process that prepares images: OpenMP threads that spin on a busy core are
+        # 20x slower.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // neighbours - 1))
         device, backend = torch.device("cpu"), "gloo"
@@ -181,8 +187,8 @@ def global_max(value):
 def load_policy(path, cfg, device, trainable=True):
     """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
 
-    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at a time is cast
-    and moved, so the GPU never holds an unsharded model.
+    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at a time
+    is cast and moved, so the GPU never holds an unsharded model.
     """
     policy = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", attn_implementation=cfg.attn)
     processor = AutoProcessor.from_pretrained(path)
@@ -207,14 +213,14 @@ def load_policy(path, cfg, device, trainable=True):
 
 
 def vision_ids(config, device):
-    """Ids of image and video placeholder tokens. A response must not hold one: the model would look for its image features."""
+    """Ids of image and video placeholders. A response must not hold one: the model would look for its features."""
     ids = config.to_dict()
     named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
     return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
 
 
 def stop_ids(generation_config, processor):
-    """Token ids that end a response; the first one is what the chat template writes after an assistant turn."""
+    """Token ids that end a response; the first is what the chat template writes after an assistant turn."""
     turn = [{"role": "user", "content": [{"type": "text", "text": "-"}]},
             {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
     tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
@@ -225,34 +231,36 @@ def stop_ids(generation_config, processor):
 
 
 def lr_at(step, cfg):
-    """Learning rate of step 1..cfg.steps: linear warm-up, then cosine or linear decay to lr_floor * lr, or constant."""
+    """Learning rate of a step: linear warm-up, then cosine or linear decay to lr_floor * lr, or constant."""
     if step < cfg.warmup:
         return cfg.lr * step / cfg.warmup
     progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[cfg.schedule]
-    return cfg.lr * (cfg.lr_floor + (1 - cfg.lr_floor) * falling)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return cfg.lr * (cfg.lr_floor + (1 - cfg.lr_floor) * shape[cfg.schedule])
 
 
 def make_optimizer(policy, cfg):
     """AdamW over the trained parameters; norms and biases (1-D) are not decayed."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
-                              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95))
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
 
 
 def describe(policy, cfg, copies):
-    """Parameter count and what the model's states need per rank, in GiB; `copies` = further bf16 models held (reference, engine)."""
+    """Parameter count and memory of the states per rank; `copies` further models (reference, engine) are held in bf16."""
     total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     width = 2 if cfg.param_dtype == "bf16" else 4
     states = (total * width + trained * 3 * width) / dist.get_world_size()
     vocab = policy.get_output_embeddings().weight.shape[0]
-    return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
-            f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, {total * 2 * copies / 2**30:.2f} GiB model copies; "
-            f"activations on top grow with --token_budget {cfg.token_budget}")
+    return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, "
+            f"{trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
+            f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
+            f"{total * 2 * copies / 2**30:.2f} GiB model copies; activations grow with --token_budget {cfg.token_budget}")
 
 
-# ----- twins: batches (identical in sft.py, grpo.py, rise.py) ---------------------------------------------------------
+# ----- twins: batches (identical in sft.py, grpo.py, rise.py) ----------------------------------------------
 
 
 def encode_prompt(record, processor, max_pixels):
@@ -260,7 +268,8 @@ def encode_prompt(record, processor, max_pixels):
     text = processor.apply_chat_template(build_messages(record), add_generation_prompt=True, tokenize=False)
     images = [load_image(image, max_pixels) for image in record["images"]]
     # The template already wrote every special token, a second BOS would shift the prompt.
-    return dict(processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"))
+    images = [images] if images else None
+    return dict(processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt"))
 
 
 def schedule(total, per_step, done, steps, seed):
@@ -290,9 +299,9 @@ def prepared(batches, encode, workers):
 
 
 def micro_batches(lengths, budget):
-    """Group row indices, long with long, so that rows x longest row <= budget tokens; every rank gets equally many groups.
+    """Group row indices, long with long, so that rows x longest row <= budget tokens; equally many groups on each rank.
 
-    FSDP's collectives run per forward pass, so a rank with fewer groups appends empty ones (collate turns them into the dummy row).
+    FSDP's collectives run per forward pass, so a rank with fewer groups gets empty ones (collate fills in the dummy).
     """
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -306,8 +315,8 @@ def micro_batches(lengths, budget):
 def collate(rows, dummy, pad_id, device):
     """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
 
-    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower, or FSDP
-    waits for ever for those that do not.
+    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower,
+    or FSDP waits for ever for those that do not.
     """
     if dummy and not any("pixel_values" in p for p, _ in rows):
         rows = rows + [(dummy, [])]
@@ -316,7 +325,7 @@ def collate(rows, dummy, pad_id, device):
     for key in dict.fromkeys(k for p, _ in rows for k in p):
         parts = [p[key] for p, _ in rows if key in p]
         if parts[0].shape == rows[0][0]["input_ids"].shape:
-            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)                      # (B, T)
+            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)  # (B, T)
             for row, (p, response) in zip(out, rows):
                 n = p["input_ids"].shape[1]
                 row[:n] = p[key][0]
@@ -326,10 +335,10 @@ def collate(rows, dummy, pad_id, device):
                     row[n:n + len(response)] = 1
             inputs[key] = out
         else:
-            # Rows of patches (Qwen) concatenate as they are; padded frames (Idefics3, whose zero frames the model drops) must agree first.
-            shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
-            inputs[key] = torch.cat([torch.nn.functional.pad(x, [w for have, want in zip(x.shape[:0:-1], shape[::-1])
-                                                                 for w in (0, want - have)]) for x in parts])
+            # Patches (Qwen) concatenate as they are; frames (Idefics3, which drops frames of zeros) are padded first.
+            most = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
+            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)] for x in parts]
+            inputs[key] = torch.cat([torch.nn.functional.pad(x, pad) for x, pad in zip(parts, pads)])
     for row, (p, response) in zip(mask, rows):
         n = p["input_ids"].shape[1]
         row[n - 1:n - 1 + len(response)] = True
@@ -337,13 +346,13 @@ def collate(rows, dummy, pad_id, device):
 
 
 class ResponseLogprob(torch.autograd.Function):
-    """log softmax(h W' / temperature)[target] at N positions; logits exist for a chunk at a time, in forward and in backward."""
+    """log softmax(h W' / temperature)[target] at N positions; logits exist a chunk at a time, forward and backward."""
 
     @staticmethod
     def chunks(hidden, weight, temperature, banned):
         size = max(1, 2**25 // weight.shape[0])  # 2^25 fp32 logits = 128 MiB
         for start in range(0, len(hidden), size):
-            logits = (hidden[start:start + size] @ weight.T).float().div_(temperature)                     # (n, V)
+            logits = (hidden[start:start + size] @ weight.T).float().div_(temperature)  # (n, V)
             logits[:, banned] = -torch.inf
             yield slice(start, start + size), logits
 
@@ -351,7 +360,7 @@ class ResponseLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, banned):
         ctx.save_for_backward(hidden, weight, targets, banned)
         ctx.temperature = temperature
-        logps = torch.empty(len(hidden), device=hidden.device)                                             # (N,)
+        logps = torch.empty(len(hidden), device=hidden.device)  # (N,)
         for rows, logits in ResponseLogprob.chunks(hidden, weight, temperature, banned):
             logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(1)
         return logps
@@ -364,7 +373,7 @@ class ResponseLogprob(torch.autograd.Function):
         for rows, logits in ResponseLogprob.chunks(hidden, weight, ctx.temperature, banned):
             g = grad[rows, None] / ctx.temperature
             logits = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-g)
-            d_logits = logits.scatter_add_(1, targets[rows, None], g).to(weight.dtype)                     # g (onehot - softmax)
+            d_logits = logits.scatter_add_(1, targets[rows, None], g).to(weight.dtype)  # g (onehot - softmax)
             d_hidden[rows] = d_logits @ weight
             if d_weight is not None:
                 d_weight.addmm_(d_logits.T, hidden[rows])
@@ -376,14 +385,14 @@ def token_logprobs(policy, inputs, mask, temperature=1.0):
 
     The output head runs at response positions only and in chunks, so a (B, T, V) tensor never exists.
     """
-    hidden = policy.model(**inputs).last_hidden_state[:, :-1]                                              # (B, T-1, H)
-    targets = inputs["input_ids"][:, 1:][mask]                                                             # (N,)
-    head = policy.get_output_embeddings().weight                                                           # (V, H)
+    hidden = policy.model(**inputs).last_hidden_state[:, :-1]  # (B, T-1, H)
+    targets = inputs["input_ids"][:, 1:][mask]  # (N,)
+    head = policy.get_output_embeddings().weight  # (V, H)
     logps = ResponseLogprob.apply(hidden[mask], head, targets, temperature, policy.banned)
     return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps)
 
 
-# ----- twins: rollouts (identical in grpo.py, rise.py; build_engine and generate also in eval.py) ---------------------
+# ----- twins: rollouts (identical in grpo.py, rise.py; build_engine and generate also in eval.py) ----------
 
 
 @dataclass
@@ -401,12 +410,11 @@ class Rollout:
 
 
 def build_engine(path, processor, cfg, device):
-    """A plain copy of the model for sampling, with the trainer's compute dtype; independent of FSDP, so ranks need not move in step."""
+    """A plain copy of the model for sampling, in the trainer's compute dtype; outside FSDP, so ranks need not keep step."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=cfg.attn)
-    engine.stop, engine.banned = stop_ids(engine.generation_config, processor), vision_ids(engine.config, device)
-    # Fields that a request leaves at their default fall back to the checkpoint's own (Qwen2-VL ships T = 0.01, repetition penalty 1.05).
-    engine.generation_config = GenerationConfig()
+    engine.stop = stop_ids(engine.generation_config, processor)
+    engine.banned = vision_ids(engine.config, device)
     return engine.eval().requires_grad_(False).to(device)
 
 
@@ -426,7 +434,8 @@ def generate(engine, prompts, seeds, cfg):
     from its own stream by inverse CDF, so what it samples does not depend on its batch. cfg: max_new_tokens,
     temperature (0 = greedy), top_p, top_k, rollout_tokens.
     """
-    out, device, stop = [None] * len(prompts), engine.banned.device, torch.tensor(engine.stop, device=engine.banned.device)
+    out, device = [None] * len(prompts), engine.banned.device
+    stop = torch.tensor(engine.stop, device=device)
     room = [p["input_ids"].shape[1] + cfg.max_new_tokens for p in prompts]
     chunks, order = [], sorted(range(len(prompts)), key=lambda i: room[i])
     for i in order:
@@ -436,30 +445,32 @@ def generate(engine, prompts, seeds, cfg):
             chunks.append([i])
     for chunk in chunks:
         unique = {id(prompts[i]): prompts[i] for i in chunk}
-        owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)           # (B,)
+        owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)  # (B,)
         cache, mask, shift, logits = prefill(engine, list(unique.values()), owner)
         draws = torch.stack([torch.rand(cfg.max_new_tokens, dtype=torch.float64,
                                         generator=torch.Generator().manual_seed(seeds[i])) for i in chunk]).to(device)
-        tokens = torch.full(draws.shape, engine.stop[0], device=device)                        # (B, max_new_tokens)
+        tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
         logps = torch.zeros(draws.shape, device=device)
         live = torch.arange(len(chunk), device=device)  # rows still in the batch
         for t in range(cfg.max_new_tokens):
             logp = logits.float().index_fill(1, engine.banned, -torch.inf) / (cfg.temperature or 1.0)
-            logp = truncate(logp, cfg).log_softmax(1)                                                      # (b, V)
+            logp = truncate(logp, cfg).log_softmax(1)  # (b, V)
             cdf = logp.double().exp().cumsum(1)
-            token = torch.searchsorted(cdf, draws[live, t, None] * cdf[:, -1:], right=True) if cfg.temperature \
-                else logp.argmax(1, keepdim=True)                                                          # (b, 1)
+            if cfg.temperature:
+                token = torch.searchsorted(cdf, draws[live, t, None] * cdf[:, -1:], right=True)  # (b, 1)
+            else:
+                token = logp.argmax(1, keepdim=True)
             tokens[live, t], logps[live, t] = token[:, 0], logp.gather(1, token)[:, 0]
             ended = torch.isin(tokens[live, :t + 1], stop).any(1)
             if ended.all() or t + 1 == cfg.max_new_tokens:
                 break
-            if 2 * ended.sum() >= len(live):  # finished rows leave once they are half: copying the cache costs a step or two
+            if 2 * ended.sum() >= len(live):  # half is finished: worth copying the cache without them
                 keep = (~ended).nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 live, token, mask = live[keep], token[keep], mask[keep]
                 shift = shift[keep] if shift is not None else None
             mask = torch.cat([mask, torch.ones_like(token)], 1)
-            place = mask.sum(1, keepdim=True) - 1                                                          # (b, 1)
+            place = mask.sum(1, keepdim=True) - 1  # (b, 1)
             place = place if shift is None else (place + shift).expand(3, -1, -1)
             logits = engine(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache,
                             use_cache=True).logits[:, -1]
@@ -476,7 +487,8 @@ def prefill(engine, prompts, owner):
     count (None for other families) and next-token logits (B, V).
     """
     width = max(p["input_ids"].shape[1] for p in prompts)
-    padded = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=engine.stop[0] if k == "input_ids" else 0)
+    fill = {"input_ids": engine.stop[0]}
+    padded = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=fill.get(k, 0))
                if v.shape == p["input_ids"].shape else v for k, v in p.items()} for p in prompts]
     inputs, _ = collate([(p, []) for p in padded], None, engine.stop[0], owner.device)
     if hasattr(engine.model, "rope_deltas"):
@@ -486,7 +498,8 @@ def prefill(engine, prompts, owner):
     result = engine(**inputs, use_cache=True, logits_to_keep=1)
     result.past_key_values.batch_select_indices(owner)
     shift = getattr(engine.model, "rope_deltas", None)
-    return result.past_key_values, inputs["attention_mask"][owner], None if shift is None else shift[owner], result.logits[owner, -1]
+    shift = None if shift is None else shift[owner]
+    return result.past_key_values, inputs["attention_mask"][owner], shift, result.logits[owner, -1]
 
 
 def truncate(logits, cfg):
@@ -501,11 +514,11 @@ def truncate(logits, cfg):
     return logits
 
 
-# ----- twins: objective (identical in grpo.py, rise.py) ---------------------------------------------------------------
+# ----- twins: objective (identical in grpo.py, rise.py) ----------------------------------------------------
 
 
 def group_advantages(rewards, std=True, eps=1e-4):
-    """(Q, G) rewards -> (Q, G) advantages r - mean, divided by the sample standard deviation + eps if `std`; equal rewards -> exactly 0."""
+    """(Q, G) rewards -> advantages r - mean, over the sample standard deviation + eps if `std`; equal rewards give 0."""
     centred = rewards - rewards.mean(1, keepdim=True)
     same = (rewards == rewards[:, :1]).all(1, keepdim=True)
     return torch.where(same, 0.0, centred / (rewards.std(1, keepdim=True) + eps) if std else centred)
@@ -532,14 +545,15 @@ def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, c
     return loss, stats
 
 
-# ----- twins: persistence (identical in sft.py, grpo.py, rise.py) -----------------------------------------------------
+# ----- twins: persistence (identical in sft.py, grpo.py, rise.py) ------------------------------------------
 
 
 def save_checkpoint(cfg, step, policy, processor, optimizer):
     """Write out/step_000200: HF weights and processor, one trainer file per rank; complete or absent, never half there.
 
-    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep removed. With several nodes
-    --out must be on a file system they share. Raises OSError (full disk): earlier checkpoints stay as they are.
+    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep removed.
+    With several nodes --out must be on a file system they share. On a full disk it raises OSError and earlier
+    checkpoints stay as they are.
     """
     final = Path(cfg.out) / f"step_{step:06d}"
     tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
@@ -549,8 +563,8 @@ def save_checkpoint(cfg, step, policy, processor, optimizer):
     dist.barrier()
     weights = {}
     for name, p in policy.named_parameters():
-        full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()  # all ranks take part, only rank 0 keeps it
-        if rank == 0:
+        full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+        if rank == 0:  # all ranks take part in gathering, one keeps the result
             weights[name] = full.cpu()
     if rank == 0:
         policy.save_pretrained(tmp, state_dict=weights)
@@ -578,19 +592,20 @@ def load_checkpoint(path, policy, optimizer):
     """
     meta = json.loads((path / "meta.json").read_text())
     if meta["world_size"] != dist.get_world_size():
-        raise ValueError(f"{path} was saved by {meta['world_size']} ranks, this run has {dist.get_world_size()}")
+        raise ValueError(f"{path} was saved by {meta['world_size']} rank(s), this run has {dist.get_world_size()}")
     state = torch.load(path / f"trainer_rank{dist.get_rank()}.pt", weights_only=True)
     for name, p in policy.named_parameters():
         for key, value in state["optimizer"].get(name, {}).items():
             if isinstance(p, DTensor) and key != "step":
-                value = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                value = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements,
+                                           shape=p.shape, stride=p.stride())
             optimizer.state[p][key] = value
     torch.set_rng_state(state["rng"])
     return meta["step"]
 
 
 class RunLog:
-    """The only writer of a run directory besides checkpoints: config.json, metrics.jsonl, samples.jsonl and the progress bar (rank 0).
+    """Writes config.json, metrics.jsonl, samples.jsonl and the progress bar, on rank 0.
 
     A new run moves an existing directory aside; a resumed one drops the lines written after its checkpoint.
     """
@@ -599,17 +614,19 @@ class RunLog:
         self.out, self.rank, self.began = Path(cfg.out), dist.get_rank(), time.time()
         if self.rank == 0:
             if self.out.exists() and not cfg.resume:
-                aside = next(p for p in (self.out.with_name(f"{self.out.name}.old{i}") for i in range(1, 10**6)) if not p.exists())
+                olds = (self.out.with_name(f"{self.out.name}.old{i}") for i in itertools.count(1))
+                aside = next(path for path in olds if not path.exists())
                 self.out.rename(aside)
                 print(f"{self.out} existed: moved to {aside}")
             self.out.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 path = self.out / name
-                kept = [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start] if path.exists() else []
-                path.write_text("".join(kept))
+                lines = path.read_text().splitlines(True) if path.exists() else []
+                path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start))
             git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
             (self.out / "config.json").write_text(json.dumps({
-                "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(), "world_size": dist.get_world_size(),
+                "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(),
+                "world_size": dist.get_world_size(),
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
         # Piped into a file, a line every ten seconds is enough.
         self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True,
@@ -627,12 +644,11 @@ class RunLog:
 
     def step(self, step, metrics, shown):
         self.write("metrics.jsonl", [{"step": step, **metrics}])
-        self.bar.set_postfix({k.split("/")[-1] if k.startswith("loss") else k: f"{metrics[k]:.3g}" for k in shown if k in metrics},
-                             refresh=False)
+        self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in shown if k in metrics}, refresh=False)
         self.bar.update()
 
 
-# ----- this stage -----------------------------------------------------------------------------------------------------
+# ----- this stage ------------------------------------------------------------------------------------------
 
 
 def rollout_seed(cfg, step, question, sample):
@@ -641,12 +657,13 @@ def rollout_seed(cfg, step, question, sample):
 
 
 def all_logprobs(policy, rollouts, prompts, dummy, cfg):
-    """Trainer-side log-probabilities of every rollout's tokens, without gradient: one CPU tensor (len(response),) each."""
+    """Trainer-side log-probabilities of each rollout's tokens, without gradient: CPU tensors (len(response),)."""
     out, device = [None] * len(rollouts), policy.banned.device
     lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
     with torch.no_grad():
         for group in micro_batches(lengths, cfg.token_budget):
-            inputs, mask = collate([(prompts[rollouts[i].question], rollouts[i].response) for i in group], dummy, 0, device)
+            rows = [(prompts[rollouts[i].question], rollouts[i].response) for i in group]
+            inputs, mask = collate(rows, dummy, 0, device)
             logps = policy.token_logprobs(inputs, mask, cfg.temperature)
             for i, row in zip(group, logps[mask].cpu().split([len(rollouts[i].response) for i in group])):
                 out[i] = row
@@ -654,21 +671,23 @@ def all_logprobs(policy, rollouts, prompts, dummy, cfg):
 
 
 def update(policy, optimizer, rollouts, denominator, prompts, dummy, cfg):
-    """One optimizer step on this rank's rollouts; `denominator` is the global token (or rollout) count. Returns summed statistics."""
+    """One optimizer step on this rank's rollouts; `denominator` is the global token (or rollout) count."""
     device, stats = policy.banned.device, {}
     lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
     for group in micro_batches(lengths, cfg.token_budget):
         rows = [rollouts[i] for i in group]
         inputs, mask = collate([(prompts[r.question], r.response) for r in rows], dummy, 0, device)
-        spread = lambda parts: torch.zeros(mask.shape, device=device).masked_scatter(                      # noqa: E731  (B, T-1)
-            mask, torch.cat([*parts, torch.zeros(0)]).to(device))
+
+        def spread(parts):  # one value a response token -> (B, T-1)
+            return torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat([*parts, torch.zeros(0)]).to(device))
+
         logps = policy.token_logprobs(inputs, mask, cfg.temperature)
         ones = [torch.ones(len(r.response)) for r in rows]
-        old = spread([r.old_logps for r in rows]) if rows and rows[0].old_logps is not None else logps.detach()
+        old = logps.detach() if cfg.updates == 1 else spread([r.old_logps for r in rows])
         sampler = spread([r.sampler_logps for r in rows])
         reference = spread([r.ref_logps for r in rows]) if cfg.kl_beta else None
         advantages = spread([r.advantage * one for r, one in zip(rows, ones)])
-        weights = spread([one / denominator / (len(one) if cfg.loss_mean == "sequence" else 1) for one in ones])
+        weights = spread([one / (denominator if cfg.loss_mean == "token" else denominator * len(one)) for one in ones])
         loss, extra = grpo_loss(logps, old, sampler, reference, advantages, weights, cfg)
         # FSDP averages gradients over ranks; the weights already sum to 1 over all ranks together.
         (loss * dist.get_world_size()).backward()
@@ -712,8 +731,9 @@ def extremes(rollouts, records, step, group_size):
     for group in [g for g in groups if any(r.advantage for r in g)][:3]:
         for r in (max(group, key=lambda r: r.reward), min(group, key=lambda r: r.reward)):
             record = records[r.question]
-            yield {"step": step, "id": record["id"], "question": record["question"], "answer": record["answer"], "response": r.text,
-                   "reward": r.reward, "advantage": r.advantage, "tokens": len(r.response), "truncated": r.truncated}
+            yield {"step": step, "id": record["id"], "question": record["question"], "answer": record["answer"],
+                   "response": r.text, "reward": r.reward, "advantage": r.advantage, "tokens": len(r.response),
+                   "truncated": r.truncated}
 
 
 def evaluate(engine, records, processor, cfg):
@@ -737,13 +757,13 @@ def check(cfg):
         if getattr(cfg, flag) < 1:
             raise ValueError(f"--{flag} must be at least 1")
     if cfg.group_size < 2:
-        raise ValueError("--group_size must be at least 2: the advantage compares the rollouts of a group with each other")
+        raise ValueError("--group_size must be at least 2: the advantage compares the rollouts of a group")
     if cfg.temperature <= 0:
         raise ValueError("--temperature must be above 0: greedy rollouts of a group are all the same")
 
 
 def main(cfg):
-    """Train. Ten beats a step: draw, generate, score, advantages, select, old and reference logprobs, update, sync, log, evaluate and save."""
+    """Train. A step has ten beats, numbered below."""
     rank, world, device = init_distributed()
     try:
         check(cfg)
@@ -751,7 +771,7 @@ def main(cfg):
         start = newest_step(cfg.out) if cfg.resume else None
         first = resolve_model(cfg.model)
         records = read_records(cfg.data, need=("answer",))
-        held_out = read_records(cfg.eval_data, need=("answer",))[:cfg.eval_n] if cfg.eval_data and cfg.eval_every else []
+        held_out = read_records(cfg.eval_data, limit=cfg.eval_n) if cfg.eval_data else []
         policy, processor = load_policy(start or first, cfg, device)
         optimizer = make_optimizer(policy, cfg)
         done = load_checkpoint(start, policy, optimizer) if start else 0
@@ -764,7 +784,7 @@ def main(cfg):
     encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels)
     dummy = encode({"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"})
     log.note(describe(policy, cfg, 2 if cfg.kl_beta else 1))
-    log.note(f"{len(records)} questions; a step is {cfg.prompts_per_step} of them x {cfg.group_size} rollouts on {world} rank(s)")
+    log.note(f"{len(records)} questions; a step: {cfg.prompts_per_step} x {cfg.group_size} rollouts on {world} rank(s)")
     log.note("first prompt: " + processor.tokenizer.decode(encode(records[0])["input_ids"][0]))
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
@@ -774,11 +794,14 @@ def main(cfg):
         log.note(f"before training: {before['eval/accuracy']:.3f} of {len(held_out)} held-out questions right")
 
     plan = schedule(len(records), cfg.prompts_per_step, done, cfg.steps, cfg.seed)
-    mine = prepared([drawn[rank::world] for drawn in plan], lambda i: encode(records[i]), cfg.workers)
+    share = prepared([drawn[rank::world] for drawn in plan], lambda i: encode(records[i]), cfg.workers)
     failures = 0
-    for step, questions, drawn in zip(itertools.count(done + 1), plan, mine):
+    for step, questions, drawn in zip(itertools.count(done + 1), plan, share):
         clock = [time.time()]
-        tick = lambda: clock.append(time.time()) or clock[-1] - clock[-2]                                  # noqa: E731
+
+        def tick():
+            clock.append(time.time())
+            return clock[-1] - clock[-2]
 
         # 1. draw this rank's questions; their images were prepared in the background
         prompts = {q: prompt for q, prompt in drawn if not isinstance(prompt, BadImage)}
@@ -790,10 +813,10 @@ def main(cfg):
 
         # 2. generate G rollouts of each
         asked = [(q, g) for q in prompts for g in range(cfg.group_size)]
-        samples = generate(engine, [prompts[q] for q, _ in asked], [rollout_seed(cfg, step, q, g) for q, g in asked],
-                           cfg)
+        seeds = [rollout_seed(cfg, step, q, g) for q, g in asked]
+        samples = generate(engine, [prompts[q] for q, _ in asked], seeds, cfg)
         texts = processor.tokenizer.batch_decode([ids for ids, _, _ in samples], skip_special_tokens=True)
-        rollouts = [Rollout(q, ids, logps, cut, text) for (q, _), (ids, logps, cut), text in zip(asked, samples, texts)]
+        rollouts = [Rollout(q, *sample, text) for (q, _), sample, text in zip(asked, samples, texts)]
         seconds = {"time/gen": tick()}
 
         # 3. score
@@ -803,7 +826,7 @@ def main(cfg):
         seconds["time/score"] = tick()
 
         # 4. advantages within each group
-        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)                      # (Q, G)
+        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)  # (Q, G)
         advantages = group_advantages(rewards, cfg.adv_std)
         for r, a in zip(rollouts, advantages.flatten().tolist()):
             r.advantage = a
@@ -826,11 +849,11 @@ def main(cfg):
         totals = []
         for u in range(cfg.updates):
             part = [r for r in rollouts if place[r.question] == u]
-            count, active = global_sum([sum(len(r.response) for r in part) if cfg.loss_mean == "token" else len(part),
-                                        sum(place[r.question] == u for r in trained)])
+            mine = [r for r in trained if place[r.question] == u]
+            size = sum(len(r.response) for r in part) if cfg.loss_mean == "token" else len(part)
+            denominator, active = global_sum([size, len(mine)])
             if active:
-                totals.append(update(policy, optimizer, [r for r in trained if place[r.question] == u], count,
-                                     prompts, dummy, cfg))
+                totals.append(update(policy, optimizer, mine, denominator, prompts, dummy, cfg))
                 failures = 0 if math.isfinite(totals[-1]["norm"]) else failures + 1
         if failures >= 3:
             sys.exit(f"{Path(sys.argv[0]).name}: step {step}: gradient norm not finite {failures} times in a row; "

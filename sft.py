@@ -2,18 +2,18 @@
 
     loss = - sum_t w_t log pi(y_t | image, question, y_<t)        w_t = 1 / response tokens of the global batch
 
-Only response tokens and the token that ends the turn are learnt. The kernel is the one that grpo.py scores rollouts with
-(token_logprobs), so the vision placeholder ids it bans have no probability here either.
+Only the response and the token that ends the turn are learnt. The kernel is the one with which grpo.py scores rollouts
+(token_logprobs), so the vision placeholder ids that it bans have no probability here either.
 
 What differs from the usual recipe, and why:
-  1. The denominator is the response-token count of the whole step over all ranks and micro-batches, so that one GPU and 64,
-     small and large micro-batches, give the same update.
+  1. The denominator is the response-token count of the whole step over all ranks and micro-batches, so that 1 GPU and
+     64, small and large micro-batches give the same update.
   2. Rows are packed into micro-batches by a token budget, long with long, instead of a fixed number of rows.
-  3. No truncation: a row longer than --max_tokens is left out and counted. Cutting could part an image from its tokens or a thought
-     from its answer.
+  3. No truncation: a row longer than --max_tokens is left out and counted. A cut could part an image from its tokens or
+     a thought from its answer.
 
     python sft.py                                                # mini suite, laptop: out/tiny -> out/sft
-    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data cold.jsonl --lr 1e-5 --epochs 1 --batch_size 128
+    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data cold.jsonl --lr 1e-5 --epochs 1
     python sft.py --resume                                       # go on from the newest complete step of --out
 
 Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens.
@@ -65,7 +65,7 @@ class Config:
     strict: bool = False  # stop at an unreadable image instead of skipping its row
     seed: int = 0  # data order
     # optimisation
-    steps: int = 400  # optimizer steps
+    steps: int = 300  # optimizer steps
     epochs: float = 0.0  # passes over the data instead of --steps, 0 = use --steps
     batch_size: int = 32  # rows per step, over all ranks
     lr: float = 2e-3  # peak learning rate (1e-5 is usual for a 7B model)
@@ -88,16 +88,16 @@ class Config:
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records with a response, "" = no evaluation
     eval_every: int = 100  # steps between evaluations
     eval_n: int = 200  # held-out rows used
-    save_every: int = 200  # steps between checkpoints (one is always written at the end)
+    save_every: int = 100  # steps between checkpoints (one is always written at the end)
     keep: int = 1  # checkpoints kept
 
 
-# ----- twins: setup (identical in sft.py, grpo.py, rise.py; tests/test_twins.py) --------------------------------------
+# ----- twins: setup (identical in sft.py, grpo.py, rise.py; tests/test_twins.py) ---------------------------
 
 def parse_config(cls, argv=None):
-    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists; exit with one line on a bad flag.
+    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
 
-    The default gives the type; the field's trailing comment is its --help text.
+    The default gives the type; the field's trailing comment is its --help text. A bad flag exits with one line.
     """
     source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
@@ -109,10 +109,12 @@ def parse_config(cls, argv=None):
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         kind = dict(type=type(f.default))
         if isinstance(f.default, bool):
-            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True, metavar="true|false")
+            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True,
+                        metavar="true|false")
         elif isinstance(f.default, tuple):
             kind = dict(type=str, nargs="*")
-        parser.add_argument(f"--{f.name}", default=f.default, help=f"{text} [{shown}]".replace("%", "%%"), **kind)
+        text = f"{text} [{shown}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
@@ -122,14 +124,15 @@ def parse_config(cls, argv=None):
 
 def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of the image workers
-    rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in
-                                      (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the image workers' fork
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in names.items())
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
-        # One core stays free for the thread that prepares images: spinning OpenMP threads on a busy core are 20x slower.
+        # One core stays free for the process that prepares images: OpenMP threads that spin on a busy core are
+        # 20x slower.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // neighbours - 1))
         device, backend = torch.device("cpu"), "gloo"
@@ -156,8 +159,8 @@ def global_max(value):
 def load_policy(path, cfg, device, trainable=True):
     """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
 
-    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at a time is cast
-    and moved, so the GPU never holds an unsharded model.
+    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at a time
+    is cast and moved, so the GPU never holds an unsharded model.
     """
     policy = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", attn_implementation=cfg.attn)
     processor = AutoProcessor.from_pretrained(path)
@@ -182,14 +185,14 @@ def load_policy(path, cfg, device, trainable=True):
 
 
 def vision_ids(config, device):
-    """Ids of image and video placeholder tokens. A response must not hold one: the model would look for its image features."""
+    """Ids of image and video placeholders. A response must not hold one: the model would look for its features."""
     ids = config.to_dict()
     named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
     return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
 
 
 def stop_ids(generation_config, processor):
-    """Token ids that end a response; the first one is what the chat template writes after an assistant turn."""
+    """Token ids that end a response; the first is what the chat template writes after an assistant turn."""
     turn = [{"role": "user", "content": [{"type": "text", "text": "-"}]},
             {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
     tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
@@ -200,34 +203,36 @@ def stop_ids(generation_config, processor):
 
 
 def lr_at(step, cfg):
-    """Learning rate of step 1..cfg.steps: linear warm-up, then cosine or linear decay to lr_floor * lr, or constant."""
+    """Learning rate of a step: linear warm-up, then cosine or linear decay to lr_floor * lr, or constant."""
     if step < cfg.warmup:
         return cfg.lr * step / cfg.warmup
     progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[cfg.schedule]
-    return cfg.lr * (cfg.lr_floor + (1 - cfg.lr_floor) * falling)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return cfg.lr * (cfg.lr_floor + (1 - cfg.lr_floor) * shape[cfg.schedule])
 
 
 def make_optimizer(policy, cfg):
     """AdamW over the trained parameters; norms and biases (1-D) are not decayed."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
-                              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.95))
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
 
 
 def describe(policy, cfg, copies):
-    """Parameter count and what the model's states need per rank, in GiB; `copies` = further bf16 models held (reference, engine)."""
+    """Parameter count and memory of the states per rank; `copies` further models (reference, engine) are held in bf16."""
     total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     width = 2 if cfg.param_dtype == "bf16" else 4
     states = (total * width + trained * 3 * width) / dist.get_world_size()
     vocab = policy.get_output_embeddings().weight.shape[0]
-    return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
-            f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, {total * 2 * copies / 2**30:.2f} GiB model copies; "
-            f"activations on top grow with --token_budget {cfg.token_budget}")
+    return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, "
+            f"{trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
+            f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
+            f"{total * 2 * copies / 2**30:.2f} GiB model copies; activations grow with --token_budget {cfg.token_budget}")
 
 
-# ----- twins: batches (identical in sft.py, grpo.py, rise.py) ---------------------------------------------------------
+# ----- twins: batches (identical in sft.py, grpo.py, rise.py) ----------------------------------------------
 
 
 def encode_prompt(record, processor, max_pixels):
@@ -235,7 +240,8 @@ def encode_prompt(record, processor, max_pixels):
     text = processor.apply_chat_template(build_messages(record), add_generation_prompt=True, tokenize=False)
     images = [load_image(image, max_pixels) for image in record["images"]]
     # The template already wrote every special token, a second BOS would shift the prompt.
-    return dict(processor(text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"))
+    images = [images] if images else None
+    return dict(processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt"))
 
 
 def schedule(total, per_step, done, steps, seed):
@@ -265,9 +271,9 @@ def prepared(batches, encode, workers):
 
 
 def micro_batches(lengths, budget):
-    """Group row indices, long with long, so that rows x longest row <= budget tokens; every rank gets equally many groups.
+    """Group row indices, long with long, so that rows x longest row <= budget tokens; equally many groups on each rank.
 
-    FSDP's collectives run per forward pass, so a rank with fewer groups appends empty ones (collate turns them into the dummy row).
+    FSDP's collectives run per forward pass, so a rank with fewer groups gets empty ones (collate fills in the dummy).
     """
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -281,8 +287,8 @@ def micro_batches(lengths, budget):
 def collate(rows, dummy, pad_id, device):
     """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
 
-    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower, or FSDP
-    waits for ever for those that do not.
+    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower,
+    or FSDP waits for ever for those that do not.
     """
     if dummy and not any("pixel_values" in p for p, _ in rows):
         rows = rows + [(dummy, [])]
@@ -291,7 +297,7 @@ def collate(rows, dummy, pad_id, device):
     for key in dict.fromkeys(k for p, _ in rows for k in p):
         parts = [p[key] for p, _ in rows if key in p]
         if parts[0].shape == rows[0][0]["input_ids"].shape:
-            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)                      # (B, T)
+            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)  # (B, T)
             for row, (p, response) in zip(out, rows):
                 n = p["input_ids"].shape[1]
                 row[:n] = p[key][0]
@@ -301,10 +307,10 @@ def collate(rows, dummy, pad_id, device):
                     row[n:n + len(response)] = 1
             inputs[key] = out
         else:
-            # Rows of patches (Qwen) concatenate as they are; padded frames (Idefics3, whose zero frames the model drops) must agree first.
-            shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
-            inputs[key] = torch.cat([torch.nn.functional.pad(x, [w for have, want in zip(x.shape[:0:-1], shape[::-1])
-                                                                 for w in (0, want - have)]) for x in parts])
+            # Patches (Qwen) concatenate as they are; frames (Idefics3, which drops frames of zeros) are padded first.
+            most = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
+            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)] for x in parts]
+            inputs[key] = torch.cat([torch.nn.functional.pad(x, pad) for x, pad in zip(parts, pads)])
     for row, (p, response) in zip(mask, rows):
         n = p["input_ids"].shape[1]
         row[n - 1:n - 1 + len(response)] = True
@@ -312,13 +318,13 @@ def collate(rows, dummy, pad_id, device):
 
 
 class ResponseLogprob(torch.autograd.Function):
-    """log softmax(h W' / temperature)[target] at N positions; logits exist for a chunk at a time, in forward and in backward."""
+    """log softmax(h W' / temperature)[target] at N positions; logits exist a chunk at a time, forward and backward."""
 
     @staticmethod
     def chunks(hidden, weight, temperature, banned):
         size = max(1, 2**25 // weight.shape[0])  # 2^25 fp32 logits = 128 MiB
         for start in range(0, len(hidden), size):
-            logits = (hidden[start:start + size] @ weight.T).float().div_(temperature)                     # (n, V)
+            logits = (hidden[start:start + size] @ weight.T).float().div_(temperature)  # (n, V)
             logits[:, banned] = -torch.inf
             yield slice(start, start + size), logits
 
@@ -326,7 +332,7 @@ class ResponseLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, banned):
         ctx.save_for_backward(hidden, weight, targets, banned)
         ctx.temperature = temperature
-        logps = torch.empty(len(hidden), device=hidden.device)                                             # (N,)
+        logps = torch.empty(len(hidden), device=hidden.device)  # (N,)
         for rows, logits in ResponseLogprob.chunks(hidden, weight, temperature, banned):
             logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(1)
         return logps
@@ -339,7 +345,7 @@ class ResponseLogprob(torch.autograd.Function):
         for rows, logits in ResponseLogprob.chunks(hidden, weight, ctx.temperature, banned):
             g = grad[rows, None] / ctx.temperature
             logits = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-g)
-            d_logits = logits.scatter_add_(1, targets[rows, None], g).to(weight.dtype)                     # g (onehot - softmax)
+            d_logits = logits.scatter_add_(1, targets[rows, None], g).to(weight.dtype)  # g (onehot - softmax)
             d_hidden[rows] = d_logits @ weight
             if d_weight is not None:
                 d_weight.addmm_(d_logits.T, hidden[rows])
@@ -351,21 +357,22 @@ def token_logprobs(policy, inputs, mask, temperature=1.0):
 
     The output head runs at response positions only and in chunks, so a (B, T, V) tensor never exists.
     """
-    hidden = policy.model(**inputs).last_hidden_state[:, :-1]                                              # (B, T-1, H)
-    targets = inputs["input_ids"][:, 1:][mask]                                                             # (N,)
-    head = policy.get_output_embeddings().weight                                                           # (V, H)
+    hidden = policy.model(**inputs).last_hidden_state[:, :-1]  # (B, T-1, H)
+    targets = inputs["input_ids"][:, 1:][mask]  # (N,)
+    head = policy.get_output_embeddings().weight  # (V, H)
     logps = ResponseLogprob.apply(hidden[mask], head, targets, temperature, policy.banned)
     return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps)
 
 
-# ----- twins: persistence (identical in sft.py, grpo.py, rise.py) -----------------------------------------------------
+# ----- twins: persistence (identical in sft.py, grpo.py, rise.py) ------------------------------------------
 
 
 def save_checkpoint(cfg, step, policy, processor, optimizer):
     """Write out/step_000200: HF weights and processor, one trainer file per rank; complete or absent, never half there.
 
-    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep removed. With several nodes
-    --out must be on a file system they share. Raises OSError (full disk): earlier checkpoints stay as they are.
+    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep removed.
+    With several nodes --out must be on a file system they share. On a full disk it raises OSError and earlier
+    checkpoints stay as they are.
     """
     final = Path(cfg.out) / f"step_{step:06d}"
     tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
@@ -375,8 +382,8 @@ def save_checkpoint(cfg, step, policy, processor, optimizer):
     dist.barrier()
     weights = {}
     for name, p in policy.named_parameters():
-        full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()  # all ranks take part, only rank 0 keeps it
-        if rank == 0:
+        full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+        if rank == 0:  # all ranks take part in gathering, one keeps the result
             weights[name] = full.cpu()
     if rank == 0:
         policy.save_pretrained(tmp, state_dict=weights)
@@ -404,19 +411,20 @@ def load_checkpoint(path, policy, optimizer):
     """
     meta = json.loads((path / "meta.json").read_text())
     if meta["world_size"] != dist.get_world_size():
-        raise ValueError(f"{path} was saved by {meta['world_size']} ranks, this run has {dist.get_world_size()}")
+        raise ValueError(f"{path} was saved by {meta['world_size']} rank(s), this run has {dist.get_world_size()}")
     state = torch.load(path / f"trainer_rank{dist.get_rank()}.pt", weights_only=True)
     for name, p in policy.named_parameters():
         for key, value in state["optimizer"].get(name, {}).items():
             if isinstance(p, DTensor) and key != "step":
-                value = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                value = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements,
+                                           shape=p.shape, stride=p.stride())
             optimizer.state[p][key] = value
     torch.set_rng_state(state["rng"])
     return meta["step"]
 
 
 class RunLog:
-    """The only writer of a run directory besides checkpoints: config.json, metrics.jsonl, samples.jsonl and the progress bar (rank 0).
+    """Writes config.json, metrics.jsonl, samples.jsonl and the progress bar, on rank 0.
 
     A new run moves an existing directory aside; a resumed one drops the lines written after its checkpoint.
     """
@@ -425,17 +433,19 @@ class RunLog:
         self.out, self.rank, self.began = Path(cfg.out), dist.get_rank(), time.time()
         if self.rank == 0:
             if self.out.exists() and not cfg.resume:
-                aside = next(p for p in (self.out.with_name(f"{self.out.name}.old{i}") for i in range(1, 10**6)) if not p.exists())
+                olds = (self.out.with_name(f"{self.out.name}.old{i}") for i in itertools.count(1))
+                aside = next(path for path in olds if not path.exists())
                 self.out.rename(aside)
                 print(f"{self.out} existed: moved to {aside}")
             self.out.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 path = self.out / name
-                kept = [x for x in path.read_text().splitlines(True) if json.loads(x)["step"] <= start] if path.exists() else []
-                path.write_text("".join(kept))
+                lines = path.read_text().splitlines(True) if path.exists() else []
+                path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start))
             git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
             (self.out / "config.json").write_text(json.dumps({
-                "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(), "world_size": dist.get_world_size(),
+                "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(),
+                "world_size": dist.get_world_size(),
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
         # Piped into a file, a line every ten seconds is enough.
         self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True,
@@ -453,16 +463,15 @@ class RunLog:
 
     def step(self, step, metrics, shown):
         self.write("metrics.jsonl", [{"step": step, **metrics}])
-        self.bar.set_postfix({k.split("/")[-1] if k.startswith("loss") else k: f"{metrics[k]:.3g}" for k in shown if k in metrics},
-                             refresh=False)
+        self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in shown if k in metrics}, refresh=False)
         self.bar.update()
 
 
-# ----- this stage -----------------------------------------------------------------------------------------------------
+# ----- this stage ------------------------------------------------------------------------------------------
 
 
 def encode_row(record, processor, stop, banned, cfg):
-    """(prompt tensors, response ids with the stop token), or None when longer than cfg.max_tokens. Raises BadImage, ValueError."""
+    """(prompt tensors, response ids with the stop token), or None if longer than cfg.max_tokens. Raises BadImage."""
     prompt = encode_prompt(record, processor, cfg.max_pixels)
     response = processor.tokenizer(record["response"], add_special_tokens=False)["input_ids"] + stop[:1]
     if banned & set(response):
@@ -482,7 +491,7 @@ def usable(drawn, records, log, cfg):
 
 
 def losses(policy, rows, dummy, cfg):
-    """Summed negative log-likelihood of each micro-batch of `rows`, with its graph, and the count of tokens predicted right so far."""
+    """Yield the summed negative log-likelihood of each micro-batch of `rows`."""
     for group in micro_batches([p["input_ids"].shape[1] + len(r) for p, r in rows], cfg.token_budget):
         inputs, mask = collate([rows[i] for i in group], dummy, 0, policy.banned.device)
         yield -policy.token_logprobs(inputs, mask).sum()
@@ -492,7 +501,8 @@ def losses(policy, rows, dummy, cfg):
 def evaluate(policy, rows, dummy, cfg):
     """Mean negative log-likelihood per response token of held-out rows; each rank holds its share."""
     policy.eval()
-    total, tokens = global_sum([sum(loss.item() for loss in losses(policy, rows, dummy, cfg)), sum(len(r) for _, r in rows)])
+    total = sum(loss.item() for loss in losses(policy, rows, dummy, cfg))
+    total, tokens = global_sum([total, sum(len(r) for _, r in rows)])
     policy.train()
     return {"eval/loss": total / max(1, tokens)}
 
@@ -517,7 +527,7 @@ def main(cfg):
         records = read_records(cfg.data, need=("response",))
         if cfg.epochs:
             cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * len(records) / cfg.batch_size)))
-        held_out = read_records(cfg.eval_data, need=("response",))[:cfg.eval_n] if cfg.eval_data and cfg.eval_every else []
+        held_out = read_records(cfg.eval_data, need=("response",), limit=cfg.eval_n) if cfg.eval_data else []
         policy, processor = load_policy(first, cfg, device)
         optimizer = make_optimizer(policy, cfg)
         done = load_checkpoint(start, policy, optimizer) if start else 0
@@ -526,16 +536,19 @@ def main(cfg):
         sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
     encode = functools.partial(encode_row, processor=processor, stop=stop_ids(policy.generation_config, processor),
                                banned=set(policy.banned.tolist()), cfg=cfg)
-    dummy = encode_prompt({"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"}, processor, cfg.max_pixels)
+    blank = {"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"}
+    dummy = encode_prompt(blank, processor, cfg.max_pixels)
     log.note(describe(policy, cfg, 0))
-    log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) = {cfg.steps * cfg.batch_size / len(records):.2f} epochs")
+    epochs = cfg.steps * cfg.batch_size / len(records)
+    log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) = {epochs:.2f} epochs")
     prompt, response = encode(records[0])
     log.note("first row, what is learnt in [[ ]]: " + processor.tokenizer.decode(prompt["input_ids"][0])
              + "[[" + processor.tokenizer.decode(response) + "]]")
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     share = [list(range(rank, len(held_out), world))]
-    held_out = [row for drawn in prepared(share, lambda i: encode(held_out[i]), cfg.workers) for row in usable(drawn, held_out, log, cfg)]
+    held_out = [row for drawn in prepared(share, lambda i: encode(held_out[i]), cfg.workers)
+                for row in usable(drawn, held_out, log, cfg)]
     plan = schedule(len(records), cfg.batch_size, done, cfg.steps, cfg.seed)
     mine = prepared([drawn[rank::world] for drawn in plan], lambda i: encode(records[i]), cfg.workers)
     failures = 0

@@ -73,10 +73,11 @@ def main():
         if done.returncode:
             sys.exit(f"{name} failed (out of memory?): {done.stderr[-300:]}")
         r = found[name] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name:16}{r['peak']:10.2f}{r['extra']:11.2f}{r['seconds']:9.1f}{r['loss']:12.5f}{r['gradient']:12.5f}")
-    ratio = found["token_logprobs"]["extra"] / found["usual"]["extra"]
-    print(f"extra memory 1/{1 / ratio:.1f}, total peak 1/{found['usual']['peak'] / found['token_logprobs']['peak']:.1f}, "
-          f"time x{found['token_logprobs']['seconds'] / found['usual']['seconds']:.2f}")
+        print(f"{name:16}{r['peak']:10.2f}{r['extra']:11.2f}{r['seconds']:9.1f}{r['loss']:12.5f}"
+              f"{r['gradient']:12.5f}")
+    share = {k: found["token_logprobs"][k] / found["usual"][k] for k in ("extra", "peak", "seconds")}
+    ratio = share["extra"]
+    print(f"extra memory 1/{1 / ratio:.1f}, peak 1/{1 / share['peak']:.1f}, time x{share['seconds']:.2f}")
     sys.exit(0 if ratio <= 0.2 else "token_logprobs needs more than 1/5 of the memory")
 
 

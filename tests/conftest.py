@@ -1,4 +1,4 @@
-"""Shared fixtures: a process group, the mini suite, and tiny random models of every supported family with their real processors."""
+"""Shared fixtures: a process group, the mini suite, tiny models of every family with real processors."""
 import os
 import sys
 from pathlib import Path
@@ -29,7 +29,8 @@ SMOL_TEMPLATE = (
 GEMMA_TEMPLATE = (
     "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
+    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}"
+    "{% endfor %}{% endif %}"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
 
 
@@ -53,7 +54,7 @@ def question(text, *images):
 
 RECORDS = {
     "text": question("one two three"),
-    "long text": question("red blue green circle square one two three four five six seven eight nine ten red blue green circle square"),
+    "long text": question("red blue green circle square one two three four five six seven eight " * 2),
     "image": question("one two", picture(84, 84)),
     "wide image": question("red circle <image> blue", picture(140, 56, seed=1)),
     "two images": question("<image> one <image> two three", picture(56, 84, seed=2), picture(84, 56, seed=3)),
@@ -64,7 +65,7 @@ RECORDS = {
 
 
 def tokenizer(*special, eos="<|im_end|>", **named):
-    """data_prep's word-level tokenizer with more special tokens; `named` ones become attributes (boi_token=...), as checkpoints store them."""
+    """data_prep's word-level tokenizer with more special tokens; `named` ones become its attributes."""
     made = data_prep.tiny_tokenizer([*WORDS, *(rewards.build_prompt(r) for r in RECORDS.values())])
     made.add_special_tokens({"additional_special_tokens": [*special, *named.values()]})
     return hf.PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, eos_token=eos,
@@ -73,7 +74,7 @@ def tokenizer(*special, eos="<|im_end|>", **named):
 
 
 def shake(model, seed):
-    """Random weights large enough that every position, image and layer shows in the logits, and small enough that sampling varies."""
+    """Random weights, large enough that positions and images show, small enough that samples vary."""
     embeddings = 0.1 if model.config.model_type == "gemma3" else 0.2
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -89,79 +90,73 @@ def shake(model, seed):
 def text_config(tok, **more):
     """Sizes shared by the language models; two layers, grouped-query attention."""
     return dict(vocab_size=len(tok), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2,
-                max_position_embeddings=4096, bos_token_id=None, eos_token_id=tok.eos_token_id,
-                pad_token_id=tok.pad_token_id) | more
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=None,
+                eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id) | more
+
+
+VISION = dict(hidden_size=32, intermediate_size=64, patch_size=14)
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 
 
 def qwen_ids(tok):
     """Vision token ids of a Qwen configuration."""
-    ids = tok.get_vocab()
-    return dict(image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-                vision_start_token_id=ids["<|vision_start|>"],
-                vision_end_token_id=ids["<|vision_end|>"])
+    names = dict(image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>",
+                 vision_end="<|vision_end|>")
+    return {f"{name}_token_id": tok.convert_tokens_to_ids(token) for name, token in names.items()}
+
+
+def qwen_images(patch):
+    """Image processor of the Qwen family, without an upper limit that matters here."""
+    size = {"shortest_edge": 4 * patch**2, "longest_edge": 10**6}
+    return hf.Qwen2VLImageProcessor(size=size, patch_size=patch)
 
 
 def qwen25():
     """Qwen2.5-VL: windowed vision attention, tied embeddings."""
     tok = tokenizer()
-    model = hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(
-        text_config=text_config(tok, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3],
-                                                      "rope_theta": 1e4}, tie_word_embeddings=True),
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64,
-                           patch_size=14, spatial_merge_size=2,
-                           temporal_patch_size=2, window_size=56, fullatt_block_indexes=[1]),
-                           tie_word_embeddings=True, **qwen_ids(tok)))
-    size = {"shortest_edge": 28**2, "longest_edge": 1280 * 28**2}
-    return model, hf.Qwen2_5_VLProcessor(hf.Qwen2VLImageProcessor(size=size), tok, hf.Qwen2VLVideoProcessor(),
-                                         chat_template=CHATML)
+    config = hf.Qwen2_5_VLConfig(
+        text_config=text_config(tok, rope_parameters=ROPE, tie_word_embeddings=True),
+        vision_config=VISION | dict(depth=2, num_heads=2, out_hidden_size=64, window_size=56,
+                                    fullatt_block_indexes=[1]),
+        tie_word_embeddings=True, **qwen_ids(tok))
+    return hf.Qwen2_5_VLForConditionalGeneration(config), hf.Qwen2_5_VLProcessor(
+        qwen_images(14), tok, hf.Qwen2VLVideoProcessor(), chat_template=CHATML)
 
 
 def qwen2():
     """Qwen2-VL: untied output head."""
     tok = tokenizer()
-    model = hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(
-        text_config=text_config(tok, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3],
-                                                      "rope_theta": 1e4}),
+    config = hf.Qwen2VLConfig(
+        text_config=text_config(tok, rope_parameters=ROPE),
         vision_config=dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14),
-        tie_word_embeddings=False,
-        **qwen_ids(tok)))
-    size = {"shortest_edge": 28**2, "longest_edge": 1280 * 28**2}
-    return model, hf.Qwen2VLProcessor(hf.Qwen2VLImageProcessor(size=size), tok, hf.Qwen2VLVideoProcessor(),
-                                      chat_template=CHATML)
+        tie_word_embeddings=False, **qwen_ids(tok))
+    return hf.Qwen2VLForConditionalGeneration(config), hf.Qwen2VLProcessor(
+        qwen_images(14), tok, hf.Qwen2VLVideoProcessor(), chat_template=CHATML)
 
 
 def qwen3():
     """Qwen3-VL: patches of 16, interleaved rotary positions, image features added into early layers."""
     tok = tokenizer()
-    model = hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(
-        text_config=text_config(tok, head_dim=16, rope_parameters={"rope_type": "default",
-                                                                   "mrope_section": [2, 3, 3],
-                                                                   "rope_theta": 1e4,
-                                                                   "mrope_interleaved": True}),
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64,
-                           patch_size=16,
-                           num_position_embeddings=64, deepstack_visual_indexes=[0]),
-                           tie_word_embeddings=False, **qwen_ids(tok)))
-    size = {"shortest_edge": 32**2, "longest_edge": 1280 * 32**2}
-    images = hf.Qwen2VLImageProcessor(size=size, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return model, hf.Qwen3VLProcessor(images, tok, hf.Qwen3VLVideoProcessor(), chat_template=CHATML)
+    config = hf.Qwen3VLConfig(
+        text_config=text_config(tok, head_dim=16, rope_parameters=ROPE | {"mrope_interleaved": True}),
+        vision_config=VISION | dict(depth=2, num_heads=2, out_hidden_size=64, patch_size=16,
+                                    num_position_embeddings=64, deepstack_visual_indexes=[0]),
+        tie_word_embeddings=False, **qwen_ids(tok))
+    return hf.Qwen3VLForConditionalGeneration(config), hf.Qwen3VLProcessor(
+        qwen_images(16), tok, hf.Qwen3VLVideoProcessor(), chat_template=CHATML)
 
 
 def smol_parts(config_class):
-    """Tokenizer and configuration of Idefics3 and SmolVLM: images cut into tiles of 56 pixels, 4 tokens each."""
+    """Tokenizer and configuration of Idefics3 and SmolVLM: tiles of 56 pixels, 4 tokens each."""
     rows = [f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5)]
     tok = tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows,
                     eos="<end_of_utterance>")
     ids = tok.get_vocab()
-    config = config_class(text_config=dict(model_type="llama", **text_config(tok)), tie_word_embeddings=False,
-                          scale_factor=2,
-                          vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                             num_attention_heads=2,
-                                             image_size=56, patch_size=14),
-                          image_token_id=ids["<image>"], pad_token_id=tok.pad_token_id)
-    sizes = dict(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
-    return tok, config, sizes
+    config = config_class(
+        text_config=dict(model_type="llama", **text_config(tok)), tie_word_embeddings=False, scale_factor=2,
+        vision_config=VISION | dict(num_hidden_layers=2, num_attention_heads=2, image_size=56),
+        image_token_id=tok.convert_tokens_to_ids("<image>"), pad_token_id=tok.pad_token_id)
+    return tok, config, dict(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
 
 
 def idefics3():
@@ -185,20 +180,16 @@ def gemma3():
     tok = tokenizer("<bos>", "<start_of_turn>", "<end_of_turn>", eos="<end_of_turn>",
                     boi_token="<start_of_image>", eoi_token="<end_of_image>",
                     image_token="<image_soft_token>")
-    ids = tok.get_vocab()
     config = hf.Gemma3Config(
-        text_config=text_config(tok, head_dim=16, sliding_window=16, layer_types=["sliding_attention",
-                                                                                  "full_attention"],
-                                                                                  tie_word_embeddings=True),
-        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                           image_size=56, patch_size=14,
-                           vision_use_head=False),
-        mm_tokens_per_image=4, boi_token_index=ids["<start_of_image>"], eoi_token_index=ids["<end_of_image>"],
-        image_token_index=ids["<image_soft_token>"], tie_word_embeddings=True)
+        text_config=text_config(tok, head_dim=16, sliding_window=16, tie_word_embeddings=True,
+                                layer_types=["sliding_attention", "full_attention"]),
+        vision_config=VISION | dict(num_hidden_layers=2, num_attention_heads=2, image_size=56,
+                                    vision_use_head=False),
+        mm_tokens_per_image=4, boi_token_index=tok.boi_token_id, eoi_token_index=tok.eoi_token_id,
+        image_token_index=tok.image_token_id, tie_word_embeddings=True)
     images = hf.Gemma3ImageProcessor(size={"height": 56, "width": 56})
-    return hf.Gemma3ForConditionalGeneration(config), hf.Gemma3Processor(images, tok,
-                                                                         chat_template=GEMMA_TEMPLATE,
-                                                                         image_seq_length=4)
+    return hf.Gemma3ForConditionalGeneration(config), hf.Gemma3Processor(
+        images, tok, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
 
 
 FAMILIES = {"qwen2.5-vl": qwen25, "qwen2-vl": qwen2, "qwen3-vl": qwen3, "idefics3": idefics3,
@@ -224,14 +215,14 @@ def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     data_prep.make_mini(root / "mini", 0, sizes={"train": 24, "id": 12, "ood": 12})
     records = data_prep.read_records(root / "mini" / "counting_train.jsonl")
-    data_prep.make_tiny(root / "model", [t for r in records for t in (rewards.build_prompt(r),
-                                                                      r["response"])], 0)
+    data_prep.make_tiny(root / "model",
+                        [t for r in records for t in (rewards.build_prompt(r), r["response"])], 0)
     return SimpleNamespace(root=root, mini=root / "mini", model=str(root / "model"), records=records)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request, tmp_path_factory, group):
-    """One family: its saved model, processor, prompts by name, plain model, FSDP policy and rollout engine."""
+    """One family: saved model, processor, prompts by name, plain model, FSDP policy, rollout engine."""
     path = str(tmp_path_factory.mktemp(request.param))
     torch.manual_seed(0)
     model, processor = FAMILIES[request.param]()

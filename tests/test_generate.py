@@ -1,4 +1,4 @@
-"""generate: against transformers' own, against token_logprobs, against its batch, against the softmax; every model family."""
+"""generate against transformers' own, token_logprobs, its batch and the softmax; every model family."""
 import dataclasses
 import json
 import math
@@ -58,8 +58,8 @@ def same(a, b):
 def test_greedy_equals_transformers(family, request, many_stops):
     stop = request.getfixturevalue("stops") if many_stops else family.engine.stop
     got = grpo.generate(family.engine, [*family.prompts.values()], [0] * 5, GREEDY)
-    assert [ids for ids, _, _ in got] == [transformers_greedy(family, p, stop)
-                                          for p in family.prompts.values()]
+    assert [ids for ids, _,
+            _ in got] == [transformers_greedy(family, p, stop) for p in family.prompts.values()]
     assert [cut for _, _, cut in got] == [ids[-1] not in stop for ids, _, _ in got]
 
 
@@ -69,20 +69,20 @@ def test_greedy_equals_transformers(family, request, many_stops):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_equal_teacher_forcing(family, stops, temperature):
     prompts = [p for p in family.prompts.values() for _ in range(4)]
-    samples = grpo.generate(family.engine, prompts, range(len(prompts)), dataclasses.replace(CFG,
-                                                                                             temperature=temperature))
+    samples = grpo.generate(family.engine, prompts, range(len(prompts)),
+                            dataclasses.replace(CFG, temperature=temperature))
     lengths = {len(ids) for ids, _, _ in samples}
     assert len(lengths) > 3 and any(cut for _, _, cut in samples) and not all(cut for _, _, cut in samples)
-    agree(samples, teacher_forced(family.policy, family, [(p, ids) for p, (ids, _, _) in zip(prompts,
-                                                                                             samples)],
-                                                                                             temperature))
+    agree(samples,
+          teacher_forced(family.policy, family, [(p, ids) for p, (ids, _, _) in zip(prompts, samples)],
+                         temperature))
 
 
 def test_greedy_logprobs_are_those_of_the_unscaled_policy(family):
     prompts = [*family.prompts.values()]
     samples = grpo.generate(family.engine, prompts, [0] * 5, GREEDY)
-    agree(samples, teacher_forced(family.policy, family, [(p, ids) for p, (ids, _, _) in zip(prompts,
-                                                                                             samples)]))
+    agree(samples,
+          teacher_forced(family.policy, family, [(p, ids) for p, (ids, _, _) in zip(prompts, samples)]))
 
 
 @pytest.mark.parametrize("train", ["all", "language"])
@@ -97,8 +97,8 @@ def test_sync_makes_the_engine_equal_to_the_policy(family, train):
     policy.token_logprobs(inputs, mask).sum().backward()
     optimizer.step()
     rows = [(p, ids) for p, (ids, _, _) in zip(prompts, before)]
-    assert (torch.cat(teacher_forced(policy, family, rows)) - torch.cat([s[1]
-                                                                         for s in before])).abs().max() > 0.01
+    assert (torch.cat(teacher_forced(policy, family,
+                                     rows)) - torch.cat([s[1] for s in before])).abs().max() > 0.01
     for _ in range(2):
         grpo.sync_weights(policy, engine)
     after = grpo.generate(engine, prompts, range(5), cfg)
@@ -122,8 +122,8 @@ def test_sync_leaves_no_graph_behind(family):
 @pytest.mark.parametrize("rollout_tokens", [1, 150, 400, 10**6])
 def test_rollouts_do_not_depend_on_rollout_tokens(family, stops, rollout_tokens):
     prompts = [p for p in family.prompts.values() for _ in range(3)]
-    same(grpo.generate(family.engine, prompts, range(15), dataclasses.replace(CFG,
-                                                                              rollout_tokens=rollout_tokens)),
+    same(grpo.generate(family.engine, prompts, range(15),
+                       dataclasses.replace(CFG, rollout_tokens=rollout_tokens)),
          grpo.generate(family.engine, prompts, range(15), CFG))
 
 
@@ -180,8 +180,8 @@ def test_frequencies_follow_the_softmax(family, name, temperature):
 def test_top_k_1_is_greedy(family):
     prompts = [*family.prompts.values()]
     got = grpo.generate(family.engine, prompts, range(5), dataclasses.replace(CFG, top_k=1))
-    assert [ids for ids, _, _ in got] == [ids for ids, _, _ in grpo.generate(family.engine, prompts, [0] * 5,
-                                                                             GREEDY)]
+    assert [ids for ids, _, _ in got] == [ids for ids, _,
+                                          _ in grpo.generate(family.engine, prompts, [0] * 5, GREEDY)]
     assert all((logps == 0).all() for _, logps, _ in got)
 
 
@@ -209,7 +209,7 @@ def test_truncated_sampling_stays_inside_and_renormalises(family, top_k, top_p):
     (0, 1e-9, [1]), (1, 1.0, [1]), (2, 1.0, [1, 3]), (4, 1.0, [0, 1, 2, 3]), (50, 1.0, [0, 1, 2, 3]),
     (2, 0.6, [1]), (2, 0.63, [1, 3]), (3, 0.5, [1]), (3, 0.53, [1, 3])])
 def test_truncate_table(top_k, top_p, kept):
-    """Probabilities .05 .5 .15 .3; with top-k the nucleus is taken of what is left: .625 .375 of two, .526 .316 .158 of three."""
+    """Probabilities .05 .5 .15 .3; the nucleus is taken of what top-k left, renormalised."""
     logits = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log()
     cut = grpo.truncate(logits, SimpleNamespace(top_k=top_k, top_p=top_p))
     assert cut.isfinite()[0].nonzero()[:, 0].tolist() == kept
@@ -237,7 +237,7 @@ def test_vision_tokens_are_never_sampled_however_large_their_logits(family):
 
 
 def test_sampling_ignores_the_checkpoints_generation_config(family, tmp_path):
-    """Qwen2-VL ships temperature 0.01, top_k 1 and a repetition penalty: with them a group of 8 would be 8 copies."""
+    """Qwen2-VL ships temperature 0.01, top_k 1 and a repetition penalty: a group of 8 would be 8 copies."""
     path = shutil.copytree(family.path, tmp_path / "model")
     shipped = json.loads((path / "generation_config.json").read_text())
     odd = dict(do_sample=True, temperature=0.01, top_k=1, top_p=0.001, repetition_penalty=1.5)
@@ -270,10 +270,10 @@ def test_stop_ids_also_hold_the_checkpoints_own(family, known, more):
 
 @pytest.mark.parametrize("tail", ["", " ", "\n"])
 def test_ordinary_text_after_a_turn_is_no_stop_token(family, tail):
-    """LLaVA-1.5's template writes a space after an assistant turn: were it a stop token, responses would end at their first space."""
+    """LLaVA-1.5's template writes a space after a turn: as a stop token it would end responses at a space."""
     processor = SimpleNamespace(tokenizer=family.processor.tokenizer,
-                                apply_chat_template=lambda turns, **_: "".join(t["content"][0]["text"] + tail
-                                                                               for t in turns))
+                                apply_chat_template=lambda turns,
+                                **_: "".join(t["content"][0]["text"] + tail for t in turns))
     assert grpo.stop_ids(SimpleNamespace(eos_token_id=None),
                          processor) == [family.processor.tokenizer.eos_token_id]
 

@@ -1,4 +1,4 @@
-"""collate and token_logprobs: against full logits, over padding, over batch companions, over chunks; every model family."""
+"""collate and token_logprobs against full logits, over padding, companions and chunks; every model family."""
 import random
 from types import SimpleNamespace
 
@@ -149,8 +149,8 @@ def test_ragged_rows_equal_one_row_at_a_time(family, names):
 
 def test_an_empty_response_among_others(family):
     first, second = responses(family, 2)
-    rows = [(family.prompts["image"], first), (family.prompts["two images"], []), (family.prompts["text"],
-                                                                                   second)]
+    rows = [(family.prompts["image"], first), (family.prompts["two images"], []),
+            (family.prompts["text"], second)]
     with torch.no_grad():
         got = scored(family, rows)
         assert len(got[1]) == 0
@@ -211,11 +211,10 @@ def fake_policy(hidden, head, banned=()):
 def test_chunk_boundaries(tokens):
     """A vocabulary of 2^20 leaves 32 positions to a chunk: one exactly, one and a half."""
     vocab, generator = 2**20, torch.Generator().manual_seed(0)
-    assert [s.stop - s.start for s, _ in grpo.ResponseLogprob.chunks(torch.zeros(33, 1),
-                                                                     torch.zeros(vocab, 1), 1.0, [])] == [32,
-                                                                                                          32]
-    hidden, head = torch.randn(1, tokens + 1, 16, generator=generator), torch.randn(vocab, 16,
-                                                                                    generator=generator) / 4
+    assert [s.stop - s.start for s,
+            _ in grpo.ResponseLogprob.chunks(torch.zeros(33, 1), torch.zeros(vocab, 1), 1.0, [])] == [32, 32]
+    hidden = torch.randn(1, tokens + 1, 16, generator=generator)
+    head = torch.randn(vocab, 16, generator=generator) / 4
     ids, banned = torch.randint(0, vocab, (1, tokens + 1), generator=generator), [3, 77]
     weights = torch.randn(tokens, generator=generator)
     leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
@@ -225,8 +224,8 @@ def test_chunk_boundaries(tokens):
     exact = head.double()  # fp32 log_softmax loses 1e-4 over so many ids
     some, d_some = torch.tensor([*range(500), *ids[0].tolist()]).unique(), 0.0
     for t in range(tokens):
-        row = (exact @ hidden[0, t].double() / 0.5).index_fill(0, torch.tensor(banned),
-                                                               -torch.inf).log_softmax(0)
+        logits = (exact @ hidden[0, t].double() / 0.5).index_fill(0, torch.tensor(banned), -torch.inf)
+        row = logits.log_softmax(0)
         torch.testing.assert_close(logps[0, t].double(), row[ids[0, t + 1]], atol=1e-5, rtol=0)
         slope = -row.exp() * weights[t] / 0.5
         slope[ids[0, t + 1]] += weights[t] / 0.5

@@ -1,4 +1,4 @@
-"""What several stages share is written out in each of them: same name, same body, same order. This keeps the copies equal."""
+"""What stages share is written out in each: same name, body and order. This keeps the copies equal."""
 import ast
 import fnmatch
 import functools
@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("sft", "grpo", "rise", "eval", "data_prep")
-TRAINERS, SAMPLERS, RL, EVERY = ("sft", "grpo", "rise"), ("grpo", "rise", "eval"), ("grpo", "rise"), ("sft",
-                                                                                                      "grpo", "rise", "eval")
+TRAINERS, RL = ("sft", "grpo", "rise"), ("grpo", "rise")
+SAMPLERS, EVERY = (*RL, "eval"), (*TRAINERS, "eval")
 TWINS = {
     "parse_config": STAGES,
     "init_distributed": TRAINERS, "global_sum": TRAINERS, "global_max": TRAINERS, "load_policy": TRAINERS,
@@ -31,14 +31,13 @@ TOP_LEVEL = {"rewards.py", "data_prep.py", "sft.py", "grpo.py", "rise.py", "eval
 
 @functools.cache
 def parse(stage):
-    """Source lines and top-level definitions {name: node} of a stage, in order; None while the file does not exist."""
+    """Source lines and top-level definitions {name: node} of a stage; None while there is no such file."""
     path = ROOT / f"{stage}.py"
     if not path.exists():
         return None
     source = path.read_text(encoding="utf-8")
-    return source.splitlines(), {n.name: n for n in ast.parse(source).body if isinstance(n,
-                                                                                         (ast.FunctionDef,
-                                                                                          ast.ClassDef))}
+    return source.splitlines(), {n.name: n for n in ast.parse(source).body
+                                 if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
 
 
 def text(stage, name):
@@ -70,8 +69,8 @@ def test_every_definition_under_a_twins_heading_is_in_the_table(stage):
         pytest.skip("not written yet")
     lines, nodes = parse(stage)
     headings = {i: "twins" in line for i, line in enumerate(lines, 1) if line.startswith("# -----")}
-    under = {name for name, n in nodes.items() if headings.get(max((i for i in headings if i < n.lineno),
-                                                                   default=0), False)}
+    under = {name for name,
+             n in nodes.items() if headings.get(max((i for i in headings if i < n.lineno), default=0), False)}
     assert under - OWN == {name for name, stages in TWINS.items() if stage in stages}
 
 
@@ -109,8 +108,8 @@ def test_every_field_is_read_somewhere(stage):
     lines, nodes = parse(stage)
     source = "\n".join(lines)
     for field in fields(stage):
-        assert f"cfg.{field}" in source or f'"{field}"' in source.split("class Config",
-                                                                        1)[1], f"{stage}.py --{field}"
+        elsewhere = source.split("class Config", 1)[1]
+        assert f"cfg.{field}" in source or f'"{field}"' in elsewhere, f"{stage}.py --{field}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -127,13 +126,13 @@ def test_stages_import_only_the_leaves(stage):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
 def test_line_width(path):
-    wide = [f"{path.name}:{i} has {len(line)} columns" for i, line in enumerate(path.read_text().splitlines(),
-                                                                                1) if len(line) > 110]
+    wide = [f"{path.name}:{i} has {len(line)} columns" for i,
+            line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110]
     assert not wide, f"{len(wide)} lines; " + "; ".join(wide[:5])
 
 
 def test_top_level_holds_nothing_else():
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
-    names = {p.name for p in ROOT.iterdir() if not any(fnmatch.fnmatch(p.name, pattern)
-                                                       for pattern in ignored)}
+    names = {p.name for p in ROOT.iterdir()
+             if not any(fnmatch.fnmatch(p.name, pattern) for pattern in ignored)}
     assert names <= TOP_LEVEL
