@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from data_prep import BadImage, build_messages, load_image, read_records, resolve_model
+from data_prep import build_messages, load_image, read_records, resolve_model
 from rewards import PROMPTS, accuracy, extract_answer
 
 # Benchmark -> (where its records are looked for, official size; 0 = any).
@@ -105,6 +105,7 @@ def stop_ids(generation_config, processor):
             {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
     tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
     written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
+    written = [i for i in written if i in processor.tokenizer.all_special_ids]  # some templates write a space or nothing
     known = generation_config.eos_token_id
     known = known if isinstance(known, list) else [known] if known is not None else []
     return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
@@ -130,12 +131,13 @@ def collate(rows, dummy, pad_id, device):
     width = max(p["input_ids"].shape[1] + len(response) for p, response in rows)
     inputs, mask = {}, torch.zeros(len(rows), width - 1, dtype=torch.bool)
     for key in dict.fromkeys(k for p, _ in rows for k in p):
-        parts = [p[key] for p, _ in rows if key in p]
-        if parts[0].shape == rows[0][0]["input_ids"].shape:
+        owners = [p for p, _ in rows if key in p]
+        parts = [p[key] for p in owners]
+        if parts[0].shape == owners[0]["input_ids"].shape:
             out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)  # (B, T)
             for row, (p, response) in zip(out, rows):
                 n = p["input_ids"].shape[1]
-                row[:n] = p[key][0]
+                row[:n] = p[key][0] if key in p else 0
                 if key == "input_ids":
                     row[n:n + len(response)] = torch.tensor(response, dtype=torch.long)
                 elif key == "attention_mask":
@@ -241,7 +243,7 @@ def prefill(engine, prompts, owner):
 def truncate(logits, cfg):
     """Top-k, then nucleus (top-p): everything else gets -inf. (B, V) -> (B, V)"""
     if cfg.top_k:
-        logits = logits.masked_fill(logits < logits.topk(cfg.top_k).values[:, -1:], -torch.inf)
+        logits = logits.masked_fill(logits < logits.topk(min(cfg.top_k, logits.shape[1])).values[:, -1:], -torch.inf)
     if cfg.top_p < 1:
         ordered, index = logits.sort(descending=True)
         probs = ordered.softmax(1)
@@ -287,7 +289,7 @@ def answer_rows(records, engine, processor, cfg):
         for record in batch:
             try:
                 prompts.append(encode_prompt(record, processor, cfg.max_pixels))
-            except BadImage as e:
+            except ValueError as e:
                 prompts.append(e)
         good = [i for i, p in enumerate(prompts) if isinstance(p, dict)]
         seeds = [int(hashlib.sha256(f"{cfg.seed}/{batch[i]['id']}".encode()).hexdigest()[:15], 16) for i in good]
@@ -307,9 +309,11 @@ def answer_rows(records, engine, processor, cfg):
 def run_bench(name, records, engine, processor, folder, settings, cfg):
     """Answer what BENCH.jsonl does not hold yet under the same settings; return the benchmark's summary."""
     path, began = folder / f"{name}.jsonl", time.time()
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines(True) if path.exists() else []
+    kept = [json.loads(line) for line in lines if line.endswith("
+")]  # a killed run may leave half a line
     wanted = {r["id"] for r in records}
-    done = {row["id"]: row for row in map(json.loads, lines) if row["settings"] == settings and row["id"] in wanted}
+    done = {row["id"]: row for row in kept if row["settings"] == settings and row["id"] in wanted}
     path.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
     with open(path, "a") as out, tqdm(total=len(records), initial=len(done), desc=name, dynamic_ncols=True) as bar:
         for record, row in answer_rows([r for r in records if r["id"] not in done], engine, processor, cfg):

@@ -64,7 +64,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data_prep import BadImage, build_messages, load_image, newest_step, read_records, resolve_model
+from data_prep import build_messages, load_image, newest_step, read_records, resolve_model
 from rewards import REWARDS, accuracy, parse_reward_spec
 
 
@@ -225,6 +225,7 @@ def stop_ids(generation_config, processor):
             {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
     tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
     written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
+    written = [i for i in written if i in processor.tokenizer.all_special_ids]  # some templates write a space or nothing
     known = generation_config.eos_token_id
     known = known if isinstance(known, list) else [known] if known is not None else []
     return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
@@ -285,17 +286,17 @@ def schedule(total, per_step, done, steps, seed):
 def prepared(batches, encode, workers):
     """Iterate over lists of record indices; yields the lists of (index, encode(index)), prepared ahead in processes.
 
-    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record with an
-    unreadable image comes back as (index, BadImage).
+    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record that cannot
+    be encoded (an unreadable image, a stray placeholder token) comes back as (index, ValueError).
     """
     class Rows:
         def __getitem__(self, i):
             try:
                 return i, encode(i)
-            except BadImage as error:
+            except ValueError as error:
                 return i, error
     return DataLoader(Rows(), batch_sampler=batches, num_workers=workers, collate_fn=list,
-                      multiprocessing_context="fork")
+                      multiprocessing_context="fork" if workers else None)
 
 
 def micro_batches(lengths, budget):
@@ -323,12 +324,13 @@ def collate(rows, dummy, pad_id, device):
     width = max(p["input_ids"].shape[1] + len(response) for p, response in rows)
     inputs, mask = {}, torch.zeros(len(rows), width - 1, dtype=torch.bool)
     for key in dict.fromkeys(k for p, _ in rows for k in p):
-        parts = [p[key] for p, _ in rows if key in p]
-        if parts[0].shape == rows[0][0]["input_ids"].shape:
+        owners = [p for p, _ in rows if key in p]
+        parts = [p[key] for p in owners]
+        if parts[0].shape == owners[0]["input_ids"].shape:
             out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)  # (B, T)
             for row, (p, response) in zip(out, rows):
                 n = p["input_ids"].shape[1]
-                row[:n] = p[key][0]
+                row[:n] = p[key][0] if key in p else 0
                 if key == "input_ids":
                     row[n:n + len(response)] = torch.tensor(response, dtype=torch.long)
                 elif key == "attention_mask":
@@ -418,8 +420,10 @@ def build_engine(path, processor, cfg, device):
     return engine.eval().requires_grad_(False).to(device)
 
 
+@torch.no_grad()
 def sync_weights(policy, engine):
     """Copy the policy's weights into the engine, one full tensor at a time."""
+    policy.reshard()  # after a forward without backward the root's parameters are still gathered, in compute dtype
     target = dict(engine.named_parameters())
     for name, p in policy.named_parameters():
         target[name].copy_(p.full_tensor() if isinstance(p, DTensor) else p)
@@ -505,7 +509,7 @@ def prefill(engine, prompts, owner):
 def truncate(logits, cfg):
     """Top-k, then nucleus (top-p): everything else gets -inf. (B, V) -> (B, V)"""
     if cfg.top_k:
-        logits = logits.masked_fill(logits < logits.topk(cfg.top_k).values[:, -1:], -torch.inf)
+        logits = logits.masked_fill(logits < logits.topk(min(cfg.top_k, logits.shape[1])).values[:, -1:], -torch.inf)
     if cfg.top_p < 1:
         ordered, index = logits.sort(descending=True)
         probs = ordered.softmax(1)
@@ -555,6 +559,7 @@ def save_checkpoint(cfg, step, policy, processor, optimizer):
     With several nodes --out must be on a file system they share. On a full disk it raises OSError and earlier
     checkpoints stay as they are.
     """
+    policy.reshard()  # after a forward without backward the root's parameters are still gathered, in compute dtype
     final = Path(cfg.out) / f"step_{step:06d}"
     tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
     if rank == 0:
@@ -738,12 +743,15 @@ def extremes(rollouts, records, step, group_size):
 
 def evaluate(engine, records, processor, cfg):
     """Greedy accuracy and mean response length on held-out records, sharded over ranks."""
-    share = records[dist.get_rank()::dist.get_world_size()]
-    prompts = [encode_prompt(r, processor, cfg.max_pixels) for r in share]
-    answers = generate(engine, prompts, [0] * len(share), dataclasses.replace(cfg, temperature=0.0))
-    texts = processor.tokenizer.batch_decode([ids for ids, _, _ in answers], skip_special_tokens=True)
-    right, length, n = global_sum([sum(accuracy(text, r) for text, r in zip(texts, share)),
-                                   sum(len(ids) for ids, _, _ in answers), len(share)])
+    share = [list(range(dist.get_rank(), len(records), dist.get_world_size()))]
+    encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels)
+    drawn = [pair for batch in prepared(share, lambda i: encode(records[i]), cfg.workers) for pair in batch]
+    good = [(i, prompt) for i, prompt in drawn if not isinstance(prompt, ValueError)]  # the rest counts as wrong
+    greedy = dataclasses.replace(cfg, temperature=0.0)
+    answers = [ids for ids, _, _ in generate(engine, [prompt for _, prompt in good], [0] * len(good), greedy)]
+    texts = processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    right, length, n = global_sum([sum(accuracy(text, records[i]) for text, (i, _) in zip(texts, good)),
+                                   sum(map(len, answers)), len(drawn)])
     return {"eval/accuracy": right / n, "eval/len": length / n}
 
 
@@ -770,6 +778,8 @@ def main(cfg):
         spec = parse_reward_spec(cfg.reward)
         start = newest_step(cfg.out) if cfg.resume else None
         first = resolve_model(cfg.model)
+        if not cfg.resume and Path(cfg.out).resolve() in [Path(first).resolve(), *Path(first).resolve().parents]:
+            raise ValueError(f"--out {cfg.out} holds the model to start from: name another --out, or --resume")
         records = read_records(cfg.data, need=("answer",))
         held_out = read_records(cfg.eval_data, limit=cfg.eval_n) if cfg.eval_data else []
         policy, processor = load_policy(start or first, cfg, device)
@@ -785,7 +795,6 @@ def main(cfg):
     dummy = encode({"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"})
     log.note(describe(policy, cfg, 2 if cfg.kl_beta else 1))
     log.note(f"{len(records)} questions; a step: {cfg.prompts_per_step} x {cfg.group_size} rollouts on {world} rank(s)")
-    log.note("first prompt: " + processor.tokenizer.decode(encode(records[0])["input_ids"][0]))
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     if held_out and not done:
@@ -804,12 +813,15 @@ def main(cfg):
             return clock[-1] - clock[-2]
 
         # 1. draw this rank's questions; their images were prepared in the background
-        prompts = {q: prompt for q, prompt in drawn if not isinstance(prompt, BadImage)}
+        prompts = {q: prompt for q, prompt in drawn if not isinstance(prompt, ValueError)}
         for q, error in drawn:
             if q not in prompts:
                 if cfg.strict:
                     sys.exit(f"{Path(sys.argv[0]).name}: {error}")
                 log.note(f"question {records[q]['id']} skipped: {error}")
+
+        if step == done + 1 and prompts:
+            log.note("first prompt: " + processor.tokenizer.decode(next(iter(prompts.values()))["input_ids"][0]))
 
         # 2. generate G rollouts of each
         asked = [(q, g) for q in prompts for g in range(cfg.group_size)]

@@ -52,7 +52,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data_prep import BadImage, build_messages, load_image, newest_step, read_records, resolve_model
+from data_prep import build_messages, load_image, newest_step, read_records, resolve_model
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,7 @@ def stop_ids(generation_config, processor):
             {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
     tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
     written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
+    written = [i for i in written if i in processor.tokenizer.all_special_ids]  # some templates write a space or nothing
     known = generation_config.eos_token_id
     known = known if isinstance(known, list) else [known] if known is not None else []
     return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
@@ -257,17 +258,17 @@ def schedule(total, per_step, done, steps, seed):
 def prepared(batches, encode, workers):
     """Iterate over lists of record indices; yields the lists of (index, encode(index)), prepared ahead in processes.
 
-    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record with an
-    unreadable image comes back as (index, BadImage).
+    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record that cannot
+    be encoded (an unreadable image, a stray placeholder token) comes back as (index, ValueError).
     """
     class Rows:
         def __getitem__(self, i):
             try:
                 return i, encode(i)
-            except BadImage as error:
+            except ValueError as error:
                 return i, error
     return DataLoader(Rows(), batch_sampler=batches, num_workers=workers, collate_fn=list,
-                      multiprocessing_context="fork")
+                      multiprocessing_context="fork" if workers else None)
 
 
 def micro_batches(lengths, budget):
@@ -295,12 +296,13 @@ def collate(rows, dummy, pad_id, device):
     width = max(p["input_ids"].shape[1] + len(response) for p, response in rows)
     inputs, mask = {}, torch.zeros(len(rows), width - 1, dtype=torch.bool)
     for key in dict.fromkeys(k for p, _ in rows for k in p):
-        parts = [p[key] for p, _ in rows if key in p]
-        if parts[0].shape == rows[0][0]["input_ids"].shape:
+        owners = [p for p, _ in rows if key in p]
+        parts = [p[key] for p in owners]
+        if parts[0].shape == owners[0]["input_ids"].shape:
             out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)  # (B, T)
             for row, (p, response) in zip(out, rows):
                 n = p["input_ids"].shape[1]
-                row[:n] = p[key][0]
+                row[:n] = p[key][0] if key in p else 0
                 if key == "input_ids":
                     row[n:n + len(response)] = torch.tensor(response, dtype=torch.long)
                 elif key == "attention_mask":
@@ -374,6 +376,7 @@ def save_checkpoint(cfg, step, policy, processor, optimizer):
     With several nodes --out must be on a file system they share. On a full disk it raises OSError and earlier
     checkpoints stay as they are.
     """
+    policy.reshard()  # after a forward without backward the root's parameters are still gathered, in compute dtype
     final = Path(cfg.out) / f"step_{step:06d}"
     tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
     if rank == 0:
@@ -480,9 +483,9 @@ def encode_row(record, processor, stop, banned, cfg):
 
 
 def usable(drawn, records, log, cfg):
-    """Rows without those that have an unreadable image or too many tokens."""
+    """Rows without those that cannot be encoded (an unreadable image) or have too many tokens."""
     for i, row in drawn:
-        if isinstance(row, BadImage):
+        if isinstance(row, ValueError):
             if cfg.strict:
                 sys.exit(f"{Path(sys.argv[0]).name}: {row}")
             log.note(f"row {records[i]['id']} skipped: {row}")
@@ -524,6 +527,8 @@ def main(cfg):
         check(cfg)
         start = newest_step(cfg.out) if cfg.resume else None
         first = start or resolve_model(cfg.model)
+        if not cfg.resume and Path(cfg.out).resolve() in [Path(first).resolve(), *Path(first).resolve().parents]:
+            raise ValueError(f"--out {cfg.out} holds the model to start from: name another --out, or --resume")
         records = read_records(cfg.data, need=("response",))
         if cfg.epochs:
             cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * len(records) / cfg.batch_size)))
@@ -541,9 +546,6 @@ def main(cfg):
     log.note(describe(policy, cfg, 0))
     epochs = cfg.steps * cfg.batch_size / len(records)
     log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) = {epochs:.2f} epochs")
-    prompt, response = encode(records[0])
-    log.note("first row, what is learnt in [[ ]]: " + processor.tokenizer.decode(prompt["input_ids"][0])
-             + "[[" + processor.tokenizer.decode(response) + "]]")
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     share = [list(range(rank, len(held_out), world))]
@@ -557,6 +559,9 @@ def main(cfg):
 
         # 1. draw this rank's rows; their images were prepared in the background
         rows = list(usable(drawn, records, log, cfg))
+        if step == done + 1 and rows:
+            shown = [processor.tokenizer.decode(ids) for ids in (rows[0][0]["input_ids"][0], rows[0][1])]
+            log.note("first row, what is learnt in [[ ]]: {}[[{}]]".format(*shown))
 
         # 2. update, with the denominator counted over all ranks before the first backward
         tokens, left_out, stop_now = global_sum([sum(len(r) for _, r in rows), len(drawn) - len(rows), len(stopping)])

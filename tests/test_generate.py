@@ -185,6 +185,13 @@ def test_top_k_1_is_greedy(family):
     assert all((logps == 0).all() for _, logps, _ in got)
 
 
+def test_a_draw_of_exactly_zero_does_not_pick_a_banned_first_id(family, monkeypatch):
+    monkeypatch.setattr(family.engine, "banned", torch.tensor([0, 1]))
+    monkeypatch.setattr(torch, "rand", lambda *size, generator=None, **kind: torch.zeros(*size, **kind))
+    (ids, logps, _), = grpo.generate(family.engine, [family.prompts["text"]], [0], CFG)
+    assert set(ids) == {2} and logps.isfinite().all()
+
+
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (3, 1.0), (20, 0.6)])
 def test_truncated_sampling_stays_inside_and_renormalises(family, top_k, top_p):
     prompt, n = family.prompts["image"], 200
