@@ -310,8 +310,7 @@ def run_bench(name, records, engine, processor, folder, settings, cfg):
     """Answer what BENCH.jsonl does not hold yet under the same settings; return the benchmark's summary."""
     path, began = folder / f"{name}.jsonl", time.time()
     lines = path.read_text().splitlines(True) if path.exists() else []
-    kept = [json.loads(line) for line in lines if line.endswith("
-")]  # a killed run may leave half a line
+    kept = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
     wanted = {r["id"] for r in records}
     done = {row["id"]: row for row in kept if row["settings"] == settings and row["id"] in wanted}
     path.write_text("".join(json.dumps(row) + "\n" for row in done.values()))

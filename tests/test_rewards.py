@@ -38,8 +38,8 @@ def test_prompt_does_not_repeat_options(question):
 
 def test_task_prompt_wins_over_answer_type():
     prompt = rewards.build_prompt(record("3", "number", task="counting") | {"question": "How many cubes ?"})
-    assert prompt == "How many cubes ? Think inside <think> </think> , " \
-                     "then give the number inside <answer> </answer> ."
+    assert prompt == "How many cubes ? Think inside <think> </think>, " \
+                     "then give the number inside <answer> </answer>."
 
 
 # ----- extraction
