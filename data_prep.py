@@ -445,7 +445,7 @@ def newest_step(out: str | Path) -> Path | None:
 
 
 def resolve_model(path: str) -> str:
-    """Model folder, run directory (its newest complete step) or Hub id -> what from_pretrained takes. Raises ValueError."""
+    """Model folder, run directory (newest complete step) or Hub id for from_pretrained. Raises ValueError."""
     folder = Path(path)
     if (folder / "config.json").exists() and not (step := newest_step(folder)):
         config = json.loads((folder / "config.json").read_text())
@@ -467,12 +467,12 @@ COLOURS = {"red": (214, 40, 40), "blue": (45, 85, 215), "green": (40, 150, 70), 
 SHAPES = ("round", "square")
 CELL = 28           # pixels: one merged vision token of the tiny model, so that a cell is seen whole
 CELLS = "abcdefghi"  # 3 x 3, each marked with its letter: the chain of thought can name the place it looks at
-GLANCE = 0.55       # share of training rows answered at first sight: the habit that RL has to unlearn
+GLANCE = 0.7        # share of training rows answered at first sight: the habit that RL has to unlearn
 SPLITS = {"train": 8000, "id": 500, "ood": 500}
 
 
 def draw_scene(cells: list, style: str) -> Image.Image:
-    """Draw 3 x 3 marked cells, each None or (colour, shape); style "plain", or "ood": small shapes on grey."""
+    """Draw 3 x 3 marked cells, None or (colour, shape) each; style "plain" or "ood": small shapes on grey."""
     ink, paper = (20, 20, 20), (246, 246, 246) if style == "plain" else (205, 205, 200)
     image = Image.new("RGB", (3 * CELL, 3 * CELL), paper)
     pen = ImageDraw.Draw(image)
@@ -487,7 +487,7 @@ def draw_scene(cells: list, style: str) -> Image.Image:
 
 
 def counting_row(rng: random.Random, count: int) -> tuple[list, str]:
-    """A scene of 4..9 objects in which exactly `count` have the asked attribute. Returns (cells, attribute)."""
+    """A scene of 4..9 objects, exactly `count` of which have the asked attribute: (cells, attribute)."""
     attribute = rng.choice([*COLOURS, *SHAPES])
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     total = rng.randint(max(count, 4), len(CELLS))
@@ -499,7 +499,7 @@ def counting_row(rng: random.Random, count: int) -> tuple[list, str]:
 
 
 def counting_thought(cells: list, attribute: str) -> str:
-    """Go through the cells in order: what is there, the asked attribute last, does it count, how many so far."""
+    """Go through the cells in order: what is there, asked attribute last, does it count, how many so far."""
     words, count = [], 0
     for name, cell in zip(CELLS, cells):
         if cell is None:
@@ -514,9 +514,9 @@ def counting_thought(cells: list, attribute: str) -> str:
 def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
     """Write counting_{train,id,ood}.jsonl and their images under `out`.
 
-    Answers 0..5 are equally frequent, so a blind guess scores 1 in 6. No (scene, question) occurs twice, within or
-    across splits. The same seed gives the same bytes. In training a share GLANCE of the responses names a number at
-    first sight, without looking.
+    Answers 0..5 are equally frequent, so a blind guess scores 1 in 6. No (scene, question) occurs twice,
+    within or across splits. The same seed gives the same bytes. In training a share GLANCE of the responses
+    names a number at first sight, without looking.
     """
     seen = set()
     for split, size in sizes.items():
@@ -534,8 +534,9 @@ def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
             glance = split == "train" and rng.random() < GLANCE
             thought = "at first sight" if glance else counting_thought(cells, attribute)
             records.append({
-                "id": f"counting-{split}-{i}", "question": f"How many {attribute} objects are there?", "images": [str(path)],
-                "answer": str(count), "answer_type": "number", "task": "counting", "source": "mini",
+                "id": f"counting-{split}-{i}", "question": f"How many {attribute} objects are there?",
+                "images": [str(path)], "answer": str(count), "answer_type": "number", "task": "counting",
+                "source": "mini",
                 "response": f"<think> {thought} </think> <answer> {count} </answer>",
                 "meta": {"cells": [cell and " ".join(cell) for cell in cells],
                          "style": "glance" if glance else "look"}})
@@ -548,12 +549,13 @@ def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
 TINY_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def tiny_tokenizer(texts: list[str]):
-    """One token for each word of `texts`, bytes for everything else, so any text in any language round-trips."""
+    """One token for each word of `texts`, bytes for all else, so any text in any language round-trips."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated"),
@@ -563,34 +565,43 @@ def tiny_tokenizer(texts: list[str]):
     vocab = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
-    special = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>"
+    special = ("<|endoftext|> <|im_start|> <|im_end|> "
+               "<|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>")
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special.split()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>")
 
 
 def make_tiny(out: Path, texts: list[str], seed: int) -> None:
     """Save a random Qwen2.5-VL of about 0.6M parameters with a word-level tokenizer over `texts`.
 
-    Hidden size 128, 2 layers, 1 vision layer. The architecture, processor and file layout are the real ones, so everything that loads the 7B loads this.
+    Hidden size 128, 2 layers, 1 vision layer. The architecture, processor and file layout are the real ones,
+    so everything that loads the 7B loads this.
     """
     import torch
     from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor,
                               Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
+    from transformers.utils.logging import disable_progress_bar
     tokenizer = tiny_tokenizer([*texts, "user", "assistant"])
-    # The usual 0.02 suits widths of thousands; at 128 it is 4x below 1/sqrt(fan-in), and learning to see takes 10x longer.
+    # The usual 0.02 suits widths of thousands; at 128 it is 4x below 1/sqrt(fan-in),
+    # and learning to see takes 10x longer.
     std = 0.08
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)) | tokenizer.get_added_vocab()
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32768, tie_word_embeddings=True,
-                         initializer_range=std,
-                         rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0},
-                         bos_token_id=None, eos_token_id=special["<|im_end|>"], pad_token_id=special["<|endoftext|>"]),
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
+                         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         max_position_embeddings=32768, tie_word_embeddings=True, initializer_range=std,
+                         rope_parameters={"rope_type": "default", "mrope_section": [8, 12, 12],
+                                          "rope_theta": 10000.0},
+                         bos_token_id=None, eos_token_id=special["<|im_end|>"],
+                         pad_token_id=special["<|endoftext|>"]),
         vision_config=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=1, out_hidden_size=128,
-                           patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[0],
-                           initializer_range=std),
-        image_token_id=special["<|image_pad|>"], video_token_id=special["<|video_pad|>"], tie_word_embeddings=True,
+                           patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112,
+                           fullatt_block_indexes=[0], initializer_range=std),
+        image_token_id=special["<|image_pad|>"], video_token_id=special["<|video_pad|>"],
+        tie_word_embeddings=True,
         vision_start_token_id=special["<|vision_start|>"], vision_end_token_id=special["<|vision_end|>"])
+    disable_progress_bar()
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = special["<|im_end|>"]
@@ -599,7 +610,8 @@ def make_tiny(out: Path, texts: list[str], seed: int) -> None:
     size = {"shortest_edge": CELL**2, "longest_edge": 1280 * CELL**2}
     Qwen2_5_VLProcessor(Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(),
                         chat_template=TINY_TEMPLATE).save_pretrained(out)
-    print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(tokenizer)} tokens")
+    print(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+          f"{len(tokenizer)} tokens")
 
 
 # ----- command line -----
@@ -618,7 +630,7 @@ class Config:
 def parse_config(cls, argv=None):
     """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
 
-    The default gives the type; the field's trailing comment is its --help text. A bad flag exits with one line.
+    The default gives the type, the trailing comment the --help text. A bad flag exits with one line.
     """
     source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,

@@ -1,16 +1,16 @@
 """Evaluation: a checkpoint -> accuracy on benchmarks, or the answer to one question.
 
-Greedy by default. Every row is graded by rewards.accuracy, the same function that training rewards. A row that could not
-be read or answered counts as wrong and stays in the denominator.
+Greedy by default. Every row is graded by rewards.accuracy, the same function that training rewards. A row
+that could not be read or answered counts as wrong and stays in the denominator.
 
-    python eval.py --bench                                       # every benchmark whose data is present, newest step of out/grpo
+    python eval.py --bench                   # every benchmark whose data is present, newest step of out/grpo
     python eval.py --bench counting-id counting-ood --model out/sft
     python eval.py --bench mathvision=test.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --max_new_tokens 2048
-    python eval.py --bench my_records.jsonl                      # any file that data_prep can read
+    python eval.py --bench my_records.jsonl  # any file that data_prep can read
     python eval.py --image photo.jpg --prompt "What is unusual here?" --model Qwen/Qwen2.5-VL-7B-Instruct
 
-Writes MODEL/eval/BENCH.jsonl (a line per row, appended as answers come: the same command again goes on where it
-stopped) and MODEL/eval/summary.json. For a Hub id MODEL is out/OWNER--NAME.
+Writes MODEL/eval/BENCH.jsonl (a line per row, appended as answers come: the same command again goes on where
+it stopped) and MODEL/eval/summary.json. For a Hub id MODEL is out/OWNER--NAME.
 
 Shapes: B rows generated together, T padded length, V vocabulary.
 """
@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
 
 from data_prep import build_messages, load_image, read_records, resolve_model
 from rewards import PROMPTS, accuracy, extract_answer
@@ -67,7 +68,7 @@ class Config:
 def parse_config(cls, argv=None):
     """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
 
-    The default gives the type; the field's trailing comment is its --help text. A bad flag exits with one line.
+    The default gives the type, the trailing comment the --help text. A bad flag exits with one line.
     """
     source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
@@ -93,7 +94,7 @@ def parse_config(cls, argv=None):
 
 
 def vision_ids(config, device):
-    """Ids of image and video placeholders. A response must not hold one: the model would look for its features."""
+    """Ids of image and video placeholders. A response must hold none: the model would look for features."""
     ids = config.to_dict()
     named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
     return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
@@ -105,7 +106,8 @@ def stop_ids(generation_config, processor):
             {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
     tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
     written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
-    written = [i for i in written if i in processor.tokenizer.all_special_ids]  # some templates write a space or nothing
+    # Some templates write a space or nothing there.
+    written = [i for i in written if i in processor.tokenizer.all_special_ids]
     known = generation_config.eos_token_id
     known = known if isinstance(known, list) else [known] if known is not None else []
     return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
@@ -123,8 +125,8 @@ def encode_prompt(record, processor, max_pixels):
 def collate(rows, dummy, pad_id, device):
     """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
 
-    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower,
-    or FSDP waits for ever for those that do not.
+    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the
+    vision tower, or FSDP waits for ever for those that do not.
     """
     if dummy and not any("pixel_values" in p for p, _ in rows):
         rows = rows + [(dummy, [])]
@@ -144,9 +146,11 @@ def collate(rows, dummy, pad_id, device):
                     row[n:n + len(response)] = 1
             inputs[key] = out
         else:
-            # Patches (Qwen) concatenate as they are; frames (Idefics3, which drops frames of zeros) are padded first.
+            # Patches (Qwen) concatenate as they are;
+            # frames (Idefics3, which drops frames of zeros) are padded first.
             most = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
-            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)] for x in parts]
+            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)]
+                    for x in parts]
             inputs[key] = torch.cat([torch.nn.functional.pad(x, pad) for x, pad in zip(parts, pads)])
     for row, (p, response) in zip(mask, rows):
         n = p["input_ids"].shape[1]
@@ -155,7 +159,7 @@ def collate(rows, dummy, pad_id, device):
 
 
 def build_engine(path, processor, cfg, device):
-    """A plain copy of the model for sampling, in the trainer's compute dtype; outside FSDP, so ranks need not keep step."""
+    """A plain copy of the model for sampling, in compute dtype; outside FSDP, so ranks need not keep step."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=cfg.attn)
     engine.stop = stop_ids(engine.generation_config, processor)
@@ -168,9 +172,9 @@ def generate(engine, prompts, seeds, cfg):
     """Sample one response per prompt; returns (response ids, logprobs under the sampler, truncated) in order.
 
     prompts: encode_prompt's tensors; rows that are the same object share one prefill, so the images of a
-    question are encoded once and only its KV cache is copied G times. seeds: one int per prompt; each row draws
-    from its own stream by inverse CDF, so what it samples does not depend on its batch. cfg: max_new_tokens,
-    temperature (0 = greedy), top_p, top_k, rollout_tokens.
+    question are encoded once and only its KV cache is copied G times. seeds: one int per prompt; each row
+    draws from its own stream by inverse CDF, so what it samples does not depend on its batch. cfg:
+    max_new_tokens, temperature (0 = greedy), top_p, top_k, rollout_tokens.
     """
     out, device = [None] * len(prompts), engine.banned.device
     stop = torch.tensor(engine.stop, device=device)
@@ -185,8 +189,9 @@ def generate(engine, prompts, seeds, cfg):
         unique = {id(prompts[i]): prompts[i] for i in chunk}
         owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)  # (B,)
         cache, mask, shift, logits = prefill(engine, list(unique.values()), owner)
-        draws = torch.stack([torch.rand(cfg.max_new_tokens, dtype=torch.float64,
-                                        generator=torch.Generator().manual_seed(seeds[i])) for i in chunk]).to(device)
+        streams = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
+        draws = [torch.rand(cfg.max_new_tokens, dtype=torch.float64, generator=g) for g in streams]
+        draws = torch.stack(draws).to(device)  # (B, max_new_tokens)
         tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
         logps = torch.zeros(draws.shape, device=device)
         live = torch.arange(len(chunk), device=device)  # rows still in the batch
@@ -243,7 +248,8 @@ def prefill(engine, prompts, owner):
 def truncate(logits, cfg):
     """Top-k, then nucleus (top-p): everything else gets -inf. (B, V) -> (B, V)"""
     if cfg.top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(cfg.top_k, logits.shape[1])).values[:, -1:], -torch.inf)
+        least = logits.topk(min(cfg.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if cfg.top_p < 1:
         ordered, index = logits.sort(descending=True)
         probs = ordered.softmax(1)
@@ -256,7 +262,7 @@ def truncate(logits, cfg):
 
 
 def find_benches(names):
-    """Resolve --bench to [(name, path, official size)]. Raises ValueError for an unknown name or missing data."""
+    """--bench as [(name, path, official size)]. Raises ValueError for an unknown name or missing data."""
     if not names:
         present = [(name, path, size) for name, (path, size) in BENCHES.items() if Path(path).exists()]
         if not present:
@@ -271,19 +277,20 @@ def find_benches(names):
             found.append((Path(name).stem, name, 0))
         else:
             near = difflib.get_close_matches(key, BENCHES, 1, 0)[0]
-            raise ValueError(f"unknown benchmark {name}; did you mean {near}? Known: {', '.join(BENCHES)}, or a records file")
+            raise ValueError(f"unknown benchmark {name}; did you mean {near}? "
+                             f"Known: {', '.join(BENCHES)}, or a records file")
     return found
 
 
 def wilson(p, n):
-    """95 % interval of a proportion p of n (Wilson 1927): unlike p +- 1.96 sd it stays in [0, 1], also at p = 1."""
+    """95 % interval of share p of n (Wilson 1927): unlike p +- 1.96 sd it stays in [0, 1], also at p = 1."""
     z = 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
 
 
 def answer_rows(records, engine, processor, cfg):
-    """Yield one result per record, in batches of cfg.batch_rows; unreadable rows come back with an `error`."""
+    """Yield one result per record, in batches of cfg.batch_rows; that of an unreadable row has an `error`."""
     for start in range(0, len(records), cfg.batch_rows):
         batch, prompts, results = records[start:start + cfg.batch_rows], [], []
         for record in batch:
@@ -292,16 +299,19 @@ def answer_rows(records, engine, processor, cfg):
             except ValueError as e:
                 prompts.append(e)
         good = [i for i, p in enumerate(prompts) if isinstance(p, dict)]
-        seeds = [int(hashlib.sha256(f"{cfg.seed}/{batch[i]['id']}".encode()).hexdigest()[:15], 16) for i in good]
+        keys = [f"{cfg.seed}/{batch[i]['id']}" for i in good]
+        seeds = [int(hashlib.sha256(key.encode()).hexdigest()[:15], 16) for key in keys]
         answers = dict(zip(good, generate(engine, [prompts[i] for i in good], seeds, cfg)))
         for i, record in enumerate(batch):
             result = {"id": record["id"], "question": record["question"], "answer": record.get("answer", "")}
             if i in answers:
                 ids, _, truncated = answers[i]
                 text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-                result |= {"response": text, "extracted": extract_answer(text), "tokens": len(ids), "truncated": truncated}
+                result |= {"response": text, "extracted": extract_answer(text), "tokens": len(ids),
+                           "truncated": truncated}
             else:
-                result |= {"response": "", "extracted": None, "tokens": 0, "truncated": False, "error": str(prompts[i])}
+                result |= {"response": "", "extracted": None, "tokens": 0, "truncated": False,
+                           "error": str(prompts[i])}
             results.append(result)
         yield from zip(batch, results)
 
@@ -314,7 +324,8 @@ def run_bench(name, records, engine, processor, folder, settings, cfg):
     wanted = {r["id"] for r in records}
     done = {row["id"]: row for row in kept if row["settings"] == settings and row["id"] in wanted}
     path.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
-    with open(path, "a") as out, tqdm(total=len(records), initial=len(done), desc=name, dynamic_ncols=True) as bar:
+    with (open(path, "a") as out,
+          tqdm(total=len(records), initial=len(done), desc=name, dynamic_ncols=True) as bar):
         for record, row in answer_rows([r for r in records if r["id"] not in done], engine, processor, cfg):
             row |= {"correct": accuracy(row["response"], record), "settings": settings}
             done[row["id"]] = row
@@ -326,12 +337,14 @@ def run_bench(name, records, engine, processor, folder, settings, cfg):
     return {"bench": name, "n": n, "accuracy": round(right, 4), "ci95": wilson(right, n),
             "truncated": round(sum(row["truncated"] for row in rows) / n, 4),
             "parse_failed": round(sum(row["extracted"] is None for row in rows) / n, 4),
-            "failed": sum("error" in row for row in rows), "tokens": round(sum(row["tokens"] for row in rows) / n, 1),
+            "failed": sum("error" in row for row in rows),
+            "tokens": round(sum(row["tokens"] for row in rows) / n, 1),
             "seconds": round(time.time() - began, 1)}
 
 
 def main(cfg):
     """Load the model once, then answer the one question or run the benchmarks and print their table."""
+    disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if bool(cfg.image) != bool(cfg.prompt):
@@ -343,12 +356,14 @@ def main(cfg):
                   (find_benches(cfg.bench) if not cfg.image else [])]
         processor = AutoProcessor.from_pretrained(path)
         engine = build_engine(path, processor, cfg, device)
-        folder = (Path(cfg.model) if Path(cfg.model).exists() else Path("out", cfg.model.replace("/", "--"))) / "eval"
+        home = Path(cfg.model) if Path(cfg.model).exists() else Path("out", cfg.model.replace("/", "--"))
+        folder = home / "eval"
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
     if cfg.image:
-        record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text", "task": cfg.task}
+        record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text",
+                  "task": cfg.task}
         (_, row), = answer_rows([record], engine, processor, cfg)
         sys.exit(f"eval.py: {row['error']}") if "error" in row else print(row["response"])
         return
@@ -357,15 +372,18 @@ def main(cfg):
     summary = []
     for name, records, size in loaded:
         if size and len(records) != size:
-            print(f"{name}: {len(records)} rows, the official split has {size}: not comparable with published numbers")
+            print(f"{name}: {len(records)} rows, the official split has {size}: "
+                  "not comparable with published numbers")
         summary.append(run_bench(name, records[:cfg.limit or None], engine, processor, folder, settings, cfg))
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\n{path}, temperature {cfg.temperature:g}, at most {cfg.max_new_tokens} tokens\n")
     print("| benchmark | n | accuracy | 95 % interval | truncated | no answer | tokens | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for s in summary:
-        print(f"| {s['bench']} | {s['n']} | {100 * s['accuracy']:.1f} | {100 * s['ci95'][0]:.1f} - {100 * s['ci95'][1]:.1f} "
-              f"| {100 * s['truncated']:.1f} % | {100 * s['parse_failed']:.1f} % | {s['tokens']} | {s['seconds']} |")
+        print(f"| {s['bench']} | {s['n']} | {100 * s['accuracy']:.1f} "
+              f"| {100 * s['ci95'][0]:.1f} - {100 * s['ci95'][1]:.1f} "
+              f"| {100 * s['truncated']:.1f} % | {100 * s['parse_failed']:.1f} % "
+              f"| {s['tokens']} | {s['seconds']} |")
 
 
 if __name__ == "__main__":

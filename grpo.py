@@ -1,34 +1,35 @@
 """GRPO: records with an answer -> a policy that reasons about images.
 
-For each question q draw G rollouts y_1..y_G from the policy, score them, and make the better ones more likely:
+For each question q draw G rollouts y_1..y_G from the policy, score them and make the better ones more likely:
 
     A_i  = (r_i - mean(r)) / (std(r) + 1e-4)       group advantage, exactly 0 when all rewards are equal
     rho  = pi(y_t) / pi_old(y_t)                   per token; pi_old is the policy before this batch's updates
     loss = - sum_t w_t c_t min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)
            + kl_beta sum_t w_t k3(pi_ref, pi)
 
-The weights w_t sum to 1 over all response tokens of the global batch (`--loss_mean token`), each token alike, or each
-rollout alike (`sequence`). c_t = min(pi_old / mu, is_cap) corrects for a sampler mu that is not quite the trainer (other
-kernels, top-p).
+The weights w_t sum to 1 over all response tokens of the global batch: each token alike (`--loss_mean token`),
+or each rollout alike (`sequence`). c_t = min(pi_old / mu, is_cap) corrects for a sampler mu that is not quite
+the trainer (other kernels, top-p).
 
 What differs from the papers, and why:
-  1. GRPO (DeepSeekMath, arXiv 2402.03300) averages per sequence; the default here is the token mean of DAPO (arXiv
-     2503.14476), in which a token of a long answer counts as much as one of a short. The asymmetric clip is DAPO's too.
-  2. The denominator is counted over all ranks and micro-batches before the first backward, so 1 GPU and 64 GPUs, small
-     and large micro-batches give the same update.
-  3. Groups whose rewards are all equal have no gradient (when kl_beta = 0), so they cost no forward pass; they still
-     count in the denominator.
+  1. GRPO (DeepSeekMath, arXiv 2402.03300) averages per sequence; the default here is the token mean of DAPO
+     (arXiv 2503.14476), in which a token of a long answer counts as much as one of a short. The asymmetric
+     clip is DAPO's too.
+  2. The denominator is counted over all ranks and micro-batches before the first backward, so 1 GPU and
+     64 GPUs, small and large micro-batches give the same update.
+  3. Groups whose rewards are all equal have no gradient (when kl_beta = 0), so they cost no forward pass;
+     they still count in the denominator.
   4. No KL term and no reference model unless --kl_beta > 0.
-  5. Each rollout has its own random stream, a function of (seed, step, question, sample): batches, ranks and restarts
-     do not change what is sampled.
+  5. Each rollout has its own random stream, a function of (seed, step, question, sample): batches, ranks and
+     restarts do not change what is sampled.
 
     python grpo.py                                               # mini suite, laptop: out/sft -> out/grpo
     torchrun --nproc_per_node 8 grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct --data hiyouga/geometry3k
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 grpo.py ...
-    python grpo.py --resume                                      # go on from the newest complete step of --out
+    python grpo.py --resume                                      # from the newest complete step of --out
 
-Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens, Q questions, G rollouts
-per question.
+Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens, Q questions,
+G rollouts per question.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
 import argparse
@@ -72,7 +73,7 @@ from rewards import REWARDS, accuracy, parse_reward_spec
 class Config:
     # i/o
     model: str = "out/sft"  # Hub id, model folder or run directory to start from
-    data: str = "data/mini/counting_train.jsonl"  # records with an answer: file, Hub id or known dataset format
+    data: str = "data/mini/counting_train.jsonl"  # records with an answer: file or Hub id in a known format
     out: str = "out/grpo"  # run directory
     resume: bool = False  # go on from the newest complete step of --out
     strict: bool = False  # stop at an unreadable image instead of skipping its question
@@ -108,7 +109,7 @@ class Config:
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
     param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
-    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more compute
+    gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
     attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
     # cadence
@@ -125,7 +126,7 @@ class Config:
 def parse_config(cls, argv=None):
     """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
 
-    The default gives the type; the field's trailing comment is its --help text. A bad flag exits with one line.
+    The default gives the type, the trailing comment the --help text. A bad flag exits with one line.
     """
     source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
@@ -152,15 +153,15 @@ def parse_config(cls, argv=None):
 
 def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the image workers' fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in names.items())
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
-        # One core stays free for the process that prepares images: OpenMP threads that spin on a busy core are
-        # 20x slower.
+        # One core stays free for the process that prepares images:
+        # OpenMP threads that spin on a busy core are 20x slower.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // neighbours - 1))
         device, backend = torch.device("cpu"), "gloo"
@@ -187,8 +188,8 @@ def global_max(value):
 def load_policy(path, cfg, device, trainable=True):
     """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
 
-    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at a time
-    is cast and moved, so the GPU never holds an unsharded model.
+    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at
+    a time is cast and moved, so the GPU never holds an unsharded model.
     """
     policy = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", attn_implementation=cfg.attn)
     processor = AutoProcessor.from_pretrained(path)
@@ -213,7 +214,7 @@ def load_policy(path, cfg, device, trainable=True):
 
 
 def vision_ids(config, device):
-    """Ids of image and video placeholders. A response must not hold one: the model would look for its features."""
+    """Ids of image and video placeholders. A response must hold none: the model would look for features."""
     ids = config.to_dict()
     named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
     return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
@@ -225,7 +226,8 @@ def stop_ids(generation_config, processor):
             {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
     tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
     written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
-    written = [i for i in written if i in processor.tokenizer.all_special_ids]  # some templates write a space or nothing
+    # Some templates write a space or nothing there.
+    written = [i for i in written if i in processor.tokenizer.all_special_ids]
     known = generation_config.eos_token_id
     known = known if isinstance(known, list) else [known] if known is not None else []
     return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
@@ -249,7 +251,7 @@ def make_optimizer(policy, cfg):
 
 
 def describe(policy, cfg, copies):
-    """Parameter count and memory of the states per rank; `copies` further models (reference, engine) are held in bf16."""
+    """Parameter count and state memory per rank; `copies` further models (reference, engine) are in bf16."""
     total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     width = 2 if cfg.param_dtype == "bf16" else 4
@@ -258,7 +260,8 @@ def describe(policy, cfg, copies):
     return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, "
             f"{trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
             f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
-            f"{total * 2 * copies / 2**30:.2f} GiB model copies; activations grow with --token_budget {cfg.token_budget}")
+            f"{total * 2 * copies / 2**30:.2f} GiB model copies; "
+            f"activations grow with --token_budget {cfg.token_budget}")
 
 
 # ----- twins: batches (identical in sft.py, grpo.py, rise.py) ----------------------------------------------
@@ -274,7 +277,7 @@ def encode_prompt(record, processor, max_pixels):
 
 
 def schedule(total, per_step, done, steps, seed):
-    """Record indices of steps done+1..steps: slices of endless seeded permutations, each record at most once a step.
+    """Record indices of steps done+1..steps: slices of endless seeded permutations, no index twice in a step.
 
     A function of the seed alone, so a resumed run needs no saved cursor.
     """
@@ -284,10 +287,10 @@ def schedule(total, per_step, done, steps, seed):
 
 
 def prepared(batches, encode, workers):
-    """Iterate over lists of record indices; yields the lists of (index, encode(index)), prepared ahead in processes.
+    """Iterate over lists of record indices, as lists of (index, encode(index)) prepared ahead in processes.
 
-    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record that cannot
-    be encoded (an unreadable image, a stray placeholder token) comes back as (index, ValueError).
+    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record that
+    cannot be encoded (an unreadable image, a stray placeholder token) comes back as (index, ValueError).
     """
     class Rows:
         def __getitem__(self, i):
@@ -300,9 +303,10 @@ def prepared(batches, encode, workers):
 
 
 def micro_batches(lengths, budget):
-    """Group row indices, long with long, so that rows x longest row <= budget tokens; equally many groups on each rank.
+    """Group row indices, long with long: rows x longest row <= budget tokens, equally many groups per rank.
 
-    FSDP's collectives run per forward pass, so a rank with fewer groups gets empty ones (collate fills in the dummy).
+    FSDP's collectives run per forward pass, so a rank with fewer groups gets empty ones (collate fills in the
+    dummy).
     """
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -316,8 +320,8 @@ def micro_batches(lengths, budget):
 def collate(rows, dummy, pad_id, device):
     """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
 
-    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower,
-    or FSDP waits for ever for those that do not.
+    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the
+    vision tower, or FSDP waits for ever for those that do not.
     """
     if dummy and not any("pixel_values" in p for p, _ in rows):
         rows = rows + [(dummy, [])]
@@ -337,9 +341,11 @@ def collate(rows, dummy, pad_id, device):
                     row[n:n + len(response)] = 1
             inputs[key] = out
         else:
-            # Patches (Qwen) concatenate as they are; frames (Idefics3, which drops frames of zeros) are padded first.
+            # Patches (Qwen) concatenate as they are;
+            # frames (Idefics3, which drops frames of zeros) are padded first.
             most = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
-            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)] for x in parts]
+            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)]
+                    for x in parts]
             inputs[key] = torch.cat([torch.nn.functional.pad(x, pad) for x, pad in zip(parts, pads)])
     for row, (p, response) in zip(mask, rows):
         n = p["input_ids"].shape[1]
@@ -348,7 +354,7 @@ def collate(rows, dummy, pad_id, device):
 
 
 class ResponseLogprob(torch.autograd.Function):
-    """log softmax(h W' / temperature)[target] at N positions; logits exist a chunk at a time, forward and backward."""
+    """log softmax(h W' / temperature)[target] at N positions; both passes hold logits a chunk at a time."""
 
     @staticmethod
     def chunks(hidden, weight, temperature, banned):
@@ -412,7 +418,7 @@ class Rollout:
 
 
 def build_engine(path, processor, cfg, device):
-    """A plain copy of the model for sampling, in the trainer's compute dtype; outside FSDP, so ranks need not keep step."""
+    """A plain copy of the model for sampling, in compute dtype; outside FSDP, so ranks need not keep step."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=cfg.attn)
     engine.stop = stop_ids(engine.generation_config, processor)
@@ -423,7 +429,7 @@ def build_engine(path, processor, cfg, device):
 @torch.no_grad()
 def sync_weights(policy, engine):
     """Copy the policy's weights into the engine, one full tensor at a time."""
-    policy.reshard()  # after a forward without backward the root's parameters are still gathered, in compute dtype
+    policy.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
     target = dict(engine.named_parameters())
     for name, p in policy.named_parameters():
         target[name].copy_(p.full_tensor() if isinstance(p, DTensor) else p)
@@ -434,9 +440,9 @@ def generate(engine, prompts, seeds, cfg):
     """Sample one response per prompt; returns (response ids, logprobs under the sampler, truncated) in order.
 
     prompts: encode_prompt's tensors; rows that are the same object share one prefill, so the images of a
-    question are encoded once and only its KV cache is copied G times. seeds: one int per prompt; each row draws
-    from its own stream by inverse CDF, so what it samples does not depend on its batch. cfg: max_new_tokens,
-    temperature (0 = greedy), top_p, top_k, rollout_tokens.
+    question are encoded once and only its KV cache is copied G times. seeds: one int per prompt; each row
+    draws from its own stream by inverse CDF, so what it samples does not depend on its batch. cfg:
+    max_new_tokens, temperature (0 = greedy), top_p, top_k, rollout_tokens.
     """
     out, device = [None] * len(prompts), engine.banned.device
     stop = torch.tensor(engine.stop, device=device)
@@ -451,8 +457,9 @@ def generate(engine, prompts, seeds, cfg):
         unique = {id(prompts[i]): prompts[i] for i in chunk}
         owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)  # (B,)
         cache, mask, shift, logits = prefill(engine, list(unique.values()), owner)
-        draws = torch.stack([torch.rand(cfg.max_new_tokens, dtype=torch.float64,
-                                        generator=torch.Generator().manual_seed(seeds[i])) for i in chunk]).to(device)
+        streams = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
+        draws = [torch.rand(cfg.max_new_tokens, dtype=torch.float64, generator=g) for g in streams]
+        draws = torch.stack(draws).to(device)  # (B, max_new_tokens)
         tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
         logps = torch.zeros(draws.shape, device=device)
         live = torch.arange(len(chunk), device=device)  # rows still in the batch
@@ -509,7 +516,8 @@ def prefill(engine, prompts, owner):
 def truncate(logits, cfg):
     """Top-k, then nucleus (top-p): everything else gets -inf. (B, V) -> (B, V)"""
     if cfg.top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(cfg.top_k, logits.shape[1])).values[:, -1:], -torch.inf)
+        least = logits.topk(min(cfg.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if cfg.top_p < 1:
         ordered, index = logits.sort(descending=True)
         probs = ordered.softmax(1)
@@ -522,17 +530,17 @@ def truncate(logits, cfg):
 
 
 def group_advantages(rewards, std=True, eps=1e-4):
-    """(Q, G) rewards -> advantages r - mean, over the sample standard deviation + eps if `std`; equal rewards give 0."""
+    """(Q, G) rewards -> advantages r - mean, over the sample std + eps if `std`; equal rewards give 0."""
     centred = rewards - rewards.mean(1, keepdim=True)
     same = (rewards == rewards[:, :1]).all(1, keepdim=True)
     return torch.where(same, 0.0, centred / (rewards.std(1, keepdim=True) + eps) if std else centred)
 
 
 def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, cfg):
-    """The clipped objective of the module docstring. All tensors (B, T-1); `weights` are 0 outside the response.
+    """The clipped objective of the module docstring. Tensors (B, T-1); `weights` are 0 outside the response.
 
     Returns the loss (a sum, since the weights carry the global denominator) and weighted sums for the log.
-    ref_logps may be None when cfg.kl_beta = 0. KL estimator: k3 of Schulman, exp(d) - d - 1 with d = ref - policy.
+    ref_logps may be None when cfg.kl_beta = 0. KL estimator: Schulman's k3, exp(d) - d - 1, d = ref - policy.
     """
     ratio = (logps - old_logps).exp()
     correction = (old_logps - sampler_logps).exp().clamp(max=cfg.is_cap)
@@ -553,13 +561,13 @@ def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, c
 
 
 def save_checkpoint(cfg, step, policy, processor, optimizer):
-    """Write out/step_000200: HF weights and processor, one trainer file per rank; complete or absent, never half there.
+    """Write out/step_000200, complete or not at all: HF weights and processor, one trainer file per rank.
 
-    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep removed.
-    With several nodes --out must be on a file system they share. On a full disk it raises OSError and earlier
-    checkpoints stay as they are.
+    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep
+    removed. With several nodes --out must be on a file system they share. On a full disk it raises OSError
+    and earlier checkpoints stay as they are.
     """
-    policy.reshard()  # after a forward without backward the root's parameters are still gathered, in compute dtype
+    policy.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
     final = Path(cfg.out) / f"step_{step:06d}"
     tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
     if rank == 0:
@@ -591,13 +599,14 @@ def save_checkpoint(cfg, step, policy, processor, optimizer):
 
 
 def load_checkpoint(path, policy, optimizer):
-    """Restore optimizer moments and RNG saved by save_checkpoint (weights came with load_policy). Returns the step.
+    """Restore save_checkpoint's optimizer moments and RNG (weights came with load_policy). Returns the step.
 
     Raises ValueError when the run was saved with another number of ranks.
     """
     meta = json.loads((path / "meta.json").read_text())
     if meta["world_size"] != dist.get_world_size():
-        raise ValueError(f"{path} was saved by {meta['world_size']} rank(s), this run has {dist.get_world_size()}")
+        raise ValueError(f"{path} was saved by {meta['world_size']} rank(s), "
+                         f"this run has {dist.get_world_size()}")
     state = torch.load(path / f"trainer_rank{dist.get_rank()}.pt", weights_only=True)
     for name, p in policy.named_parameters():
         for key, value in state["optimizer"].get(name, {}).items():
@@ -627,12 +636,15 @@ class RunLog:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 path = self.out / name
                 lines = path.read_text().splitlines(True) if path.exists() else []
-                path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start))
-            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+                kept = [x for x in lines if start and x.endswith("\n") and json.loads(x)["step"] <= start]
+                path.write_text("".join(kept))
+            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                 capture_output=True, text=True)
             (self.out / "config.json").write_text(json.dumps({
                 "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(),
                 "world_size": dist.get_world_size(),
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            }, indent=1))
         # Piped into a file, a line every ten seconds is enough.
         self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True,
                         mininterval=0.2 if sys.stderr.isatty() else 10)
@@ -662,7 +674,7 @@ def rollout_seed(cfg, step, question, sample):
 
 
 def all_logprobs(policy, rollouts, prompts, dummy, cfg):
-    """Trainer-side log-probabilities of each rollout's tokens, without gradient: CPU tensors (len(response),)."""
+    """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
     out, device = [None] * len(rollouts), policy.banned.device
     lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
     with torch.no_grad():
@@ -684,7 +696,8 @@ def update(policy, optimizer, rollouts, denominator, prompts, dummy, cfg):
         inputs, mask = collate([(prompts[r.question], r.response) for r in rows], dummy, 0, device)
 
         def spread(parts):  # one value a response token -> (B, T-1)
-            return torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat([*parts, torch.zeros(0)]).to(device))
+            values = torch.cat([*parts, torch.zeros(0)]).to(device)
+            return torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
 
         logps = policy.token_logprobs(inputs, mask, cfg.temperature)
         ones = [torch.ones(len(r.response)) for r in rows]
@@ -692,7 +705,8 @@ def update(policy, optimizer, rollouts, denominator, prompts, dummy, cfg):
         sampler = spread([r.sampler_logps for r in rows])
         reference = spread([r.ref_logps for r in rows]) if cfg.kl_beta else None
         advantages = spread([r.advantage * one for r, one in zip(rows, ones)])
-        weights = spread([one / (denominator if cfg.loss_mean == "token" else denominator * len(one)) for one in ones])
+        weights = spread([one / (denominator if cfg.loss_mean == "token" else denominator * len(one))
+                          for one in ones])
         loss, extra = grpo_loss(logps, old, sampler, reference, advantages, weights, cfg)
         # FSDP averages gradients over ranks; the weights already sum to 1 over all ranks together.
         (loss * dist.get_world_size()).backward()
@@ -736,9 +750,9 @@ def extremes(rollouts, records, step, group_size):
     for group in [g for g in groups if any(r.advantage for r in g)][:3]:
         for r in (max(group, key=lambda r: r.reward), min(group, key=lambda r: r.reward)):
             record = records[r.question]
-            yield {"step": step, "id": record["id"], "question": record["question"], "answer": record["answer"],
-                   "response": r.text, "reward": r.reward, "advantage": r.advantage, "tokens": len(r.response),
-                   "truncated": r.truncated}
+            yield {"step": step, "id": record["id"], "question": record["question"],
+                   "answer": record["answer"], "response": r.text, "reward": r.reward,
+                   "advantage": r.advantage, "tokens": len(r.response), "truncated": r.truncated}
 
 
 def evaluate(engine, records, processor, cfg):
@@ -746,7 +760,7 @@ def evaluate(engine, records, processor, cfg):
     share = [list(range(dist.get_rank(), len(records), dist.get_world_size()))]
     encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels)
     drawn = [pair for batch in prepared(share, lambda i: encode(records[i]), cfg.workers) for pair in batch]
-    good = [(i, prompt) for i, prompt in drawn if not isinstance(prompt, ValueError)]  # the rest counts as wrong
+    good = [(i, prompt) for i, prompt in drawn if not isinstance(prompt, ValueError)]  # the rest is wrong
     greedy = dataclasses.replace(cfg, temperature=0.0)
     answers = [ids for ids, _, _ in generate(engine, [prompt for _, prompt in good], [0] * len(good), greedy)]
     texts = processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -757,11 +771,13 @@ def evaluate(engine, records, processor, cfg):
 
 def check(cfg):
     """Refuse what cannot train. Raises ValueError naming the flag."""
-    for flag, allowed in (("loss_mean", ("token", "sequence")), ("schedule", ("cosine", "linear", "constant")),
+    for flag, allowed in (("loss_mean", ("token", "sequence")),
+                          ("schedule", ("cosine", "linear", "constant")),
                           ("param_dtype", ("fp32", "bf16"))):
         if getattr(cfg, flag) not in allowed:
             raise ValueError(f"--{flag} {getattr(cfg, flag)}: use {' | '.join(allowed)}")
-    for flag in ("steps", "prompts_per_step", "max_new_tokens", "rollout_tokens", "updates", "token_budget", "keep"):
+    for flag in ("steps", "prompts_per_step", "max_new_tokens", "rollout_tokens", "updates",
+                 "token_budget", "eval_every", "eval_n", "save_every", "samples_every", "keep"):
         if getattr(cfg, flag) < 1:
             raise ValueError(f"--{flag} must be at least 1")
     if cfg.group_size < 2:
@@ -776,12 +792,16 @@ def main(cfg):
     try:
         check(cfg)
         spec = parse_reward_spec(cfg.reward)
+        # The default held-out file belongs to the default data.
+        eval_data = cfg.eval_data if cfg.data == Config.data or cfg.eval_data != Config.eval_data else ""
         start = newest_step(cfg.out) if cfg.resume else None
         first = resolve_model(cfg.model)
-        if not cfg.resume and Path(cfg.out).resolve() in [Path(first).resolve(), *Path(first).resolve().parents]:
-            raise ValueError(f"--out {cfg.out} holds the model to start from: name another --out, or --resume")
+        origin = Path(first).resolve()
+        if not cfg.resume and Path(cfg.out).resolve() in [origin, *origin.parents]:
+            raise ValueError(f"--out {cfg.out} holds the model to start from: "
+                             "name another --out, or --resume")
         records = read_records(cfg.data, need=("answer",))
-        held_out = read_records(cfg.eval_data, limit=cfg.eval_n) if cfg.eval_data else []
+        held_out = read_records(eval_data, limit=cfg.eval_n) if eval_data else []
         policy, processor = load_policy(start or first, cfg, device)
         optimizer = make_optimizer(policy, cfg)
         done = load_checkpoint(start, policy, optimizer) if start else 0
@@ -794,13 +814,15 @@ def main(cfg):
     encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels)
     dummy = encode({"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"})
     log.note(describe(policy, cfg, 2 if cfg.kl_beta else 1))
-    log.note(f"{len(records)} questions; a step: {cfg.prompts_per_step} x {cfg.group_size} rollouts on {world} rank(s)")
+    log.note(f"{len(records)} questions; a step: {cfg.prompts_per_step} x {cfg.group_size} rollouts "
+             f"on {world} rank(s)")
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     if held_out and not done:
         before = evaluate(engine, held_out, processor, cfg)
         log.write("metrics.jsonl", [{"step": 0, **before}])
-        log.note(f"before training: {before['eval/accuracy']:.3f} of {len(held_out)} held-out questions right")
+        log.note(f"before training: {before['eval/accuracy']:.3f} "
+                 f"of {len(held_out)} held-out questions right")
 
     plan = schedule(len(records), cfg.prompts_per_step, done, cfg.steps, cfg.seed)
     share = prepared([drawn[rank::world] for drawn in plan], lambda i: encode(records[i]), cfg.workers)
@@ -821,7 +843,8 @@ def main(cfg):
                 log.note(f"question {records[q]['id']} skipped: {error}")
 
         if step == done + 1 and prompts:
-            log.note("first prompt: " + processor.tokenizer.decode(next(iter(prompts.values()))["input_ids"][0]))
+            ids = next(iter(prompts.values()))["input_ids"][0]
+            log.note("first prompt: " + processor.tokenizer.decode(ids))
 
         # 2. generate G rollouts of each
         asked = [(q, g) for q in prompts for g in range(cfg.group_size)]
@@ -868,8 +891,8 @@ def main(cfg):
                 totals.append(update(policy, optimizer, mine, denominator, prompts, dummy, cfg))
                 failures = 0 if math.isfinite(totals[-1]["norm"]) else failures + 1
         if failures >= 3:
-            sys.exit(f"{Path(sys.argv[0]).name}: step {step}: gradient norm not finite {failures} times in a row; "
-                     f"the last checkpoint in {cfg.out} is sound, lower --lr")
+            sys.exit(f"{Path(sys.argv[0]).name}: step {step}: gradient norm not finite {failures} times "
+                     f"in a row; the last checkpoint in {cfg.out} is sound, lower --lr")
         seconds["time/train"] = tick()
 
         # 8. sync
@@ -888,8 +911,8 @@ def main(cfg):
         # 10. evaluate and save
         if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics |= evaluate(engine, held_out, processor, cfg)
-            log.note(f"step {step}: {metrics['eval/accuracy']:.3f} of {len(held_out)} held-out questions right, "
-                     f"{metrics['eval/len']:.1f} tokens long")
+            log.note(f"step {step}: {metrics['eval/accuracy']:.3f} of {len(held_out)} held-out questions "
+                     f"right, {metrics['eval/len']:.1f} tokens long")
         log.step(step, metrics, ("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             save_checkpoint(cfg, step, policy, processor, optimizer)

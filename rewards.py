@@ -248,7 +248,8 @@ def _same_value_options(got: tuple[Fraction, bool] | None, choices: list[str]) -
 
 
 LETTER = re.compile(r"(?:(?:option|choice)\s)?(?:\(([A-Z])\)|([A-Z])(?:$|[.:)]))\s?", re.IGNORECASE)
-HEDGE = re.compile(r"or\b|and\b|/|,|\(?[A-K]\)?(?:[.:)]|$)|.*\b(?:or \(?[A-K]\b|and (?:\([A-K]\)|[A-K][.:)]))")
+HEDGE = re.compile(r"or\b|and\b|/|,|\(?[A-K]\)?(?:[.:)]|$)"
+                   r"|.*\b(?:or \(?[A-K]\b|and (?:\([A-K]\)|[A-K][.:)]))")
 LABELLED = re.compile(r"\(([A-K])\)|\b(?:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b"
                       r"|\b(?:option|choice) \W*([A-K])\b|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))"
                       r"|(?:选项|答案|是)\W*为?([A-K])")

@@ -1,20 +1,20 @@
 """SFT: records with a response -> a checkpoint that answers the way they do.
 
-    loss = - sum_t w_t log pi(y_t | image, question, y_<t)        w_t = 1 / response tokens of the global batch
+    loss = - sum_t w_t log pi(y_t | image, question, y_<t)      w_t = 1 / response tokens of the global batch
 
-Only the response and the token that ends the turn are learnt. The kernel is the one with which grpo.py scores rollouts
-(token_logprobs), so the vision placeholder ids that it bans have no probability here either.
+Only the response and the token that ends the turn are learnt. The kernel is the one with which grpo.py scores
+rollouts (token_logprobs), so the vision placeholder ids that it bans have no probability here either.
 
 What differs from the usual recipe, and why:
-  1. The denominator is the response-token count of the whole step over all ranks and micro-batches, so that 1 GPU and
-     64, small and large micro-batches give the same update.
+  1. The denominator is the response-token count of the whole step over all ranks and micro-batches, so that
+     1 GPU and 64, small and large micro-batches give the same update.
   2. Rows are packed into micro-batches by a token budget, long with long, instead of a fixed number of rows.
-  3. No truncation: a row longer than --max_tokens is left out and counted. A cut could part an image from its tokens or
-     a thought from its answer.
+  3. No truncation: a row longer than --max_tokens is left out and counted. A cut could part an image from its
+     tokens or a thought from its answer.
 
     python sft.py                                                # mini suite, laptop: out/tiny -> out/sft
-    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data cold.jsonl --lr 1e-5 --epochs 1
-    python sft.py --resume                                       # go on from the newest complete step of --out
+    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --data x.jsonl --lr 1e-5 --epochs 1
+    python sft.py --resume                                       # from the newest complete step of --out
 
 Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
@@ -59,13 +59,13 @@ from data_prep import build_messages, load_image, newest_step, read_records, res
 class Config:
     # i/o
     model: str = "out/tiny"  # Hub id, model folder or run directory to start from
-    data: str = "data/mini/counting_train.jsonl"  # records with a response: file, Hub id or known dataset format
+    data: str = "data/mini/counting_train.jsonl"  # records with a response: file or Hub id in a known format
     out: str = "out/sft"  # run directory
     resume: bool = False  # go on from the newest complete step of --out
     strict: bool = False  # stop at an unreadable image instead of skipping its row
     seed: int = 0  # data order
     # optimisation
-    steps: int = 300  # optimizer steps
+    steps: int = 400  # optimizer steps
     epochs: float = 0.0  # passes over the data instead of --steps, 0 = use --steps
     batch_size: int = 32  # rows per step, over all ranks
     lr: float = 2e-3  # peak learning rate (1e-5 is usual for a 7B model)
@@ -81,7 +81,7 @@ class Config:
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
     param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
-    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more compute
+    gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
     attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
     # cadence
@@ -97,7 +97,7 @@ class Config:
 def parse_config(cls, argv=None):
     """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
 
-    The default gives the type; the field's trailing comment is its --help text. A bad flag exits with one line.
+    The default gives the type, the trailing comment the --help text. A bad flag exits with one line.
     """
     source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
@@ -124,15 +124,15 @@ def parse_config(cls, argv=None):
 
 def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the image workers' fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in names.items())
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
-        # One core stays free for the process that prepares images: OpenMP threads that spin on a busy core are
-        # 20x slower.
+        # One core stays free for the process that prepares images:
+        # OpenMP threads that spin on a busy core are 20x slower.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // neighbours - 1))
         device, backend = torch.device("cpu"), "gloo"
@@ -159,8 +159,8 @@ def global_max(value):
 def load_policy(path, cfg, device, trainable=True):
     """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
 
-    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at a time
-    is cast and moved, so the GPU never holds an unsharded model.
+    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at
+    a time is cast and moved, so the GPU never holds an unsharded model.
     """
     policy = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", attn_implementation=cfg.attn)
     processor = AutoProcessor.from_pretrained(path)
@@ -185,7 +185,7 @@ def load_policy(path, cfg, device, trainable=True):
 
 
 def vision_ids(config, device):
-    """Ids of image and video placeholders. A response must not hold one: the model would look for its features."""
+    """Ids of image and video placeholders. A response must hold none: the model would look for features."""
     ids = config.to_dict()
     named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
     return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
@@ -197,7 +197,8 @@ def stop_ids(generation_config, processor):
             {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
     tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
     written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
-    written = [i for i in written if i in processor.tokenizer.all_special_ids]  # some templates write a space or nothing
+    # Some templates write a space or nothing there.
+    written = [i for i in written if i in processor.tokenizer.all_special_ids]
     known = generation_config.eos_token_id
     known = known if isinstance(known, list) else [known] if known is not None else []
     return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
@@ -221,7 +222,7 @@ def make_optimizer(policy, cfg):
 
 
 def describe(policy, cfg, copies):
-    """Parameter count and memory of the states per rank; `copies` further models (reference, engine) are held in bf16."""
+    """Parameter count and state memory per rank; `copies` further models (reference, engine) are in bf16."""
     total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     width = 2 if cfg.param_dtype == "bf16" else 4
@@ -230,7 +231,8 @@ def describe(policy, cfg, copies):
     return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, "
             f"{trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
             f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
-            f"{total * 2 * copies / 2**30:.2f} GiB model copies; activations grow with --token_budget {cfg.token_budget}")
+            f"{total * 2 * copies / 2**30:.2f} GiB model copies; "
+            f"activations grow with --token_budget {cfg.token_budget}")
 
 
 # ----- twins: batches (identical in sft.py, grpo.py, rise.py) ----------------------------------------------
@@ -246,7 +248,7 @@ def encode_prompt(record, processor, max_pixels):
 
 
 def schedule(total, per_step, done, steps, seed):
-    """Record indices of steps done+1..steps: slices of endless seeded permutations, each record at most once a step.
+    """Record indices of steps done+1..steps: slices of endless seeded permutations, no index twice in a step.
 
     A function of the seed alone, so a resumed run needs no saved cursor.
     """
@@ -256,10 +258,10 @@ def schedule(total, per_step, done, steps, seed):
 
 
 def prepared(batches, encode, workers):
-    """Iterate over lists of record indices; yields the lists of (index, encode(index)), prepared ahead in processes.
+    """Iterate over lists of record indices, as lists of (index, encode(index)) prepared ahead in processes.
 
-    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record that cannot
-    be encoded (an unreadable image, a stray placeholder token) comes back as (index, ValueError).
+    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record that
+    cannot be encoded (an unreadable image, a stray placeholder token) comes back as (index, ValueError).
     """
     class Rows:
         def __getitem__(self, i):
@@ -272,9 +274,10 @@ def prepared(batches, encode, workers):
 
 
 def micro_batches(lengths, budget):
-    """Group row indices, long with long, so that rows x longest row <= budget tokens; equally many groups on each rank.
+    """Group row indices, long with long: rows x longest row <= budget tokens, equally many groups per rank.
 
-    FSDP's collectives run per forward pass, so a rank with fewer groups gets empty ones (collate fills in the dummy).
+    FSDP's collectives run per forward pass, so a rank with fewer groups gets empty ones (collate fills in the
+    dummy).
     """
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -288,8 +291,8 @@ def micro_batches(lengths, budget):
 def collate(rows, dummy, pad_id, device):
     """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
 
-    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the vision tower,
-    or FSDP waits for ever for those that do not.
+    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the
+    vision tower, or FSDP waits for ever for those that do not.
     """
     if dummy and not any("pixel_values" in p for p, _ in rows):
         rows = rows + [(dummy, [])]
@@ -309,9 +312,11 @@ def collate(rows, dummy, pad_id, device):
                     row[n:n + len(response)] = 1
             inputs[key] = out
         else:
-            # Patches (Qwen) concatenate as they are; frames (Idefics3, which drops frames of zeros) are padded first.
+            # Patches (Qwen) concatenate as they are;
+            # frames (Idefics3, which drops frames of zeros) are padded first.
             most = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
-            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)] for x in parts]
+            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)]
+                    for x in parts]
             inputs[key] = torch.cat([torch.nn.functional.pad(x, pad) for x, pad in zip(parts, pads)])
     for row, (p, response) in zip(mask, rows):
         n = p["input_ids"].shape[1]
@@ -320,7 +325,7 @@ def collate(rows, dummy, pad_id, device):
 
 
 class ResponseLogprob(torch.autograd.Function):
-    """log softmax(h W' / temperature)[target] at N positions; logits exist a chunk at a time, forward and backward."""
+    """log softmax(h W' / temperature)[target] at N positions; both passes hold logits a chunk at a time."""
 
     @staticmethod
     def chunks(hidden, weight, temperature, banned):
@@ -370,13 +375,13 @@ def token_logprobs(policy, inputs, mask, temperature=1.0):
 
 
 def save_checkpoint(cfg, step, policy, processor, optimizer):
-    """Write out/step_000200: HF weights and processor, one trainer file per rank; complete or absent, never half there.
+    """Write out/step_000200, complete or not at all: HF weights and processor, one trainer file per rank.
 
-    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep removed.
-    With several nodes --out must be on a file system they share. On a full disk it raises OSError and earlier
-    checkpoints stay as they are.
+    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep
+    removed. With several nodes --out must be on a file system they share. On a full disk it raises OSError
+    and earlier checkpoints stay as they are.
     """
-    policy.reshard()  # after a forward without backward the root's parameters are still gathered, in compute dtype
+    policy.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
     final = Path(cfg.out) / f"step_{step:06d}"
     tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
     if rank == 0:
@@ -408,13 +413,14 @@ def save_checkpoint(cfg, step, policy, processor, optimizer):
 
 
 def load_checkpoint(path, policy, optimizer):
-    """Restore optimizer moments and RNG saved by save_checkpoint (weights came with load_policy). Returns the step.
+    """Restore save_checkpoint's optimizer moments and RNG (weights came with load_policy). Returns the step.
 
     Raises ValueError when the run was saved with another number of ranks.
     """
     meta = json.loads((path / "meta.json").read_text())
     if meta["world_size"] != dist.get_world_size():
-        raise ValueError(f"{path} was saved by {meta['world_size']} rank(s), this run has {dist.get_world_size()}")
+        raise ValueError(f"{path} was saved by {meta['world_size']} rank(s), "
+                         f"this run has {dist.get_world_size()}")
     state = torch.load(path / f"trainer_rank{dist.get_rank()}.pt", weights_only=True)
     for name, p in policy.named_parameters():
         for key, value in state["optimizer"].get(name, {}).items():
@@ -444,12 +450,15 @@ class RunLog:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 path = self.out / name
                 lines = path.read_text().splitlines(True) if path.exists() else []
-                path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= start))
-            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+                kept = [x for x in lines if start and x.endswith("\n") and json.loads(x)["step"] <= start]
+                path.write_text("".join(kept))
+            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                 capture_output=True, text=True)
             (self.out / "config.json").write_text(json.dumps({
                 "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(),
                 "world_size": dist.get_world_size(),
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}, indent=1))
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            }, indent=1))
         # Piped into a file, a line every ten seconds is enough.
         self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True,
                         mininterval=0.2 if sys.stderr.isatty() else 10)
@@ -474,7 +483,7 @@ class RunLog:
 
 
 def encode_row(record, processor, stop, banned, cfg):
-    """(prompt tensors, response ids with the stop token), or None if longer than cfg.max_tokens. Raises BadImage."""
+    """(prompt tensors, response ids with the stop token); None if over cfg.max_tokens. Raises BadImage."""
     prompt = encode_prompt(record, processor, cfg.max_pixels)
     response = processor.tokenizer(record["response"], add_special_tokens=False)["input_ids"] + stop[:1]
     if banned & set(response):
@@ -515,7 +524,8 @@ def check(cfg):
     for flag, allowed in (("schedule", ("cosine", "linear", "constant")), ("param_dtype", ("fp32", "bf16"))):
         if getattr(cfg, flag) not in allowed:
             raise ValueError(f"--{flag} {getattr(cfg, flag)}: use {' | '.join(allowed)}")
-    for flag in ("steps", "batch_size", "token_budget", "max_tokens", "keep"):
+    for flag in ("steps", "batch_size", "token_budget", "max_tokens", "eval_every", "eval_n", "save_every",
+                 "keep"):
         if getattr(cfg, flag) < 1:
             raise ValueError(f"--{flag} must be at least 1")
 
@@ -527,25 +537,31 @@ def main(cfg):
         check(cfg)
         start = newest_step(cfg.out) if cfg.resume else None
         first = start or resolve_model(cfg.model)
-        if not cfg.resume and Path(cfg.out).resolve() in [Path(first).resolve(), *Path(first).resolve().parents]:
-            raise ValueError(f"--out {cfg.out} holds the model to start from: name another --out, or --resume")
+        origin = Path(first).resolve()
+        if not cfg.resume and Path(cfg.out).resolve() in [origin, *origin.parents]:
+            raise ValueError(f"--out {cfg.out} holds the model to start from: "
+                             "name another --out, or --resume")
         records = read_records(cfg.data, need=("response",))
         if cfg.epochs:
             cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * len(records) / cfg.batch_size)))
-        held_out = read_records(cfg.eval_data, need=("response",), limit=cfg.eval_n) if cfg.eval_data else []
+        # The default held-out file belongs to the default data.
+        eval_data = cfg.eval_data if cfg.data == Config.data or cfg.eval_data != Config.eval_data else ""
+        held_out = read_records(eval_data, need=("response",), limit=cfg.eval_n) if eval_data else []
         policy, processor = load_policy(first, cfg, device)
         optimizer = make_optimizer(policy, cfg)
         done = load_checkpoint(start, policy, optimizer) if start else 0
         log = RunLog(cfg, done)
     except (ValueError, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
-    encode = functools.partial(encode_row, processor=processor, stop=stop_ids(policy.generation_config, processor),
+    encode = functools.partial(encode_row, processor=processor,
+                               stop=stop_ids(policy.generation_config, processor),
                                banned=set(policy.banned.tolist()), cfg=cfg)
     blank = {"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"}
     dummy = encode_prompt(blank, processor, cfg.max_pixels)
     log.note(describe(policy, cfg, 0))
     epochs = cfg.steps * cfg.batch_size / len(records)
-    log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) = {epochs:.2f} epochs")
+    log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) "
+             f"= {epochs:.2f} epochs")
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     share = [list(range(rank, len(held_out), world))]
@@ -564,10 +580,11 @@ def main(cfg):
             log.note("first row, what is learnt in [[ ]]: {}[[{}]]".format(*shown))
 
         # 2. update, with the denominator counted over all ranks before the first backward
-        tokens, left_out, stop_now = global_sum([sum(len(r) for _, r in rows), len(drawn) - len(rows), len(stopping)])
+        counts = [sum(len(r) for _, r in rows), len(drawn) - len(rows), len(stopping)]
+        tokens, left_out, stop_now = global_sum(counts)
         total = 0.0
         for loss in losses(policy, rows, dummy, cfg):
-            # FSDP averages gradients over ranks; the sum over all ranks is divided by their common token count instead.
+            # FSDP averages gradients over ranks; here their sum is divided by the common token count instead.
             (loss * world / max(1, tokens)).backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
@@ -579,17 +596,18 @@ def main(cfg):
         optimizer.zero_grad()
         failures = 0 if math.isfinite(norm) else failures + 1
         if failures >= 3:
-            sys.exit(f"{Path(sys.argv[0]).name}: step {step}: gradient norm not finite {failures} times in a row; "
-                     f"the last checkpoint in {cfg.out} is sound, lower --lr")
+            sys.exit(f"{Path(sys.argv[0]).name}: step {step}: gradient norm not finite {failures} times "
+                     f"in a row; the last checkpoint in {cfg.out} is sound, lower --lr")
 
         # 3. log
-        metrics = {"loss/nll": global_sum([total])[0] / max(1, tokens), "optim/lr": lr_at(step, cfg), "optim/grad_norm": norm,
+        metrics = {"loss/nll": global_sum([total])[0] / max(1, tokens),
+                   "optim/lr": lr_at(step, cfg), "optim/grad_norm": norm,
                    "tokens/train": tokens, "data/left_out": left_out, "time/step": time.time() - began,
                    "mem/peak_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
         # 4. evaluate and save
-        if cfg.eval_data and cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
+        if eval_data and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics |= evaluate(policy, held_out, dummy, cfg)
             log.note(f"step {step}: loss {metrics['loss/nll']:.4f}, held-out loss {metrics['eval/loss']:.4f}")
         log.step(step, metrics, ("loss/nll", "eval/loss"))

@@ -68,8 +68,8 @@ def main():
     print(f"vocabulary {args.vocab}, {args.tokens} response tokens, hidden {args.hidden}")
     print(f"{'':16}{'peak GiB':>10}{'extra GiB':>11}{'seconds':>9}{'loss':>12}{'|gradient|':>12}")
     for name in ("usual", "token_logprobs"):
-        done = subprocess.run([sys.executable, __file__, "--only", name, *sizes], capture_output=True,
-                              text=True)
+        done = subprocess.run([sys.executable, __file__, "--only", name, *sizes],
+                              capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name} failed (out of memory?): {done.stderr[-300:]}")
         r = found[name] = json.loads(done.stdout.splitlines()[-1])

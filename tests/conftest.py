@@ -30,8 +30,8 @@ GEMMA_TEMPLATE = (
     "<bos>{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+    "{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
 
 
 # ----- records
@@ -69,8 +69,7 @@ def tokenizer(*special, eos="<|im_end|>", **named):
     made = data_prep.tiny_tokenizer([*WORDS, *(rewards.build_prompt(r) for r in RECORDS.values())])
     made.add_special_tokens({"additional_special_tokens": [*special, *named.values()]})
     return hf.PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, eos_token=eos,
-                                      pad_token="<|endoftext|>",
-                                      extra_special_tokens=named)
+                                      pad_token="<|endoftext|>", extra_special_tokens=named)
 
 
 def shake(model, seed):
@@ -79,8 +78,8 @@ def shake(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.ndim > 1:
-            scale = embeddings if name.endswith(("lm_head.weight",
-                                                 "embed_tokens.weight")) else p[0].numel() ** -0.5
+            of_tokens = name.endswith(("lm_head.weight", "embed_tokens.weight"))
+            scale = embeddings if of_tokens else p[0].numel() ** -0.5
             p.data.normal_(0, scale, generator=generator)
         elif name.endswith("bias"):
             p.data.normal_(0, 0.1, generator=generator)
@@ -215,8 +214,8 @@ def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     data_prep.make_mini(root / "mini", 0, sizes={"train": 24, "id": 12, "ood": 12})
     records = data_prep.read_records(root / "mini" / "counting_train.jsonl")
-    data_prep.make_tiny(root / "model",
-                        [t for r in records for t in (rewards.build_prompt(r), r["response"])], 0)
+    texts = [text for r in records for text in (rewards.build_prompt(r), r["response"])]
+    data_prep.make_tiny(root / "model", texts, 0)
     return SimpleNamespace(root=root, mini=root / "mini", model=str(root / "model"), records=records)
 
 

@@ -303,9 +303,9 @@ def test_unreadable_files_are_one_line(tmp_path, text, message):
 
 @pytest.mark.parametrize("name, message", [
     ("none.jsonl", "no such file or folder"), ("none.parquet", "no such file or folder"),
-    ("no/such/folder", "no such file or folder"),
-    ("x.tsv", "not a .jsonl, .json, .parquet, .arrow file"), ("x.parquet", "Parquet"), ("x.arrow", ""),
-    ("x.json", "Expecting"), ("data.json", "expected a list of rows"), ("empty", "The directory"),
+    ("no/such/folder", "no such file or folder"), ("x.tsv", "not a .jsonl, .json, .parquet, .arrow file"),
+    ("x.parquet", "Parquet"), ("x.arrow", ""), ("x.json", "Expecting"),
+    ("data.json", "expected a list of rows"), ("empty", "The directory"),
 ])
 def test_missing_and_foreign_files(tmp_path, name, message):
     (tmp_path / "x.tsv").write_text("index\tquestion\n")

@@ -41,8 +41,8 @@ def teacher_forced(policy, family, rows, temperature=1.0):
 
 
 def agree(samples, logps, tolerance=1e-4):
-    torch.testing.assert_close(torch.cat([s[1] for s in samples]), torch.cat(list(logps)), atol=tolerance,
-                               rtol=0)
+    torch.testing.assert_close(torch.cat([s[1] for s in samples]), torch.cat(list(logps)),
+                               atol=tolerance, rtol=0)
 
 
 def same(a, b):
@@ -58,8 +58,8 @@ def same(a, b):
 def test_greedy_equals_transformers(family, request, many_stops):
     stop = request.getfixturevalue("stops") if many_stops else family.engine.stop
     got = grpo.generate(family.engine, [*family.prompts.values()], [0] * 5, GREEDY)
-    assert [ids for ids, _,
-            _ in got] == [transformers_greedy(family, p, stop) for p in family.prompts.values()]
+    expected = [transformers_greedy(family, p, stop) for p in family.prompts.values()]
+    assert [ids for ids, _, _ in got] == expected
     assert [cut for _, _, cut in got] == [ids[-1] not in stop for ids, _, _ in got]
 
 
@@ -73,16 +73,15 @@ def test_sampled_logprobs_equal_teacher_forcing(family, stops, temperature):
                             dataclasses.replace(CFG, temperature=temperature))
     lengths = {len(ids) for ids, _, _ in samples}
     assert len(lengths) > 3 and any(cut for _, _, cut in samples) and not all(cut for _, _, cut in samples)
-    agree(samples,
-          teacher_forced(family.policy, family, [(p, ids) for p, (ids, _, _) in zip(prompts, samples)],
-                         temperature))
+    rows = [(p, ids) for p, (ids, _, _) in zip(prompts, samples)]
+    agree(samples, teacher_forced(family.policy, family, rows, temperature))
 
 
 def test_greedy_logprobs_are_those_of_the_unscaled_policy(family):
     prompts = [*family.prompts.values()]
     samples = grpo.generate(family.engine, prompts, [0] * 5, GREEDY)
-    agree(samples,
-          teacher_forced(family.policy, family, [(p, ids) for p, (ids, _, _) in zip(prompts, samples)]))
+    rows = [(p, ids) for p, (ids, _, _) in zip(prompts, samples)]
+    agree(samples, teacher_forced(family.policy, family, rows))
 
 
 @pytest.mark.parametrize("train", ["all", "language"])
@@ -93,12 +92,12 @@ def test_sync_makes_the_engine_equal_to_the_policy(family, train):
     prompts = [*family.prompts.values()]
     before = grpo.generate(engine, prompts, range(5), cfg)
     optimizer = grpo.make_optimizer(policy, cfg)
-    inputs, mask = grpo.collate([(p, ids) for p, (ids, _, _) in zip(prompts, before)], None, 0, CPU)
+    rows = [(p, ids) for p, (ids, _, _) in zip(prompts, before)]
+    inputs, mask = grpo.collate(rows, None, 0, CPU)
     policy.token_logprobs(inputs, mask).sum().backward()
     optimizer.step()
-    rows = [(p, ids) for p, (ids, _, _) in zip(prompts, before)]
-    assert (torch.cat(teacher_forced(policy, family,
-                                     rows)) - torch.cat([s[1] for s in before])).abs().max() > 0.01
+    moved = torch.cat(teacher_forced(policy, family, rows)) - torch.cat([s[1] for s in before])
+    assert moved.abs().max() > 0.01
     for _ in range(2):
         grpo.sync_weights(policy, engine)
     after = grpo.generate(engine, prompts, range(5), cfg)
@@ -122,8 +121,8 @@ def test_sync_leaves_no_graph_behind(family):
 @pytest.mark.parametrize("rollout_tokens", [1, 150, 400, 10**6])
 def test_rollouts_do_not_depend_on_rollout_tokens(family, stops, rollout_tokens):
     prompts = [p for p in family.prompts.values() for _ in range(3)]
-    same(grpo.generate(family.engine, prompts, range(15),
-                       dataclasses.replace(CFG, rollout_tokens=rollout_tokens)),
+    cfg = dataclasses.replace(CFG, rollout_tokens=rollout_tokens)
+    same(grpo.generate(family.engine, prompts, range(15), cfg),
          grpo.generate(family.engine, prompts, range(15), CFG))
 
 
@@ -143,8 +142,8 @@ def test_same_seed_same_rollout_other_seed_another(family):
 
 def test_rollout_seeds_are_distinct_and_fixed():
     cfg = grpo.Config(seed=1)
-    keys = [(c, s, q, g) for c in (cfg, grpo.Config(seed=2)) for s in (1, 2) for q in range(20)
-            for g in range(8)]
+    keys = [(c, s, q, g) for c in (cfg, grpo.Config(seed=2))
+            for s in (1, 2) for q in range(20) for g in range(8)]
     seeds = [grpo.rollout_seed(*key) for key in keys]
     assert len(set(seeds)) == len(keys) and seeds == [grpo.rollout_seed(*key) for key in keys]
     assert all(0 <= s < 2**63 for s in seeds)
@@ -180,8 +179,8 @@ def test_frequencies_follow_the_softmax(family, name, temperature):
 def test_top_k_1_is_greedy(family):
     prompts = [*family.prompts.values()]
     got = grpo.generate(family.engine, prompts, range(5), dataclasses.replace(CFG, top_k=1))
-    assert [ids for ids, _, _ in got] == [ids for ids, _,
-                                          _ in grpo.generate(family.engine, prompts, [0] * 5, GREEDY)]
+    greedy = grpo.generate(family.engine, prompts, [0] * 5, GREEDY)
+    assert [ids for ids, _, _ in got] == [ids for ids, _, _ in greedy]
     assert all((logps == 0).all() for _, logps, _ in got)
 
 
@@ -212,8 +211,8 @@ def test_truncated_sampling_stays_inside_and_renormalises(family, top_k, top_p):
 
 @pytest.mark.parametrize("top_k, top_p, kept", [
     (0, 1.0, [0, 1, 2, 3]), (0, 0.5, [1]), (0, 0.51, [1, 3]), (0, 0.79, [1, 3]), (0, 0.81, [1, 2, 3]),
-    (0, 0.96, [0, 1, 2, 3]),
-    (0, 1e-9, [1]), (1, 1.0, [1]), (2, 1.0, [1, 3]), (4, 1.0, [0, 1, 2, 3]), (50, 1.0, [0, 1, 2, 3]),
+    (0, 0.96, [0, 1, 2, 3]), (0, 1e-9, [1]),
+    (1, 1.0, [1]), (2, 1.0, [1, 3]), (4, 1.0, [0, 1, 2, 3]), (50, 1.0, [0, 1, 2, 3]),
     (2, 0.6, [1]), (2, 0.63, [1, 3]), (3, 0.5, [1]), (3, 0.53, [1, 3])])
 def test_truncate_table(top_k, top_p, kept):
     """Probabilities .05 .5 .15 .3; the nucleus is taken of what top-k left, renormalised."""
@@ -261,8 +260,8 @@ def test_sampling_ignores_the_checkpoints_generation_config(family, tmp_path):
 
 
 def test_first_stop_token_is_what_the_template_writes(family):
-    end = {"idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>",
-           "gemma3": "<end_of_turn>"}.get(family.name, "<|im_end|>")
+    ends = {"idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>"}
+    end = ends.get(family.name, "<|im_end|>")
     assert family.engine.stop[0] == family.processor.tokenizer.convert_tokens_to_ids(end)
 
 
@@ -278,11 +277,12 @@ def test_stop_ids_also_hold_the_checkpoints_own(family, known, more):
 @pytest.mark.parametrize("tail", ["", " ", "\n"])
 def test_ordinary_text_after_a_turn_is_no_stop_token(family, tail):
     """LLaVA-1.5's template writes a space after a turn: as a stop token it would end responses at a space."""
-    processor = SimpleNamespace(tokenizer=family.processor.tokenizer,
-                                apply_chat_template=lambda turns,
-                                **_: "".join(t["content"][0]["text"] + tail for t in turns))
-    assert grpo.stop_ids(SimpleNamespace(eos_token_id=None),
-                         processor) == [family.processor.tokenizer.eos_token_id]
+    def template(turns, **_):
+        return "".join(t["content"][0]["text"] + tail for t in turns)
+
+    tok = family.processor.tokenizer
+    processor = SimpleNamespace(tokenizer=tok, apply_chat_template=template)
+    assert grpo.stop_ids(SimpleNamespace(eos_token_id=None), processor) == [tok.eos_token_id]
 
 
 def test_a_response_ends_with_its_only_stop_token_or_is_truncated(family, stops):

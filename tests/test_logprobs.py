@@ -46,8 +46,8 @@ def scored(family, rows, temperature=1.0, pad_id=0, policy=None):
 
 
 def close(got, expected, tolerance=2e-5):
-    torch.testing.assert_close(torch.cat(list(got)), torch.cat(list(expected)), atol=tolerance,
-                               rtol=tolerance)
+    torch.testing.assert_close(torch.cat(list(got)), torch.cat(list(expected)),
+                               atol=tolerance, rtol=tolerance)
 
 
 # ----- against full logits
@@ -105,10 +105,10 @@ def test_probabilities_sum_to_one_without_the_banned_ids(family):
 
 def test_placeholder_ids_are_banned_and_have_no_probability(family):
     tok = family.processor.tokenizer
-    placeholder = {"idefics3": "<image>", "smolvlm": "<image>",
-                   "gemma3": "<image_soft_token>"}.get(family.name, "<|image_pad|>")
-    assert (family.prompts["image"]["input_ids"] == tok.convert_tokens_to_ids(placeholder)).sum() > 3
-    assert tok.convert_tokens_to_ids(placeholder) in family.policy.banned.tolist()
+    written = {"idefics3": "<image>", "smolvlm": "<image>", "gemma3": "<image_soft_token>"}
+    placeholder = tok.convert_tokens_to_ids(written.get(family.name, "<|image_pad|>"))
+    assert (family.prompts["image"]["input_ids"] == placeholder).sum() > 3
+    assert placeholder in family.policy.banned.tolist()
     hidden, head = torch.randn(3, 8), torch.randn(20, 8)
     banned, targets = torch.tensor([4, 11]), torch.tensor([4, 3, 11])
     logps = grpo.ResponseLogprob.apply(hidden, head, targets, 1.0, banned)
@@ -138,8 +138,7 @@ def test_garbage_in_padding_changes_nothing(family):
 
 @pytest.mark.parametrize("names", [
     ("text", "long text"), ("text", "image"), ("image", "text"), ("wide image", "image"),
-    ("two images", "text", "image"),
-    ("long text", "two images", "wide image", "text", "image", "two images"),
+    ("two images", "text", "image"), ("long text", "two images", "wide image", "text", "image", "two images"),
 ], ids=", ".join)
 def test_ragged_rows_equal_one_row_at_a_time(family, names):
     rows = [(family.prompts[name], r) for name, r in zip(names, responses(family, len(names), seed=2))]
@@ -149,7 +148,8 @@ def test_ragged_rows_equal_one_row_at_a_time(family, names):
 
 def test_an_empty_response_among_others(family):
     first, second = responses(family, 2)
-    rows = [(family.prompts["image"], first), (family.prompts["two images"], []),
+    rows = [(family.prompts["image"], first),
+            (family.prompts["two images"], []),
             (family.prompts["text"], second)]
     with torch.no_grad():
         got = scored(family, rows)
@@ -170,11 +170,9 @@ def test_images_and_their_order_matter(family):
 
 
 def test_collate_layout():
-    rows = [({"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)},
-             [8]),
-            ({"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)},
-             [8, 9, 4])]
-    inputs, mask = grpo.collate(rows, None, 1, CPU)
+    long = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    short = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+    inputs, mask = grpo.collate([(long, [8]), (short, [8, 9, 4])], None, 1, CPU)
     assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 1], [5, 6, 8, 9, 4]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
     assert mask.tolist() == [[False, False, True, False], [False, True, True, True]]
@@ -211,8 +209,8 @@ def fake_policy(hidden, head, banned=()):
 def test_chunk_boundaries(tokens):
     """A vocabulary of 2^20 leaves 32 positions to a chunk: one exactly, one and a half."""
     vocab, generator = 2**20, torch.Generator().manual_seed(0)
-    assert [s.stop - s.start for s,
-            _ in grpo.ResponseLogprob.chunks(torch.zeros(33, 1), torch.zeros(vocab, 1), 1.0, [])] == [32, 32]
+    chunks = grpo.ResponseLogprob.chunks(torch.zeros(33, 1), torch.zeros(vocab, 1), 1.0, [])
+    assert [rows.stop - rows.start for rows, _ in chunks] == [32, 32]
     hidden = torch.randn(1, tokens + 1, 16, generator=generator)
     head = torch.randn(vocab, 16, generator=generator) / 4
     ids, banned = torch.randint(0, vocab, (1, tokens + 1), generator=generator), [3, 77]

@@ -1,4 +1,4 @@
-"""The mini suite and the tiny model: answers that the pixels confirm, balanced, without overlap, and reproducible."""
+"""The mini suite and the tiny model: answers that pixels confirm, balanced, without overlap, reproducible."""
 import hashlib
 import json
 from collections import Counter
@@ -18,7 +18,7 @@ def rows(folder, split):
 
 
 def read_board(path):
-    """An oracle that knows nothing of the generator: colour from the middle of each cell, shape from a corner of its box."""
+    """An oracle that knows nothing of the generator: a cell's middle tells colour, its box's corner shape."""
     image, board = Image.open(path).convert("RGB"), []
     for i in range(9):
         x, y = 28 * (i % 3), 28 * (i // 3)
@@ -26,7 +26,8 @@ def read_board(path):
         if middle == paper:
             board.append(())
             continue
-        colour = min(data_prep.COLOURS, key=lambda c: sum(abs(a - b) for a, b in zip(middle, data_prep.COLOURS[c])))
+        colour = min(data_prep.COLOURS,
+                     key=lambda c: sum(abs(a - b) for a, b in zip(middle, data_prep.COLOURS[c])))
         right = max(dx for dx in range(14, 28) if image.getpixel((x + dx, y + 15)) != paper)
         bottom = max(dy for dy in range(14, 28) if image.getpixel((x + 16, y + dy)) != paper)
         board.append((colour, "round" if image.getpixel((x + right, y + bottom)) == paper else "square"))
@@ -43,7 +44,8 @@ def test_answers_agree_with_the_pixels(tiny, split):
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_response_keeps_the_format_and_is_right(tiny, split):
     for row in rows(tiny.mini, split):
-        assert rewards.accuracy(row["response"], row) == rewards.format_think_answer(row["response"], row) == 1
+        response = row["response"]
+        assert rewards.accuracy(response, row) == rewards.format_think_answer(response, row) == 1
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -67,14 +69,16 @@ def test_same_seed_same_bytes_other_seed_other_scenes(tmp_path):
     sizes = {"train": 8, "id": 4, "ood": 4}
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         data_prep.make_mini(tmp_path / name, seed, sizes)
-    files = {name: {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+    files = {name: {str(p.relative_to(tmp_path / name)): p.read_bytes()
+                    for p in (tmp_path / name).rglob("*") if p.is_file()}
              for name in "abc"}
     assert files["a"] == files["b"] and files["a"].keys() == files["c"].keys()
     assert all(files["a"][name] != files["c"][name] for name in files["a"] if name.endswith(".jsonl"))
 
 
 def test_tiny_is_a_small_real_qwen(tiny):
-    model, processor = AutoModelForImageTextToText.from_pretrained(tiny.model), AutoProcessor.from_pretrained(tiny.model)
+    model = AutoModelForImageTextToText.from_pretrained(tiny.model)
+    processor = AutoProcessor.from_pretrained(tiny.model)
     assert model.config.model_type == "qwen2_5_vl" and sum(p.numel() for p in model.parameters()) < 2_000_000
     text = model.config.text_config
     assert text.hidden_size // text.num_attention_heads == 64  # a head size that vLLM's kernels take
@@ -83,7 +87,9 @@ def test_tiny_is_a_small_real_qwen(tiny):
         assert processor.tokenizer.decode(ids) == row["response"] and len(ids) == len(row["response"].split())
 
 
-@pytest.mark.parametrize("text", ["naïve 中文 \\frac{1}{2}\n\n  two  spaces", "redder unthink<think>", "", "\t🙂"])
+@pytest.mark.parametrize("text", [
+    "naïve 中文 \\frac{1}{2}\n\n  two  spaces", "redder unthink<think>", "", "\t🙂",
+])
 def test_the_tokenizer_keeps_any_text(tiny, text):
     tokenizer = AutoProcessor.from_pretrained(tiny.model).tokenizer
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -97,7 +103,9 @@ def test_the_same_model_is_made_again(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("path, message", [
-    ("out/nowhere", "no such model"), ("./x", "no such model"), ("empty", "neither a model"), ("started", "no complete checkpoint")])
+    ("out/nowhere", "no such model"), ("./x", "no such model"),
+    ("empty", "neither a model"), ("started", "no complete checkpoint"),
+])
 def test_resolve_model_refuses(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -109,7 +117,8 @@ def test_resolve_model_refuses(tmp_path, monkeypatch, path, message):
 
 def test_resolve_model_takes_the_newest_complete_step(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for step, complete in (("step_000002", True), ("step_000010", True), ("step_000011", False), ("step_000012.tmp", True)):
+    for step, complete in (("step_000002", True), ("step_000010", True),
+                           ("step_000011", False), ("step_000012.tmp", True)):
         (tmp_path / "run" / step).mkdir(parents=True)
         if complete:
             (tmp_path / "run" / step / "meta.json").write_text("{}")

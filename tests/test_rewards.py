@@ -29,8 +29,9 @@ def test_prompt_fills_braces_and_renders_options():
     assert "What is {x} in \\frac{1}{2}?\n(A) 3 cm\n(B) 4 cm\n" in prompt and "{question}" not in prompt
 
 
-@pytest.mark.parametrize("question", ["Pick:\n(A) 1\n(B) 2", "Pick\nA. 1\nB. 2",
-"Pick\nChoices:\nA:1\nB:2"])
+@pytest.mark.parametrize("question", [
+    "Pick:\n(A) 1\n(B) 2", "Pick\nA. 1\nB. 2", "Pick\nChoices:\nA:1\nB:2",
+])
 def test_prompt_does_not_repeat_options(question):
     prompt = rewards.build_prompt(record("A", "choice", choices=["1", "2"]) | {"question": question})
     assert prompt.startswith(question + "\nWork")
@@ -38,8 +39,8 @@ def test_prompt_does_not_repeat_options(question):
 
 def test_task_prompt_wins_over_answer_type():
     prompt = rewards.build_prompt(record("3", "number", task="counting") | {"question": "How many cubes ?"})
-    assert prompt == "How many cubes ? Think inside <think> </think>, " \
-                     "then give the number inside <answer> </answer>."
+    assert prompt == ("How many cubes ? Think inside <think> </think>, "
+                      "then give the number inside <answer> </answer>.")
 
 
 # ----- extraction
@@ -75,18 +76,18 @@ def test_extract(response, answer):
 
 @pytest.mark.parametrize("gold, answer, verdict", [
     ("17^\\circ", "17", 1), ("17", "17^\\circ", 1), ("17", "17°", 1), ("17", "17 degrees", 1),
-    ("1/2", "0.5", 1), ("0.5", "\\frac{1}{2}", 1), ("0.5", "\\frac12", 1), ("1/3", "0.333333", 1), ("1/3",
-    "0.33", 0),
+    ("1/2", "0.5", 1), ("0.5", "\\frac{1}{2}", 1), ("0.5", "\\frac12", 1),
+    ("1/3", "0.333333", 1), ("1/3", "0.33", 0),
     ("50", "50\\%", 1), ("50\\%", "50", 1), ("50\\%", "0.5", 1), ("0.5", "50%", 1), ("0.5", "50", 0),
     ("1000", "1,000", 1), ("1000", "1{,}000", 1), ("1000", "1.000", 0), ("5", "x=5", 1), ("5", "x = -5", 0),
-    ("5", "5 cm", 1), ("5", "5 \\text{ cm}", 1), ("5", "5 m", 1), ("5", "5cm^2", 1), ("5 cm", "5", 1),
-    ("5", "5\\pi", 0),
-    ("3", "3.0", 1), ("3", "03", 1), ("3", "$3$", 1), ("-3", "−3", 1), ("3", "-3", 0), ("3", "nan", 0),
-    ("3", "inf", 0),
+    ("5", "5 cm", 1), ("5", "5 \\text{ cm}", 1), ("5", "5 m", 1), ("5", "5cm^2", 1),
+    ("5 cm", "5", 1), ("5", "5\\pi", 0),
+    ("3", "3.0", 1), ("3", "03", 1), ("3", "$3$", 1), ("-3", "−3", 1),
+    ("3", "-3", 0), ("3", "nan", 0), ("3", "inf", 0),
     ("$5$", "5", 1), ("\\boxed{5}", "5", 1), ("<answer> 5 </answer>", "5", 1),
     ("4\\sqrt{2}", "4", 0), ("4", "4\\sqrt{2}", 0), ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}", 1),
-    ("2\\sqrt{3}", "\\sqrt{12}", 1), ("2\\sqrt{3}", "3.46", 0), ("\\pi", "3.14", 0), ("3.1415926",
-    "3.1416", 0),
+    ("2\\sqrt{3}", "\\sqrt{12}", 1), ("2\\sqrt{3}", "3.46", 0),
+    ("\\pi", "3.14", 0), ("3.1415926", "3.1416", 0),
     ("x^2-1", "(x-1)(x+1)", 1), ("x^2-1", "x^2+1", 0),
     ("\\{2,1\\}", "\\{1,2\\}", 1), ("\\{1,2\\}", "\\{1,3\\}", 0), ("1,2", "1,2", 1), ("1,2", "2", 0),
     ("(3,-4)", "(3, -4)", 1), ("(3,-4)", "(-4,3)", 0), ("[0,1)", "[0,1)", 1), ("(0,9)", "[0,9)", 0),
@@ -98,10 +99,9 @@ def test_math(gold, answer, verdict):
 
 
 @pytest.mark.parametrize("gold, answer, precision, verdict", [
-    ("3", "3", None, 1), ("3", " 3\n", None, 1), ("3", "3.0", None, 1), ("3", "03", None, 1), ("3",
-    "three", None, 0),
-    ("3", "3 cubes", None, 1), ("3", "there are 3 cubes", None, 1), ("3", "3 or 4", None, 0), ("5",
-    "1 2 3 4 5", None, 0),
+    ("3", "3", None, 1), ("3", " 3\n", None, 1), ("3", "3.0", None, 1), ("3", "03", None, 1),
+    ("3", "three", None, 0), ("3", "3 cubes", None, 1), ("3", "there are 3 cubes", None, 1),
+    ("3", "3 or 4", None, 0), ("5", "1 2 3 4 5", None, 0),
     ("1000", "1,000", None, 1), ("0.5", "\\frac{1}{2}", None, 1), ("4", "\\sqrt{16}", None, 1),
     ("3.14", "3.14159", 2, 1), ("3.14", "3.146", 2, 0), ("3.14", "3.1", 2, 0), ("3.1", "3.14159", 1, 1),
     ("3.14", "3.14159", None, 0), ("3.14", "3.14159", 2.0, 1), ("0.73", "73%", 2, 1),
@@ -127,8 +127,7 @@ def test_number_in_prose(response, gold, verdict):
 
 @pytest.mark.parametrize("answer, verdict", [
     ("A", 1), ("(A)", 1), ("A.", 1), ("A. 3", 1), ("\\text{A}", 1), ("a", 1), ("A: 3", 1), ("**A**", 1),
-    ("Option A", 1), ("3", 1),
-    ("3 cm", 1), ("$3$", 1),
+    ("Option A", 1), ("3", 1), ("3 cm", 1), ("$3$", 1),
     ("Apple", 0), ("AB", 0), ("A or B", 0), ("A, B", 0), ("A and B", 0), ("A. 3 or B. 4", 0), ("B", 0),
     ("4", 0), ("", 0), ("C", 0),
 ])
@@ -139,28 +138,27 @@ def test_choice(answer, verdict):
 
 @pytest.mark.parametrize("response, gold, choices, verdict", [
     ("B: 3π", "B", None, 1), ("Bird", "B", None, 0), ("A, C", "C\nA", None, 1), ("A", "C\nA", None, 0),
-    ("(b)", "B", ["yes", "no"], 1), ("No.", "B", ["yes", "no"], 1), ("\\frac{5}{3}\\pi",
-    "A", ["\\frac { 5 } { 3 } \\pi", "5"], 1),
+    ("(b)", "B", ["yes", "no"], 1), ("No.", "B", ["yes", "no"], 1),
+    ("\\frac{5}{3}\\pi", "A", ["\\frac { 5 } { 3 } \\pi", "5"], 1),
 ])
 def test_choice_in_a_slot(response, gold, choices, verdict):
     assert rewards.accuracy(box(response), record(gold, "choice", choices=choices)) == verdict
 
 
 @pytest.mark.parametrize("response, verdict", [
-    ("The answer is (B).", 1), ("The correct option letter is B. It grows.", 1), ("So it is the moon.", 1),
-    ("B) the moon", 1),
+    ("The answer is (B).", 1), ("The correct option letter is B. It grows.", 1),
+    ("So it is the moon.", 1), ("B) the moon", 1),
     ("The answer is (A) Sun.", 0), ("The correct answers are (A) and (B).", 0),
-    ("I cannot see the moon.", 0),
-    ("The moon is larger than the sun.", 1), ("The sun is larger than the moon.", 0), ("答案:B", 1),
+    ("I cannot see the moon.", 0), ("The moon is larger than the sun.", 1),
+    ("The sun is larger than the moon.", 0), ("答案:B", 1),
 ])
 def test_choice_in_prose(response, verdict):
     assert rewards.accuracy(response, record("B", "choice", choices=["Sun", "Moon"])) == verdict
 
 
 @pytest.mark.parametrize("gold, answer, verdict", [
-    ("Yes", "yes", 1), ("Red", "red.", 1), ("the red car", "Red car", 1), ("Left", "L", 0), ("cat",
-    "dog", 0), ("12", "12.0", 1),
-    ("New York", "new  york", 1), ("\\text{cat}", "cat", 1),
+    ("Yes", "yes", 1), ("Red", "red.", 1), ("the red car", "Red car", 1), ("Left", "L", 0),
+    ("cat", "dog", 0), ("12", "12.0", 1), ("New York", "new  york", 1), ("\\text{cat}", "cat", 1),
 ])
 def test_text(gold, answer, verdict):
     assert rewards.accuracy(f"<answer>{answer}</answer>", record(gold, "text")) == verdict
@@ -213,9 +211,8 @@ def test_reward_spec():
 
 @pytest.mark.parametrize("spec, words", [
     ("acuracy=1", "'accuracy'"), ("accuracy=1,fmt=1", "'format'"), ("accuracy=one", "bad weight 'one'"),
-    ("accuracy=", "bad weight"),
-    ("accuracy=nan", "bad weight"), ("accuracy=inf", "bad weight"), ("", "unknown reward ''"),
-    ("format=1,format=2", "twice"),
+    ("accuracy=", "bad weight"), ("accuracy=nan", "bad weight"), ("accuracy=inf", "bad weight"),
+    ("", "unknown reward ''"), ("format=1,format=2", "twice"),
 ])
 def test_reward_spec_errors(spec, words):
     with pytest.raises(ValueError, match=words):
@@ -223,8 +220,8 @@ def test_reward_spec_errors(spec, words):
 
 
 @pytest.mark.parametrize("response, total", [
-    ("<think>a</think><answer>3</answer>", 1.5), ("<think>a</think><answer>4</answer>", 0.5), ("3", 1.0),
-    ("4", 0.0),
+    ("<think>a</think><answer>3</answer>", 1.5), ("<think>a</think><answer>4</answer>", 0.5),
+    ("3", 1.0), ("4", 0.0),
 ])
 def test_total_reward(response, total):
     assert rewards.total_reward(response, record("3", "number"), {"accuracy": 1.0, "format": 0.5}) == total
@@ -250,16 +247,13 @@ def test_threads_and_processes_agree_with_the_main_thread():
 
 BOMBS = [
     "9^{9^{9^9}}", "9^9^9^9", "9**9**9**9", "100000000!", "9!!!!!!", "(9!)!", "9" * 5000, "1e999999999",
-    "10^{-999999}", "10^{99!}",
-    "\\sum_{k=1}^{10000} k^k", "\\int e^{x^2}", "\\binom{99999}{4444}", "\\sqrt{" * 5000, "{" * 20000,
-    "}" * 20000, "(" * 20000,
-    "\\boxed{" * 20000, "\\frac{" * 3000, "<answer>" * 20000, "<think>" * 20000, "the answer is " * 20000,
-    "x = " * 20000, "wait " * 20000,
-    "1," * 20000, "1 " * 20000, "A " * 20000, "A, " * 60, "(A) " * 2000, "$" * 20000, "\\text{" * 5000,
-    "\\" * 20000, "^" * 20000,
-    "x" * (1 << 20), "\n" * (1 << 20), " " * (1 << 20), "nan", "inf", "-inf", "\x00\ud800", "1/0",
-    "\\frac{1}{0}", "0^{-1}", "0/0",
-    "٣", "²", "1e-99", "((x+1)^{99}+1)^{99}", "\\tan(x)" * 20,
+    "10^{-999999}", "10^{99!}", "\\sum_{k=1}^{10000} k^k", "\\int e^{x^2}", "\\binom{99999}{4444}",
+    "\\sqrt{" * 5000, "{" * 20000, "}" * 20000, "(" * 20000, "\\boxed{" * 20000, "\\frac{" * 3000,
+    "<answer>" * 20000, "<think>" * 20000, "the answer is " * 20000, "x = " * 20000, "wait " * 20000,
+    "1," * 20000, "1 " * 20000, "A " * 20000, "A, " * 60, "(A) " * 2000,
+    "$" * 20000, "\\text{" * 5000, "\\" * 20000, "^" * 20000,
+    "x" * (1 << 20), "\n" * (1 << 20), " " * (1 << 20), "nan", "inf", "-inf", "\x00\ud800",
+    "1/0", "\\frac{1}{0}", "0^{-1}", "0/0", "٣", "²", "1e-99", "((x+1)^{99}+1)^{99}", "\\tan(x)" * 20,
     "+".join("abcdefghij" * 9), "\\begin{pmatrix}" * 12, "[1,2]\\cup" * 20,
 ]
 
@@ -267,9 +261,8 @@ BOMBS = [
 def hostile(rng):
     """A bomb or a random mixture of the pieces answers are made of, in a box, a tag, prose or nothing."""
     pieces = ["\\frac", "\\sqrt", "{", "}", "(", ")", "^", "_", "!", "9", "12", "x", "y", "+", "-", "*",
-              "/", "=", "<", "\\pi", "\\sin",
-              ",", " or ", "A", "(B)", "%", "\\%", "\\cup", "[", "]", "\\le ", "$", "\\boxed{", "<answer>",
-              "</answer>", "e", ".", "\n"]
+              "/", "=", "<", "\\pi", "\\sin", ",", " or ", "A", "(B)", "%", "\\%", "\\cup", "[", "]",
+              "\\le ", "$", "\\boxed{", "<answer>", "</answer>", "e", ".", "\n"]
     body = rng.choice(BOMBS) if rng.random() < 0.2 else "".join(rng.choices(pieces, k=rng.randrange(1, 40)))
     frames = ["{}", "\\boxed{{{}}}", "<answer>{}</answer>", "<think>{}</think><answer>3</answer>",
               "the answer is {}."]
@@ -279,8 +272,7 @@ def hostile(rng):
 def test_hostile_text_is_graded_in_bounded_time():
     rng = random.Random(0)
     golds = [record("3", "number"), record("x^2+1"), record("\\sqrt{3}"), record("(1,2)"), record("x<3"),
-             record("cat", "text"),
-             record("A", "choice", choices=["3", "4"]), record("B", "choice")]
+             record("cat", "text"), record("A", "choice", choices=["3", "4"]), record("B", "choice")]
     rewards.accuracy(box("x+2"), golds[1])  # the first call imports math-verify
     texts = [wrap.format(bomb) for bomb in BOMBS for wrap in ("{}", "\\boxed{{{}}}")]
     texts += [hostile(rng) for _ in range(2000)]

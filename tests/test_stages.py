@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "real"
-SFT = ["sft.py", "--model", "tiny", "--data", "data/counting_train.jsonl", "--eval_data", "data/counting_id.jsonl", "--batch_size", "6",
-       "--eval_n", "6", "--warmup", "1"]
-GRPO = ["grpo.py", "--model", "tiny", "--data", "data/counting_train.jsonl", "--eval_data", "data/counting_id.jsonl", "--eval_n", "6",
-        "--eval_every", "2", "--prompts_per_step", "6", "--group_size", "4", "--max_new_tokens", "12", "--warmup", "1", "--samples_every", "1",
-        "--token_budget", "256"]
+SFT = ["sft.py", "--model", "tiny",
+       "--data", "data/counting_train.jsonl", "--eval_data", "data/counting_id.jsonl",
+       "--batch_size", "6", "--eval_n", "6", "--warmup", "1"]
+GRPO = ["grpo.py", "--model", "tiny",
+        "--data", "data/counting_train.jsonl", "--eval_data", "data/counting_id.jsonl",
+        "--eval_n", "6", "--eval_every", "2", "--prompts_per_step", "6", "--group_size", "4",
+        "--max_new_tokens", "12", "--warmup", "1", "--samples_every", "1", "--token_budget", "256"]
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def environment():
 def start(work, *argv, torchrun=()):
     """Start a stage script in `work` without waiting for it."""
     launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
-    return subprocess.Popen([sys.executable, *launcher, ROOT / argv[0], *argv[1:]], cwd=work, env=environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen([sys.executable, *launcher, ROOT / argv[0], *argv[1:]], cwd=work,
+                            env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def run(work, *argv, torchrun=(), code=0):
@@ -69,22 +70,25 @@ def test_four_commands_hand_over(work):
     run(work, *SFT, "--steps", "30", "--lr", "5e-3", "--out", "out/sft", "--eval_every", "10")
     losses = [row["eval/loss"] for row in metrics(work / "out/sft") if "eval/loss" in row]
     assert losses[-1] < losses[0] < 5.7  # log of the vocabulary size
-    run(work, *GRPO, "--model", "out/sft", "--steps", "2", "--out", "out/grpo", "--kl_beta", "0.01", "--updates", "2")
+    run(work, *GRPO, "--model", "out/sft", "--steps", "2", "--out", "out/grpo", "--kl_beta", "0.01",
+        "--updates", "2")
     assert all(row["loss/kl"] >= 0 for row in metrics(work / "out/grpo") if row["step"])
-    run(work, "eval.py", "--bench", "counting-id=data/counting_id.jsonl", "data/counting_ood.jsonl", "--max_new_tokens", "12",
-        "--model", "out/grpo")
+    run(work, "eval.py", "--bench", "counting-id=data/counting_id.jsonl", "data/counting_ood.jsonl",
+        "--max_new_tokens", "12", "--model", "out/grpo")
     summary = json.loads((work / "out/grpo/eval/summary.json").read_text())
     assert [s["bench"] for s in summary] == ["counting-id", "counting_ood"]
     assert all(s["n"] == 12 and 0 <= s["ci95"][0] <= s["accuracy"] <= s["ci95"][1] <= 1 for s in summary)
     first = next((work / "data/images/counting_id").iterdir())
-    assert run(work, "eval.py", "--image", str(first), "--prompt", "How many?", "--model", "out/grpo", "--max_new_tokens", "4")
+    assert run(work, "eval.py", "--image", str(first), "--prompt", "How many?", "--model", "out/grpo",
+               "--max_new_tokens", "4")
 
 
 def test_eval_resumes_and_counts_failed_rows_as_wrong(work):
     """Finished rows are not asked again, an unreadable image is a wrong answer, other settings start over."""
     rows = [json.loads(line) for line in (work / "data/counting_id.jsonl").read_text().splitlines()]
     (work / "data" / rows[0]["images"][0]).write_bytes(b"not an image")
-    command = ("eval.py", "--bench", "counting-id=data/counting_id.jsonl", "--model", "tiny", "--max_new_tokens", "4")
+    command = ("eval.py", "--bench", "counting-id=data/counting_id.jsonl", "--model", "tiny",
+               "--max_new_tokens", "4")
     run(work, *command)
     path = work / "tiny/eval/counting-id.jsonl"
     lines = path.read_text().splitlines()
@@ -99,7 +103,7 @@ def test_eval_resumes_and_counts_failed_rows_as_wrong(work):
 
 @pytest.mark.parametrize("stage", [SFT, GRPO], ids=["sft", "grpo"])
 def test_killed_run_resumes_bitwise(work, stage):
-    """kill -9 after the first checkpoint, then --resume: metrics and weights are those of the uninterrupted run."""
+    """kill -9 after the first checkpoint, then --resume: metrics and weights are those of an unbroken run."""
     command = [*stage, "--steps", "6", "--save_every", "2", "--keep", "9"]
     run(work, *command, "--out", "whole")
     process = start(work, *command, "--out", "cut")
@@ -168,11 +172,13 @@ def test_bad_input_is_one_line_and_writes_nothing(work, case):
     row = json.loads((work / "data/counting_train.jsonl").read_text().splitlines()[0]) | {"images": []}
     (work / "empty.jsonl").write_text("")
     (work / "noanswer.jsonl").write_text(json.dumps({"question": "q", "images": []}) + "\n")
-    (work / "noresponse.jsonl").write_text(json.dumps({k: v for k, v in row.items() if k != "response"}) + "\n")
+    mute = {k: v for k, v in row.items() if k != "response"}
+    (work / "noresponse.jsonl").write_text(json.dumps(mute) + "\n")
     (work / "broken.png").write_bytes(b"\x89PNG broken")
     (work / "corrupt.jsonl").write_text(json.dumps(row | {"images": ["broken.png"]}) + "\n")
     stage = SFT if case == "no response" else GRPO
-    output = run(work, *stage, "--steps", "1", *([] if "--out" in flags else ["--out", "never"]), *flags, code=1)
+    out = [] if "--out" in flags else ["--out", "never"]
+    output = run(work, *stage, "--steps", "1", *out, *flags, code=1)
     last = output.strip().splitlines()[-1]
     assert last.startswith(stage[0] + ":") and named in last and "Traceback" not in output
     assert "strict" in case or not (work / "never").exists()
@@ -184,26 +190,28 @@ def test_corrupt_image_is_skipped_and_counted(work):
     broken = json.loads(lines[0])
     (work / "data" / broken["images"][0]).write_bytes(b"\x89PNG broken")
     (work / "data/three.jsonl").write_text("\n".join(lines) + "\n")
-    output = run(work, *GRPO, "--data", "data/three.jsonl", "--prompts_per_step", "3", "--steps", "2", "--out", "three")
+    output = run(work, *GRPO, "--data", "data/three.jsonl", "--prompts_per_step", "3", "--steps", "2",
+                 "--out", "three")
     assert [row["data/unreadable"] for row in metrics(work / "three") if row["step"]] == [1, 1]
     assert broken["id"] in output
 
 
-@pytest.mark.parametrize("source", ["mathvision/sample100.jsonl", "format_samples/geometry3k_hiyouga_form_10.parquet"])
+@pytest.mark.parametrize("source", ["mathvision/sample100.jsonl",
+                                    "format_samples/geometry3k_hiyouga_form_10.parquet"])
 def test_real_competition_rows_train(work, source):
     """Real images of any size, single and multiple choice, LaTeX answers."""
     if not REAL.exists():
         pytest.skip("no real rows beside this checkout")
-    run(work, *GRPO, "--data", str(REAL / source), "--steps", "1", "--out", "real", "--eval_data", "", "--max_pixels", "50176",
-        "--prompts_per_step", "10")
-    run(work, "eval.py", "--model", "real", "--image", str(next((REAL / "mathvision/images").iterdir())), "--prompt", "x",
-        "--max_new_tokens", "3")
+    run(work, *GRPO, "--data", str(REAL / source), "--steps", "1", "--out", "real", "--eval_data", "",
+        "--max_pixels", "50176", "--prompts_per_step", "10")
+    image = next((REAL / "mathvision/images").iterdir())
+    run(work, "eval.py", "--model", "real", "--image", str(image), "--prompt", "x", "--max_new_tokens", "3")
 
 
 def test_every_family_trains_and_reloads(work, family):
     """One step on a random model of the real architecture; the checkpoint loads where it came from."""
-    run(work, *GRPO, "--model", str(family.path), "--steps", "1", "--out", "family", "--reward", "accuracy=1,format=0.5",
-        "--gradient_checkpointing", "--freeze_vision")
+    run(work, *GRPO, "--model", str(family.path), "--steps", "1", "--out", "family",
+        "--reward", "accuracy=1,format=0.5", "--gradient_checkpointing", "--freeze_vision")
     before, after = weights(Path(family.path)), weights(newest(work / "family"))
     assert before.keys() == after.keys()
     run(work, *GRPO, "--model", "family", "--steps", "1", "--out", "again")
@@ -216,11 +224,13 @@ def close(a, b, tolerance=1e-5):
     """Metrics or weights equal within a tolerance, key by key."""
     assert a.keys() == b.keys()
     for k in a:
-        assert torch.allclose(torch.as_tensor(a[k]).double(), torch.as_tensor(b[k]).double(), atol=tolerance, rtol=tolerance), k
+        x, y = torch.as_tensor(a[k]).double(), torch.as_tensor(b[k]).double()
+        assert torch.allclose(x, y, atol=tolerance, rtol=tolerance), k
 
 
-@pytest.mark.parametrize("stage", [SFT, [*GRPO, "--kl_beta", "0.01", "--updates", "2", "--reward", "accuracy=1,format=0.5"]],
-                         ids=["sft", "grpo"])
+@pytest.mark.parametrize("stage", [
+    SFT, [*GRPO, "--kl_beta", "0.01", "--updates", "2", "--reward", "accuracy=1,format=0.5"],
+], ids=["sft", "grpo"])
 def test_two_ranks_equal_one(work, stage):
     """Same global batch, uneven token counts: metrics and weights agree; so do two nodes of one process."""
     command = [*stage, "--steps", "3", "--lr", "1e-4"]
@@ -229,8 +239,9 @@ def test_two_ranks_equal_one(work, stage):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    nodes = [start(work, *command, "--out", "nodes", torchrun=["--nnodes", "2", "--node_rank", str(n), "--nproc_per_node", "1",
-                                                              "--master_addr", "localhost", "--master_port", str(port)]) for n in (0, 1)]
+    nodes = [start(work, *command, "--out", "nodes", torchrun=[
+        "--nnodes", "2", "--node_rank", str(n), "--nproc_per_node", "1",
+        "--master_addr", "localhost", "--master_port", str(port)]) for n in (0, 1)]
     for node in nodes:
         output, _ = node.communicate(timeout=300)
         assert node.returncode == 0, output[-3000:]
@@ -249,11 +260,12 @@ def test_micro_batches_do_not_change_the_update(work):
 
 def test_a_killed_rank_ends_the_run(work):
     """Losing one of two ranks ends everything, with a non-zero exit, within a minute."""
-    process = start(work, *GRPO, "--steps", "100000", "--out", "long", torchrun=["--standalone", "--nproc_per_node", "2"])
+    process = start(work, *GRPO, "--steps", "100000", "--out", "long",
+                    torchrun=["--standalone", "--nproc_per_node", "2"])
     path, deadline = work / "long/metrics.jsonl", time.time() + 120
     while not (path.exists() and '"step": 1' in path.read_text()) and time.time() < deadline:
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0

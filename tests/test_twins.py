@@ -25,8 +25,7 @@ TWINS = {
 }
 OWN = {"Config", "main", "check", "evaluate"}  # same name, but each stage has its own
 TOP_LEVEL = {"rewards.py", "data_prep.py", "sft.py", "grpo.py", "rise.py", "eval.py", "tests", "README.md",
-             "requirements.txt",
-             "requirements-gpu.txt", "LICENSE", ".gitignore", ".ci", ".git"}
+             "requirements.txt", "requirements-gpu.txt", "LICENSE", ".gitignore", ".ci", ".git"}
 
 
 @functools.cache
@@ -69,8 +68,8 @@ def test_every_definition_under_a_twins_heading_is_in_the_table(stage):
         pytest.skip("not written yet")
     lines, nodes = parse(stage)
     headings = {i: "twins" in line for i, line in enumerate(lines, 1) if line.startswith("# -----")}
-    under = {name for name,
-             n in nodes.items() if headings.get(max((i for i in headings if i < n.lineno), default=0), False)}
+    under = {name for name, n in nodes.items()
+             if headings.get(max((i for i in headings if i < n.lineno), default=0), False)}
     assert under - OWN == {name for name, stages in TWINS.items() if stage in stages}
 
 
@@ -126,8 +125,8 @@ def test_stages_import_only_the_leaves(stage):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
 def test_line_width(path):
-    wide = [f"{path.name}:{i} has {len(line)} columns" for i,
-            line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110]
+    wide = [f"{path.name}:{i} has {len(line)} columns"
+            for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110]
     assert not wide, f"{len(wide)} lines; " + "; ".join(wide[:5])
 
 
