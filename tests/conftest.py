@@ -150,7 +150,6 @@ def smol_parts(config_class):
     rows = [f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5)]
     tok = tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows,
                     eos="<end_of_utterance>")
-    ids = tok.get_vocab()
     config = config_class(
         text_config=dict(model_type="llama", **text_config(tok)), tie_word_embeddings=False, scale_factor=2,
         vision_config=VISION | dict(num_hidden_layers=2, num_attention_heads=2, image_size=56),
