@@ -96,8 +96,8 @@ class Config:
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
     updates: int = 1  # optimizer updates per batch of rollouts
     # optimisation
-    steps: int = 60  # rollout batches
-    lr: float = 5e-5  # peak learning rate (1e-6 is usual for a 7B model)
+    steps: int = 40  # rollout batches
+    lr: float = 1e-4  # peak learning rate (1e-6 is usual for a 7B model)
     warmup: int = 5  # steps of linear warm-up
     schedule: str = "constant"  # cosine | linear | constant
     lr_floor: float = 0.1  # final learning rate as a share of the peak (cosine, linear)
@@ -114,7 +114,7 @@ class Config:
     attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records, "" = no evaluation
-    eval_every: int = 5  # steps between evaluations
+    eval_every: int = 4  # steps between evaluations
     eval_n: int = 200  # held-out questions used
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
