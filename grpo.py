@@ -251,16 +251,17 @@ def make_optimizer(policy, cfg):
 
 
 def describe(policy, cfg, copies):
-    """Parameter count and state memory per rank; `copies` further models (reference, engine) are in bf16."""
+    """Parameter count and state memory per rank; `copies` further models (reference, engine), unsharded."""
     total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     width = 2 if cfg.param_dtype == "bf16" else 4
     states = (total * width + trained * 3 * width) / dist.get_world_size()
+    copies *= total * (2 if policy.banned.device.type == "cuda" else 4)
     vocab = policy.get_output_embeddings().weight.shape[0]
     return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, "
             f"{trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
             f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
-            f"{total * 2 * copies / 2**30:.2f} GiB model copies; "
+            f"{copies / 2**30:.2f} GiB model copies; "
             f"activations grow with --token_budget {cfg.token_budget}")
 
 
@@ -654,6 +655,10 @@ class RunLog:
         if self.rank == 0:
             self.bar.write(text)
 
+    def fail(self, text):
+        self.bar.close()
+        sys.exit(f"{Path(sys.argv[0]).name}: {text}")
+
     def write(self, name, rows):
         if self.rank == 0:
             with open(self.out / name, "a") as f:
@@ -730,7 +735,7 @@ def step_metrics(rollouts, trained, rewards, parts, totals, cfg):
             "len/mean": (sum(len(r.response) for r in rollouts), len(rollouts)),
             "len/truncated": (sum(r.truncated for r in rollouts), len(rollouts)),
             "mismatch/mean": (sum(t["gap"] for t in totals), sum(t["tokens"] for t in totals))}
-    for name in parts[0] if parts else []:
+    for name in parse_reward_spec(cfg.reward):  # not parts[0]: a rank may have no rollout at all
         sums[f"reward/{name}"] = (sum(part[name] for part in parts), len(parts))
     flat = global_sum([float(x) for pair in sums.values() for x in pair])
     metrics = {name: flat[2 * i] / max(1.0, flat[2 * i + 1]) for i, name in enumerate(sums)}
@@ -839,9 +844,8 @@ def main(cfg):
         for q, error in drawn:
             if q not in prompts:
                 if cfg.strict:
-                    sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+                    log.fail(error)
                 log.note(f"question {records[q]['id']} skipped: {error}")
-
         if step == done + 1 and prompts:
             ids = next(iter(prompts.values()))["input_ids"][0]
             log.note("first prompt: " + processor.tokenizer.decode(ids))
@@ -861,7 +865,7 @@ def main(cfg):
         seconds["time/score"] = tick()
 
         # 4. advantages within each group
-        rewards = torch.tensor([r.reward for r in rollouts]).view(-1, cfg.group_size)  # (Q, G)
+        rewards = torch.tensor([r.reward for r in rollouts]).view(len(prompts), cfg.group_size)  # (Q, G)
         advantages = group_advantages(rewards, cfg.adv_std)
         for r, a in zip(rollouts, advantages.flatten().tolist()):
             r.advantage = a
@@ -891,8 +895,8 @@ def main(cfg):
                 totals.append(update(policy, optimizer, mine, denominator, prompts, dummy, cfg))
                 failures = 0 if math.isfinite(totals[-1]["norm"]) else failures + 1
         if failures >= 3:
-            sys.exit(f"{Path(sys.argv[0]).name}: step {step}: gradient norm not finite {failures} times "
-                     f"in a row; the last checkpoint in {cfg.out} is sound, lower --lr")
+            log.fail(f"step {step}: gradient norm not finite {failures} times in a row; "
+                     f"the last checkpoint in {cfg.out} is sound, lower --lr")
         seconds["time/train"] = tick()
 
         # 8. sync

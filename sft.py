@@ -222,16 +222,17 @@ def make_optimizer(policy, cfg):
 
 
 def describe(policy, cfg, copies):
-    """Parameter count and state memory per rank; `copies` further models (reference, engine) are in bf16."""
+    """Parameter count and state memory per rank; `copies` further models (reference, engine), unsharded."""
     total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     width = 2 if cfg.param_dtype == "bf16" else 4
     states = (total * width + trained * 3 * width) / dist.get_world_size()
+    copies *= total * (2 if policy.banned.device.type == "cuda" else 4)
     vocab = policy.get_output_embeddings().weight.shape[0]
     return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, "
             f"{trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
             f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
-            f"{total * 2 * copies / 2**30:.2f} GiB model copies; "
+            f"{copies / 2**30:.2f} GiB model copies; "
             f"activations grow with --token_budget {cfg.token_budget}")
 
 
@@ -468,6 +469,10 @@ class RunLog:
         if self.rank == 0:
             self.bar.write(text)
 
+    def fail(self, text):
+        self.bar.close()
+        sys.exit(f"{Path(sys.argv[0]).name}: {text}")
+
     def write(self, name, rows):
         if self.rank == 0:
             with open(self.out / name, "a") as f:
@@ -496,7 +501,7 @@ def usable(drawn, records, log, cfg):
     for i, row in drawn:
         if isinstance(row, ValueError):
             if cfg.strict:
-                sys.exit(f"{Path(sys.argv[0]).name}: {row}")
+                log.fail(row)
             log.note(f"row {records[i]['id']} skipped: {row}")
         elif row:
             yield row
@@ -596,8 +601,8 @@ def main(cfg):
         optimizer.zero_grad()
         failures = 0 if math.isfinite(norm) else failures + 1
         if failures >= 3:
-            sys.exit(f"{Path(sys.argv[0]).name}: step {step}: gradient norm not finite {failures} times "
-                     f"in a row; the last checkpoint in {cfg.out} is sound, lower --lr")
+            log.fail(f"step {step}: gradient norm not finite {failures} times in a row; "
+                     f"the last checkpoint in {cfg.out} is sound, lower --lr")
 
         # 3. log
         metrics = {"loss/nll": global_sum([total])[0] / max(1, tokens),

@@ -251,6 +251,16 @@ def test_two_ranks_equal_one(work, stage):
         close(weights(newest(work / "one")), weights(newest(work / other)))
 
 
+def test_a_rank_without_a_readable_question_does_not_hang(work):
+    """Two ranks, two questions a step, one image broken: that rank trains on nothing, with the other, to the end."""
+    lines = (work / "data/counting_train.jsonl").read_text().splitlines()[:2]
+    (work / "data" / json.loads(lines[0])["images"][0]).write_bytes(b"broken")
+    (work / "data/two.jsonl").write_text("\n".join(lines) + "\n")
+    run(work, *GRPO, "--data", "data/two.jsonl", "--prompts_per_step", "2", "--steps", "3", "--out", "half",
+        "--kl_beta", "0.01", torchrun=["--standalone", "--nproc_per_node", "2"])
+    assert [row["data/unreadable"] for row in metrics(work / "half") if row["step"]] == [1, 1, 1]
+
+
 def test_micro_batches_do_not_change_the_update(work):
     """1 x 24 rollouts and many small micro-batches give the same weights."""
     for name, budget in (("large", "100000"), ("small", "64")):
