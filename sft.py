@@ -222,18 +222,25 @@ def make_optimizer(policy, cfg):
 
 
 def describe(policy, cfg, copies):
-    """Parameter count and state memory per rank; `copies` further models (reference, engine), unsharded."""
+    """Parameters and an estimate of memory per rank; `copies` further models (reference, engine) are held.
+
+    Activations: 34 bytes a token, layer and hidden unit in bf16, 2 with checkpointing (Korthikanti et al.,
+    arXiv 2205.05198, without the attention matrix, which the kernels here do not keep).
+    """
     total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     width = 2 if cfg.param_dtype == "bf16" else 4
     states = (total * width + trained * 3 * width) / dist.get_world_size()
-    copies *= total * (2 if policy.banned.device.type == "cuda" else 4)
+    compute = 2 if policy.banned.device.type == "cuda" else 4  # bytes a number
+    text = policy.config.get_text_config()
+    activations = cfg.token_budget * text.num_hidden_layers * text.hidden_size * compute / 2
+    activations *= 2 if cfg.gradient_checkpointing else 34
     vocab = policy.get_output_embeddings().weight.shape[0]
     return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, "
             f"{trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
             f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
-            f"{copies / 2**30:.2f} GiB model copies; "
-            f"activations grow with --token_budget {cfg.token_budget}")
+            f"{copies * total * compute / 2**30:.2f} GiB model copies, about {activations / 2**30:.2f} GiB "
+            f"activations at --token_budget {cfg.token_budget}")
 
 
 # ----- twins: batches (identical in sft.py, grpo.py, rise.py) ----------------------------------------------

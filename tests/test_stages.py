@@ -252,7 +252,7 @@ def test_two_ranks_equal_one(work, stage):
 
 
 def test_a_rank_without_a_readable_question_does_not_hang(work):
-    """Two ranks, two questions a step, one image broken: that rank trains on nothing, with the other, to the end."""
+    """Two ranks, two questions a step, one image broken: one rank has no rollout, yet both finish."""
     lines = (work / "data/counting_train.jsonl").read_text().splitlines()[:2]
     (work / "data" / json.loads(lines[0])["images"][0]).write_bytes(b"broken")
     (work / "data/two.jsonl").write_text("\n".join(lines) + "\n")
