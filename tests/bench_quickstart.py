@@ -3,7 +3,8 @@
     python tests/bench_quickstart.py       # 3 seeds, about 25 minutes on 2 cores; writes under out/bench
     python tests/bench_quickstart.py 0     # one seed
 
-Prints one row per seed (held-out accuracy, 500 questions), the control and the curve, both of the first seed.
+Prints one row per seed (held-out accuracy of the three models, 500 questions each) and the curve of the first
+seed.
 """
 import json
 import subprocess
@@ -29,22 +30,18 @@ def accuracy(model):
 
 
 def main(seeds):
-    print("| seed | start (sft.py) | ood | s | + GRPO | ood | s | gain |\n|---|---|---|---|---|---|---|---|")
+    print("| seed | start (sft.py) | s | + GRPO | s | gain | + SFT for the same time | s |\n"
+          "|---|---|---|---|---|---|---|---|")
     for seed in seeds:
-        base, policy = f"out/bench/sft{seed}", f"out/bench/grpo{seed}"
+        base, policy, control = (f"out/bench/{name}{seed}" for name in ("sft", "grpo", "more_sft"))
         t_base = run("sft.py", "--seed", seed, "--out", base)
         t_grpo = run("grpo.py", "--seed", seed, "--model", base, "--out", policy)
-        a, b = accuracy(base), accuracy(policy)
-        print(f"| {seed} | {a[0]:.1f} | {a[1]:.1f} | {t_base:.0f} | {b[0]:.1f} | {b[1]:.1f} | {t_grpo:.0f} "
-              f"| {b[0] - a[0]:+.1f} |", flush=True)
-        if seed == seeds[0]:
-            lines = (ROOT / base / "metrics.jsonl").read_text().splitlines()
-            spent = [json.loads(line)["time/step"] for line in lines]
-            steps = round(t_grpo / (sum(spent) / len(spent)))
-            first = ["--seed", seed + 100, "--model", base, "--out", "out/bench/more_sft", "--steps", steps]
-    t_more = run("sft.py", *first)
-    c = accuracy("out/bench/more_sft")
-    print(f"\ncontrol, seed {seeds[0]}: {steps} more SFT steps in {t_more:.0f} s: {c[0]:.1f}, ood {c[1]:.1f}")
+        steps = round(len((ROOT / base / "metrics.jsonl").read_text().splitlines()) * t_grpo / t_base)
+        t_more = run("sft.py", "--seed", seed + 100, "--model", base, "--out", control, "--steps", steps)
+        a, b, c = accuracy(base), accuracy(policy), accuracy(control)
+        print(f"| {seed} | {a[0]:.1f} (ood {a[1]:.1f}) | {t_base:.0f} "
+              f"| {b[0]:.1f} (ood {b[1]:.1f}) | {t_grpo:.0f} | {b[0] - a[0]:+.1f} "
+              f"| {c[0]:.1f} (ood {c[1]:.1f}) | {t_more:.0f} |", flush=True)
     lines = (ROOT / f"out/bench/grpo{seeds[0]}/metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     print("\n| step | reward | held-out accuracy | response tokens | effective groups |\n"

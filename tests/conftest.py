@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 WORDS = ["User:", "Assistant:", "user", "model", "assistant",
          "one two three four five six seven eight nine ten red blue green circle square"]
 CHATML = data_prep.TINY_TEMPLATE
-SMOL_TEMPLATE = (
+IDEFICS_TEMPLATE = (
     "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}: "
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
@@ -145,8 +145,8 @@ def qwen3():
         qwen_images(16), tok, hf.Qwen3VLVideoProcessor(), chat_template=CHATML)
 
 
-def smol_parts(config_class):
-    """Tokenizer and configuration of Idefics3 and SmolVLM: tiles of 56 pixels, 4 tokens each."""
+def idefics3_parts(config_class):
+    """Tokenizer and configuration of Idefics3: tiles of 56 pixels, 4 tokens each."""
     rows = [f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5)]
     tok = tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows,
                     eos="<end_of_utterance>")
@@ -159,18 +159,9 @@ def smol_parts(config_class):
 
 def idefics3():
     """Idefics3: padded tiles, text positions without image geometry."""
-    tok, config, sizes = smol_parts(hf.Idefics3Config)
+    tok, config, sizes = idefics3_parts(hf.Idefics3Config)
     return hf.Idefics3ForConditionalGeneration(config), hf.Idefics3Processor(
-        hf.Idefics3ImageProcessor(**sizes), tok, image_seq_len=4, chat_template=SMOL_TEMPLATE)
-
-
-def smolvlm():
-    """SmolVLM, Idefics3's small successor."""
-    pytest.importorskip("num2words")  # its processor wants it
-    tok, config, sizes = smol_parts(hf.SmolVLMConfig)
-    return hf.SmolVLMForConditionalGeneration(config), hf.SmolVLMProcessor(
-        hf.SmolVLMImageProcessor(**sizes), tok, hf.SmolVLMVideoProcessor(**sizes), image_seq_len=4,
-        chat_template=SMOL_TEMPLATE)
+        hf.Idefics3ImageProcessor(**sizes), tok, image_seq_len=4, chat_template=IDEFICS_TEMPLATE)
 
 
 def gemma3():
@@ -191,7 +182,7 @@ def gemma3():
 
 
 FAMILIES = {"qwen2.5-vl": qwen25, "qwen2-vl": qwen2, "qwen3-vl": qwen3, "idefics3": idefics3,
-            "smolvlm": smolvlm, "gemma3": gemma3}
+            "gemma3": gemma3}
 
 
 # ----- fixtures

@@ -260,7 +260,7 @@ def test_sampling_ignores_the_checkpoints_generation_config(family, tmp_path):
 
 
 def test_first_stop_token_is_what_the_template_writes(family):
-    ends = {"idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>"}
+    ends = {"idefics3": "<end_of_utterance>", "gemma3": "<end_of_turn>"}
     end = ends.get(family.name, "<|im_end|>")
     assert family.engine.stop[0] == family.processor.tokenizer.convert_tokens_to_ids(end)
 
