@@ -394,8 +394,3 @@ def parse_reward_spec(spec: str) -> dict[str, float]:
         if not math.isfinite(weights[name]):
             raise ValueError(f"bad weight {weight!r} for reward {name!r} in {spec!r}: not a finite number")
     return weights
-
-
-def total_reward(response: str, record: dict, spec: dict[str, float]) -> float:
-    """Weighted sum of the rewards in a parsed spec."""
-    return sum(weight * REWARDS[name](response, record) for name, weight in spec.items())

@@ -219,14 +219,6 @@ def test_reward_spec_errors(spec, words):
         rewards.parse_reward_spec(spec)
 
 
-@pytest.mark.parametrize("response, total", [
-    ("<think>a</think><answer>3</answer>", 1.5), ("<think>a</think><answer>4</answer>", 0.5),
-    ("3", 1.0), ("4", 0.0),
-])
-def test_total_reward(response, total):
-    assert rewards.total_reward(response, record("3", "number"), {"accuracy": 1.0, "format": 0.5}) == total
-
-
 # ----- where and on what it runs
 
 CASES = [("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}"), ("x^2-1", "(x-1)(x+1)"), ("(0,9)", "[0,9)"),
