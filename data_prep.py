@@ -347,7 +347,6 @@ def from_virl39k(row: dict, index: int) -> dict:
             **answer_fields(letter, options), "source": "virl39k", "meta": meta}
 
 
-CALL = re.compile(r"""(\w+)\(\s*(\w+)\s*,\s*['"]?([\w-]+)['"]?\s*\)""")
 CALL_VALUES = {"change_size": "small medium large",
                "change_color": "yellow gray cyan blue brown green red purple",
                "change_material": "glass metal rubber", "change_shape": "cube sphere cylinder",
@@ -356,8 +355,8 @@ CALL_VALUES = {"change_size": "small medium large",
 
 def check_calls(answer: str) -> None:
     """Raises ValueError unless `answer` is one or more calls of Reason-RFT's functions on allowed values."""
-    calls = CALL.findall(answer)
-    if rest := CALL.sub("", answer).strip(" ,;\n[]"):
+    calls = rewards.CALL.findall(answer)
+    if rest := rewards.CALL.sub("", answer).strip(" ,;\n[]"):
         raise ValueError(f"answer holds {rest[:40]!r} besides calls")
     if not calls:
         raise ValueError("answer holds no call, and two images make it a transformation")
@@ -384,7 +383,7 @@ def from_reason_rft(row: dict, index: int) -> dict:
     name = index if row.get("id") is None else row["id"]
     record = {"id": str(name), "question": question, "images": images}
     gold, options = clean_answer(answer), listed_options(question)
-    if len(images) == 2 or any(function in CALL_VALUES for function, *_ in CALL.findall(gold)):
+    if len(images) == 2 or any(function in CALL_VALUES for function, *_ in rewards.CALL.findall(gold)):
         check_calls(gold)
         if len(images) != 2:
             raise ValueError(f"a transformation has 2 images, not {len(images)}")

@@ -1339,7 +1339,8 @@ def main(cfg):
             part = {name: REWARDS[name](r.text, record) for name in spec}
             r.reward = 0.0 if r.truncated and cfg.truncated == "zero" else sum(
                 weight * part[name] for name, weight in spec.items())
-            parts.append({**part, "solved": accuracy(r.text, record) == 1})
+            solved = part["accuracy"] if "accuracy" in part else accuracy(r.text, record)
+            parts.append({**part, "solved": solved == 1})
         seconds["time/score"] = tick()
 
         # 4. advantages within each group

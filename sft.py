@@ -516,6 +516,7 @@ class RunLog:
 def encode_row(record, processor, stop, banned, cfg):
     """(prompt tensors, response ids with the stop token); None if over cfg.max_tokens. Raises BadImage."""
     prompt = encode_prompt(record, processor, cfg.max_pixels)
+    del prompt["request"]  # its images would travel from the worker unused
     response = processor.tokenizer(record["response"], add_special_tokens=False)["input_ids"] + stop[:1]
     if banned & set(response):
         raise ValueError(f"row {record['id']}: the response holds a vision placeholder token")
