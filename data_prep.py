@@ -388,12 +388,14 @@ def from_reason_rft(row: dict, index: int) -> dict:
         if len(images) != 2:
             raise ValueError(f"a transformation has 2 images, not {len(images)}")
         return record | {"answer": gold, "answer_type": "calls", "task": "transform",
-                         "source": "reason_rft_transformation"}
+                         "source": "reason_rft_transformation",
+                         "meta": {"steps": len(rewards.CALL.findall(gold))}}
     if gold in LETTERS[:max(len(options), 4)] or gold in options:
         fields = answer_fields(gold, options or LETTERS[:4]) | {"answer_type": "choice"}
     else:
         fields = {"answer": gold, "answer_type": infer_type(gold)}
-    if gold.isdecimal() and fields["answer_type"] == "number" and "geomath" not in record["id"]:
+    of_structure = re.search("geomath|structure", record["id"])
+    if gold.isdecimal() and fields["answer_type"] == "number" and not of_structure:
         return record | fields | {"task": "counting", "source": "reason_rft_counting"}
     return record | fields | {"task": "structure", "source": "reason_rft_structure"}
 
@@ -725,11 +727,15 @@ def cot_response(record: dict, cot) -> tuple[str, bool]:
     return f"<think>\n{thought}\n</think>\n<answer>\n{record['answer']}\n</answer>", named
 
 
-def reason_rft_record(row, index: int, form: str, folder: Path) -> tuple[dict, bool]:
-    """(record of a meta row, whether its rationale was compared with the gold). Raises ValueError."""
+def reason_rft_record(row, index: int, form: str, task: str, folder: Path) -> tuple[dict, bool]:
+    """(record of a meta row, whether its rationale was compared with the gold). Raises ValueError.
+
+    `task` names a prompt to use instead of the row's own, "" keeps that.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__}, not an object")
     record, named = from_reason_rft(row, index), True
+    record["task"] = task or record["task"]
     check_record(record, "record")
     for ref in record["images"]:
         if fault := header_fault(str(folder / ref)):
@@ -765,7 +771,7 @@ def reason_rft_records(cfg, form: str, manifest: dict) -> Iterator[dict]:
             continue
         number, name = index + 1, row.get("id") if isinstance(row, dict) else None
         try:
-            record, named = reason_rft_record(row, index, form, folder)
+            record, named = reason_rft_record(row, index, form, cfg.task, folder)
             earlier = first_row.setdefault(record["id"], number)
             if earlier != number:
                 raise ValueError(f"id was already used in row {earlier}")
@@ -775,8 +781,6 @@ def reason_rft_records(cfg, form: str, manifest: dict) -> Iterator[dict]:
                 raise ValueError(f"row {number} (id {name!r}): {reason}") from error
             rejects.append({"row": number, "id": name, "reason": reason})
             continue
-        if cfg.task:
-            record["task"] = cfg.task
         kinds[record["answer_type"]] += 1
         sources[record["source"]] += 1
         unchecked += not named
@@ -872,82 +876,209 @@ COLOURS = {"red": (214, 40, 40), "blue": (45, 85, 215), "green": (40, 150, 70), 
 SHAPES = ("round", "square")
 CELL = 28           # pixels: one merged vision token of the tiny model, so that a cell is seen whole
 CELLS = "abcdefghi"  # 3 x 3, each marked with its letter: the chain of thought can name the place it looks at
+INK, PLAIN, GREY = (20, 20, 20), (246, 246, 246), (205, 205, 200)
 GLANCE = 0.7        # share of training rows answered at first sight: the habit that RL has to unlearn
-SPLITS = {"train": 8000, "id": 500, "ood": 500}
+SPLITS = {"train": 8000, "id": 500, "ood": 500, "left": 500, "right": 500}
 
 
-def draw_scene(cells: list, style: str) -> Image.Image:
-    """Draw 3 x 3 marked cells, None or (colour, shape) each; style "plain" or "ood": small shapes on grey."""
-    ink, paper = (20, 20, 20), (246, 246, 246) if style == "plain" else (205, 205, 200)
-    image = Image.new("RGB", (3 * CELL, 3 * CELL), paper)
+def draw_board(cells: list, style: str, draw: Callable) -> Image.Image:
+    """A board of 3 x 3 cells, each marked with its letter; draw(pen, x, y, cell, style) fills those not None.
+
+    Style "ood" is another look of the same content, on grey.
+    """
+    image = Image.new("RGB", (3 * CELL, 3 * CELL), GREY if style == "ood" else PLAIN)
     pen = ImageDraw.Draw(image)
     for i, cell in enumerate(cells):
         x, y = CELL * (i % 3), CELL * (i // 3)
         if cell:
-            colour, shape = cell
-            box = (x + 5, y + 5, x + 26, y + 26) if style == "plain" else (x + 9, y + 7, x + 24, y + 22)
-            (pen.ellipse if shape == "round" else pen.rectangle)(box, fill=COLOURS[colour], outline=ink)
-        pen.text((x + 1, y - 1), CELLS[i], fill=ink, font=ImageFont.load_default_imagefont())
+            draw(pen, x, y, cell, style)
+        pen.text((x + 1, y - 1), CELLS[i], fill=INK, font=ImageFont.load_default_imagefont())
     return image
 
 
-def counting_row(rng: random.Random, count: int) -> tuple[list, str]:
-    """A scene of 4..9 objects, exactly `count` of which have the asked attribute: (cells, attribute)."""
-    attribute = rng.choice([*COLOURS, *SHAPES])
+def draw_object(pen, x: int, y: int, cell: tuple[str, str], style: str) -> None:
+    """(colour, shape) in the cell at x, y; style "ood" draws it smaller."""
+    colour, shape = cell
+    box = (x + 9, y + 7, x + 24, y + 22) if style == "ood" else (x + 5, y + 5, x + 26, y + 26)
+    (pen.ellipse if shape in ("round", "sphere") else pen.rectangle)(box, fill=COLOURS[colour], outline=INK)
+
+
+def counting_example(rng: random.Random, i: int, split: str) -> dict:
+    """A scene of 4..9 objects, i % 6 of which have the asked attribute.
+
+    The thought goes through the cells in order: what is there, asked attribute last, does it count, how many
+    so far.
+    """
+    attribute, count = rng.choice([*COLOURS, *SHAPES]), i % 6
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     total = rng.randint(max(count, 4), len(CELLS))
     cells = [rng.choice([k for k in kinds if attribute in k]) for _ in range(count)]
     cells += [rng.choice([k for k in kinds if attribute not in k]) for _ in range(total - count)]
     cells += [None] * (len(CELLS) - total)
     rng.shuffle(cells)
-    return cells, attribute
-
-
-def counting_thought(cells: list, attribute: str) -> str:
-    """Go through the cells in order: what is there, asked attribute last, does it count, how many so far."""
-    words, count = [], 0
+    words, seen = [], 0
     for name, cell in zip(CELLS, cells):
         if cell is None:
             words += [name, "none"]
         else:
-            count += attribute in cell
-            seen = cell if attribute in SHAPES else cell[::-1]
-            words += [name, *seen, "yes" if attribute in cell else "no", str(count)]
-    return " ".join(words)
+            seen += attribute in cell
+            words += [name, *(cell if attribute in SHAPES else cell[::-1]),
+                      "yes" if attribute in cell else "no", str(seen)]
+    return {"question": f"How many {attribute} objects are there?", "answer": str(count),
+            "answer_type": "number", "thought": " ".join(words),
+            "pictures": [draw_board(cells, split, draw_object)],
+            "meta": {"cells": [cell and " ".join(cell) for cell in cells]}}
+
+
+PIECES = {"none": 0, "half": 0.5, "full": 1}
+ROWS = ("top", "middle", "bottom")
+
+
+def draw_piece(pen, x: int, y: int, piece: tuple[str, int], style: str) -> None:
+    """A unit square, or what a diagonal leaves of it without one corner; style "ood": orange, thick lines."""
+    kind, corner = piece
+    outline = [(x, y), (x + CELL - 1, y), (x + CELL - 1, y + CELL - 1), (x, y + CELL - 1)]
+    if kind == "half":
+        del outline[corner]
+    fill, width = ((230, 150, 60), 3) if style == "ood" else ((150, 190, 235), 1)
+    pen.polygon(outline, fill, INK, width)
+
+
+def structure_example(rng: random.Random, i: int, split: str) -> dict:
+    """A figure of unit squares and their halves: how large is it (1 to 4.5), or which of its rows is largest?
+
+    Answers of a kind are equally frequent, options come in any order.
+    """
+    while True:
+        kinds = [rng.choice(list(PIECES)) for _ in CELLS]
+        areas = [sum(PIECES[kind] for kind in kinds[row:row + 3]) for row in (0, 3, 6)]
+        largest = [name for name, area in zip(ROWS, areas) if area == max(areas)]
+        if sum(areas) == 1 + i // 2 % 8 / 2 if i % 2 else largest == [ROWS[i // 2 % 3]]:
+            break
+    words, total = [], 0
+    for k, (name, kind) in enumerate(zip(CELLS, kinds)):
+        total += PIECES[kind]
+        words += [name, kind, f"{total:g}"] if kind != "none" else [name, kind]
+        if i % 2 == 0 and k % 3 == 2:
+            words, total = [*words, ROWS[k // 3], f"{total:g}"], 0
+    fields = {"question": "How large is the area of the figure?", "answer": f"{sum(areas):g}",
+              "answer_type": "number"}
+    if i % 2 == 0:
+        choices = rng.sample(ROWS, 3)
+        options = " ".join(f"({letter}) {choice}" for letter, choice in zip("ABC", choices))
+        fields = {"question": f"Which row of the figure is largest? {options}", "choices": choices,
+                  "answer": "ABC"[choices.index(largest[0])], "answer_type": "choice"}
+        words += ["largest", largest[0]]
+    cells = [None if kind == "none" else (kind, rng.randrange(4)) for kind in kinds]
+    return {**fields, "thought": " ".join(words), "pictures": [draw_board(cells, split, draw_piece)],
+            "meta": {"cells": kinds}}
+
+
+MOVES = {"front": (1, 0), "behind": (-1, 0), "left": (0, -1), "right": (0, 1), "front_left": (1, -1),
+         "front_right": (1, 1), "behind_left": (-1, -1), "behind_right": (-1, 1)}  # (down, right)
+TURNS = {"left": 15, "right": -15}  # degrees by which the second view is turned
+
+
+def apply_calls(objects: dict, answer: str) -> dict:
+    """The objects after Reason-RFT's calls: id -> {"shape", "size", "color", "material", "cell" (0..8)}.
+
+    A move goes one cell. Raises ValueError: an unknown object, a move off the board or onto another object.
+    """
+    objects = {name: dict(thing) for name, thing in objects.items()}
+    for function, name, value in rewards.CALL.findall(answer):
+        if name not in objects:
+            raise ValueError(f"no object {name}")
+        if function != "change_position":
+            objects[name][function.removeprefix("change_")] = value
+            continue
+        row, column = (a + b for a, b in zip(divmod(objects[name]["cell"], 3), MOVES[value]))
+        cell = 3 * row + column
+        if not (0 <= row < 3 and 0 <= column < 3) or cell in [o["cell"] for o in objects.values()]:
+            raise ValueError(f"{function}({name}, {value}) leaves the board or meets another object")
+        objects[name]["cell"] = cell
+    return objects
+
+
+def transform_example(rng: random.Random, i: int, split: str) -> dict:
+    """Two views of 3 or 4 objects, no two alike, and 1..3 calls between them, at most one for an object.
+
+    The thought looks for every object where it was: what is there now, else where it went, and the call.
+    """
+    kinds = [(shape, colour) for shape in ("cube", "sphere") for colour in COLOURS]
+    while True:
+        cells = sorted(rng.sample(range(9), rng.randint(3, 4)))
+        looks = zip(cells, rng.sample(kinds, 4))
+        start = {str(k): {"shape": shape, "size": "medium", "color": color, "material": "rubber", "cell": cell}
+                 for k, (cell, (shape, color)) in enumerate(looks)}
+        calls = {}
+        for name in rng.sample(sorted(start), 1 + i % 3):
+            function = rng.choice(["shape", "color", "position"])
+            values = {"shape": ("cube", "sphere"), "color": COLOURS, "position": MOVES}[function]
+            value = rng.choice([v for v in values if v != start[name].get(function)])
+            calls[name] = f"change_{function}({name}, {value})"
+        answer = ", ".join(calls[name] for name in start if name in calls)
+        try:
+            end = apply_calls(start, answer)
+        except ValueError:
+            continue
+        moved = {o["cell"] for o in end.values()} - {*cells}
+        apart = len(moved) == sum("position" in call for call in calls.values())  # none takes another's place
+        if apart and len({(o["shape"], o["color"]) for o in end.values()}) == len(end):
+            break
+    before, after = ({o["cell"]: (o["color"], o["shape"]) for o in scene.values()} for scene in (start, end))
+    first, second = (draw_board([scene.get(k) for k in range(9)], split, draw_object)
+                     for scene in (before, after))
+    words = []
+    for name, o in start.items():
+        there = after.get(o["cell"], ("none", CELLS[end[name]["cell"]]))
+        words += [name, o["color"], o["shape"], CELLS[o["cell"]], *there, calls.get(name, "same")]
+    listed = ", ".join(str((k, *list(o.values())[:-1])) for k, o in start.items())
+    second = second.rotate(TURNS.get(split, 0), Image.Resampling.BICUBIC, fillcolor=PLAIN)
+    return {"question": f"Objects: {listed}.", "answer": answer, "answer_type": "calls",
+            "thought": " ".join(words), "pictures": [first, second], "meta": {"objects": start, "steps": len(calls)}}
+
+
+# task -> (examples, splits, prompt)
+MINI = {"counting": (counting_example, ("train", "id", "ood"), "counting"),
+        "structure": (structure_example, ("train", "id", "ood"), "structure"),
+        "transform": (transform_example, ("train", "id", "left", "right"), "board")}
 
 
 def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
-    """Write counting_{train,id,ood}.jsonl and their images under `out`.
+    """Write TASK_SPLIT.jsonl, their images and TASK_meta.json under `out`, for all tasks and splits of MINI.
 
-    Answers 0..5 are equally frequent, so a blind guess scores 1 in 6. No (scene, question) occurs twice,
-    within or across splits. The same seed gives the same bytes. In training a share GLANCE of the responses
-    names a number at first sight, without looking.
+    No example occurs twice, within or across splits. The same seed gives the same bytes. In training a share
+    GLANCE of the responses names the answer at first sight, without looking. TASK_meta.json holds the same
+    rows as Reason-RFT publishes its own, each with its thought.
     """
-    seen = set()
-    for split, size in sizes.items():
-        rng, records = random.Random(f"counting/{split}/{seed}"), []
-        folder = out / "images" / f"counting_{split}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for i in tqdm(range(size), desc=f"counting_{split}"):
-            count = i % 6
-            cells, attribute = counting_row(rng, count)
-            while (key := (*cells, attribute)) in seen:
-                cells, attribute = counting_row(rng, count)
-            seen.add(key)
-            path = folder / f"{i:05d}.png"
-            draw_scene(cells, "ood" if split == "ood" else "plain").save(path)
-            glance = split == "train" and rng.random() < GLANCE
-            thought = "at first sight" if glance else counting_thought(cells, attribute)
-            records.append({
-                "id": f"counting-{split}-{i}", "question": f"How many {attribute} objects are there?",
-                "images": [str(path)], "answer": str(count), "answer_type": "number", "task": "counting",
-                "source": "mini",
-                "response": f"<think> {thought} </think> <answer> {count} </answer>",
-                "meta": {"cells": [cell and " ".join(cell) for cell in cells],
-                         "style": "glance" if glance else "look"}})
-        # Rows of equal answers would otherwise sit at a fixed stride.
-        rng.shuffle(records)
-        write_records(out / f"counting_{split}.jsonl", records)
+    for task, (example, splits, prompt) in MINI.items():
+        seen = set()
+        for split in [split for split in splits if split in sizes]:
+            rng, records, rows = random.Random(f"{task}/{split}/{seed}"), [], []
+            folder = out / "images" / f"{task}_{split}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in tqdm(range(sizes[split]), desc=f"{task}_{split}"):
+                row = example(rng, i, split)
+                while (key := (row["question"], *(p.tobytes() for p in row["pictures"]))) in seen:
+                    row = example(rng, i, split)
+                seen.add(key)
+                images, thought, name = [], row.pop("thought"), f"{task}-{split}-{i}"
+                for picture, suffix in zip(row.pop("pictures"), ("", "b")):
+                    images.append(str(folder / f"{i:05d}{suffix}.png"))
+                    picture.save(images[-1])
+                rows.append({"id": name, "image": [os.path.relpath(path, out) for path in images],
+                             "problem": row["question"], "answer": row["answer"], "cot": thought})
+                if split == "train" and rng.random() < GLANCE:
+                    row["meta"]["style"], thought = "glance", "at first sight"
+                else:
+                    row["meta"]["style"] = "look"
+                records.append({"id": name, "images": images, "task": prompt, "source": "mini", **row,
+                                "response": f"<think> {thought} </think> <answer> {row['answer']} </answer>"})
+            # Rows of equal answers would otherwise sit at a fixed stride.
+            rng.shuffle(records)
+            write_records(out / f"{task}_{split}.jsonl", records)
+            if split == "train":
+                write_text(out / f"{task}_meta.json", json_list(rows))
 
 
 # ----- tiny model -----
@@ -960,12 +1091,17 @@ TINY_TEMPLATE = (
 
 
 def tiny_tokenizer(texts: list[str]):
-    """One token for each word of `texts`, bytes for all else, so any text in any language round-trips."""
+    """One token for each word of `texts`, with and without a blank before it, and bytes for all else.
+
+    So any text in any language round-trips.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated"),
                                      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     words = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
+    blank = split.pre_tokenize_str(" ")[0][0]
+    words |= {word.removeprefix(blank) for word in words} - {""}
     pieces = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *sorted(words)])
     vocab = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
@@ -1071,7 +1207,7 @@ def parse_config(cls, argv=None):
 def main(cfg: Config) -> None:
     if cfg.source == "mini":
         make_mini(Path(cfg.out), cfg.seed)
-        rows = read_records(Path(cfg.out) / "counting_train.jsonl")
+        rows = [r for path in sorted(Path(cfg.out).glob("*_train.jsonl")) for r in read_records(path)]
         texts = [text for r in rows for text in (rewards.build_prompt(r), r["response"])]
         make_tiny(Path("out/tiny"), texts, cfg.seed)
     elif cfg.source not in ("records", "reason_rft"):

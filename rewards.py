@@ -85,6 +85,8 @@ PROMPTS = {
     "structure_answer_choice": "{question}\nGive only the letter of the right option.",
     "transform": SCENE_RULES + "\n\n{question}\n\nThink inside <think> </think>, then give only the function"
                  " calls, separated by commas, inside <answer> </answer>.",
+    "board": "{question} Think inside <think> </think>, then give the calls inside <answer> </answer>.",
+    "board_answer": "{question} Give only the calls.",
     "transform_answer": SCENE_RULES + "\n\n{question}\n\nGive only the function calls, separated by commas.",
 }
 HAS_OPTIONS = re.compile(r"\(A\)[\s\S]*\(B\)|^\s*A\s*[.:)]|(?i:\b(?:choice|option)s?\s*:)", re.MULTILINE)

@@ -203,7 +203,7 @@ def tiny(tmp_path_factory):
     """The mini suite at small sizes and the tiny model that goes with it."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("tiny")
-    data_prep.make_mini(root / "mini", 0, sizes={"train": 24, "id": 12, "ood": 12})
+    data_prep.make_mini(root / "mini", 0, sizes={"train": 24, "id": 12, "ood": 12, "left": 12, "right": 12})
     records = data_prep.read_records(root / "mini" / "counting_train.jsonl")
     texts = [text for r in records for text in (rewards.build_prompt(r), r["response"])]
     data_prep.make_tiny(root / "model", texts, 0)

@@ -1,6 +1,7 @@
 """The mini suite and the tiny model: answers that pixels confirm, balanced, without overlap, reproducible."""
 import hashlib
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -11,15 +12,16 @@ import data_prep
 import rewards
 
 SPLITS = ("train", "id", "ood")
+FILES = [(task, split) for task, (_, splits, _) in data_prep.MINI.items() for split in splits]
 
 
-def rows(folder, split):
-    return data_prep.read_records(folder / f"counting_{split}.jsonl")
+def rows(folder, split, task="counting"):
+    return data_prep.read_records(folder / f"{task}_{split}.jsonl")
 
 
-def read_board(path):
+def read_board(path, turn=0):
     """An oracle that knows nothing of the generator: a cell's middle tells colour, its box's corner shape."""
-    image, board = Image.open(path).convert("RGB"), []
+    image, board = Image.open(path).convert("RGB").rotate(turn, Image.Resampling.BICUBIC), []
     for i in range(9):
         x, y = 28 * (i % 3), 28 * (i // 3)
         paper, middle = image.getpixel((x + 27, y + 27)), image.getpixel((x + 16, y + 15))
@@ -42,22 +44,107 @@ def test_answers_agree_with_the_pixels(tiny, split):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_response_keeps_the_format_and_is_right(tiny, split):
-    for row in rows(tiny.mini, split):
+def test_areas_agree_with_the_pixels(tiny, split):
+    """Four points of a cell tell the pieces apart: a full square holds all of them, a half two."""
+    for row in rows(tiny.mini, split, "structure"):
+        image, areas = Image.open(row["images"][0]).convert("RGB"), []
+        for i in range(9):
+            x, y = 28 * (i % 3), 28 * (i // 3)
+            filled = sum(image.getpixel((x + dx, y + dy)) in ((150, 190, 235), (230, 150, 60))
+                         for dx, dy in ((14, 7), (14, 21), (7, 14), (21, 14)))
+            areas.append({0: 0, 2: 0.5, 4: 1}[filled])
+        top, middle, bottom = (sum(areas[k:k + 3]) for k in (0, 3, 6))
+        if row["answer_type"] == "number":
+            assert float(row["answer"]) == top + middle + bottom, row["id"]
+        else:
+            by_name = {"top": top, "middle": middle, "bottom": bottom}
+            chosen = by_name.pop(row["choices"]["ABC".index(row["answer"])])
+            assert chosen > max(by_name.values()), row["id"]
+
+
+@pytest.mark.parametrize("split", ["train", "id"])
+def test_calls_turn_the_first_picture_into_the_second(tiny, split):
+    shapes = {"cube": "square", "sphere": "round"}
+    for row in rows(tiny.mini, split, "transform"):
+        end = data_prep.apply_calls(row["meta"]["objects"], row["answer"])
+        for objects, path in zip((row["meta"]["objects"], end), row["images"]):
+            board = [()] * 9
+            for thing in objects.values():
+                board[thing["cell"]] = (thing["color"], shapes[thing["shape"]])
+            assert read_board(path) == board, row["id"]
+        assert row["answer"].count("change_") == row["meta"]["steps"] == int(row["id"].split("-")[-1]) % 3 + 1
+
+
+@pytest.mark.parametrize("split", ["left", "right"])
+def test_the_other_view_is_the_same_board_turned(tiny, split):
+    """Turned back, the middle cell (the one that loses nothing at the edges) shows what the calls say."""
+    for row in rows(tiny.mini, split, "transform"):
+        start = row["meta"]["objects"]
+        end = data_prep.apply_calls(start, row["answer"])
+        for objects, path, turn in zip((start, end), row["images"], (0, -data_prep.TURNS[split])):
+            middle = [thing["color"] for thing in objects.values() if thing["cell"] == 4]
+            assert [*read_board(path, turn)[4][:1]] == middle, row["id"]
+
+
+@pytest.mark.parametrize("answer, message", [
+    ("change_color(7, red)", "no object 7"), ("change_position(0, behind)", "leaves the board"),
+    ("change_position(0, right)", "meets another"),
+])
+def test_calls_that_cannot_be_carried_out(answer, message):
+    objects = {str(k): {"shape": "cube", "color": "red", "cell": k} for k in (0, 1)}
+    with pytest.raises(ValueError, match=message):
+        data_prep.apply_calls(objects, answer)
+    assert objects["0"]["cell"] == 0
+
+
+@pytest.mark.parametrize("task, split", FILES)
+def test_every_response_keeps_the_format_and_is_right(tiny, task, split):
+    for row in rows(tiny.mini, split, task):
         response = row["response"]
         assert rewards.accuracy(response, row) == rewards.format_think_answer(response, row) == 1
+        assert rewards.build_prompt(row).count("<answer>") == 1
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_a_blind_guess_scores_one_in_six(tiny, split):
-    counts = Counter(row["answer"] for row in rows(tiny.mini, split))
-    assert set(counts) == set("012345") and max(counts.values()) / sum(counts.values()) < 0.25
+@pytest.mark.parametrize("task, kinds", [
+    ("counting", ["0 1 2 3 4 5"]), ("structure", ["A B C", "1 1.5 2 2.5 3 3.5 4 4.5"]),
+])
+def test_a_blind_guess_scores_little(task, kinds):
+    """1 in 6 on counts, 1 in 8 on areas; the longest row is as often the top as the middle or the bottom."""
+    rows = [data_prep.MINI[task][0](random.Random(i), i, "id") for i in range(480)]
+    counts = Counter(row["choices"]["ABC".index(row["answer"])] if "choices" in row else row["answer"]
+                     for row in rows)
+    for answers in kinds:
+        names = "top middle bottom" if answers == "A B C" else answers
+        assert len({counts.pop(name) for name in names.split()}) == 1
+    assert not counts
+    letters = Counter(row["answer"] for row in rows if "choices" in row)
+    assert not letters or max(letters.values()) < 0.4 * letters.total()
 
 
-def test_no_scene_and_question_occur_twice(tiny):
-    keys = [(row["question"], hashlib.sha256(open(row["images"][0], "rb").read()).hexdigest())
-            for split in SPLITS for row in rows(tiny.mini, split)]
-    assert len(keys) == len(set(keys))
+@pytest.mark.parametrize("task", data_prep.MINI)
+def test_no_scene_and_question_occur_twice(tiny, task):
+    found = [row for name, split in FILES if name == task for row in rows(tiny.mini, split, task)]
+    keys = [(row["question"], *(hashlib.sha256(open(path, "rb").read()).digest() for path in row["images"]))
+            for row in found]
+    assert len(keys) == len(set(keys)) > 40
+
+
+@pytest.mark.parametrize("task", data_prep.MINI)
+@pytest.mark.parametrize("form", ["ans_sft", "cot_sft", "rl", "stage1", "stage2"])
+def test_the_training_sets_of_a_mini_task_round_trip(tiny, tmp_path, task, form):
+    board = "board" if task == "transform" else ""
+    meta = str(tiny.mini / f"{task}_meta.json")
+    data_prep.main(data_prep.Config(source="reason_rft", input=meta, form=form, stage1_n=6, task=board,
+                                    strict=True, out=str(tmp_path)))
+    made = data_prep.read_records(tmp_path / f"{task}_meta_{form}.jsonl")
+    assert len(made) == {"stage1": 6, "stage2": 18}.get(form, 24)
+    for row in made:
+        assert len(row["images"]) == 1 + (task == "transform")
+        assert row["task"].removesuffix("_answer") == (board or task), row
+        response = row.get("response", f"<think> - </think> <answer> {row['answer']} </answer>")
+        assert rewards.accuracy(response, row) == 1
+        assert rewards.format_think_answer(response, row) == (form != "ans_sft")
+        assert ("<answer>" in rewards.build_prompt(row)) == (form != "ans_sft")
 
 
 def test_only_training_rows_are_answered_at_a_glance(tiny):
