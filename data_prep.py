@@ -1007,9 +1007,8 @@ def transform_example(rng: random.Random, i: int, split: str) -> dict:
     kinds = [(shape, colour) for shape in ("cube", "sphere") for colour in COLOURS]
     while True:
         cells = sorted(rng.sample(range(9), rng.randint(3, 4)))
-        looks = zip(cells, rng.sample(kinds, 4))
-        start = {str(k): {"shape": shape, "size": "medium", "color": color, "material": "rubber", "cell": cell}
-                 for k, (cell, (shape, color)) in enumerate(looks)}
+        start = {str(k): dict(shape=shape, size="medium", color=color, material="rubber", cell=cell)
+                 for k, (cell, (shape, color)) in enumerate(zip(cells, rng.sample(kinds, 4)))}
         calls = {}
         for name in rng.sample(sorted(start), 1 + i % 3):
             function = rng.choice(["shape", "color", "position"])
@@ -1035,7 +1034,8 @@ def transform_example(rng: random.Random, i: int, split: str) -> dict:
     listed = ", ".join(str((k, *list(o.values())[:-1])) for k, o in start.items())
     second = second.rotate(TURNS.get(split, 0), Image.Resampling.BICUBIC, fillcolor=PLAIN)
     return {"question": f"Objects: {listed}.", "answer": answer, "answer_type": "calls",
-            "thought": " ".join(words), "pictures": [first, second], "meta": {"objects": start, "steps": len(calls)}}
+            "thought": " ".join(words), "pictures": [first, second],
+            "meta": {"objects": start, "steps": len(calls)}}
 
 
 # task -> (examples, splits, prompt)

@@ -5,6 +5,7 @@ that could not be read or answered counts as wrong, stays in the denominator and
 
     python eval.py --bench                   # every benchmark whose data is present, newest step of out/grpo
     python eval.py --bench counting-id counting-ood --model out/sft
+    python eval.py --bench counting-id counting-ood --model out/sft out/grpo     # one table
     python eval.py --bench mathvision=test.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --max_new_tokens 2048
     python eval.py --bench my_records.jsonl  # any file that data_prep can read
     python eval.py --image photo.jpg --prompt "What is unusual here?" --model Qwen/Qwen2.5-VL-7B-Instruct
@@ -20,7 +21,8 @@ nowhere but into the request. Images travel as PNG, so the server sees the pixel
 
 Writes MODEL/eval/BENCH.jsonl (a line per row, appended as answers come: the same command again goes on where
 it stopped and asks failed rows again) and MODEL/eval/summary.json. MODEL is the model's folder or, for what
-is no folder here, out/OWNER--NAME.
+is no folder here, out/OWNER--NAME. The printed table is also MODEL/eval/table.md and table.json, or that of
+several models out/eval/table.md and table.json.
 
 Shapes: B rows generated together, T padded length, V vocabulary.
 """
@@ -47,6 +49,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -56,20 +59,38 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep import build_messages, load_image, read_records, resolve_model
-from rewards import PROMPTS, accuracy, extract_answer
+from rewards import PROMPTS, accuracy, extract_answer, functions
 
-# Benchmark -> (where its records are looked for, official size; 0 = any).
+class Bench(NamedTuple):
+    path: str  # where its records are looked for
+    size: int = 0  # rows of the official split, 0 = any
+    by: tuple[str, ...] = ()  # fields of the record, or of its meta, whose values are reported apart
+
+
 BENCHES = {
-    "counting-id": ("data/mini/counting_id.jsonl", 0),
-    "counting-ood": ("data/mini/counting_ood.jsonl", 0),
-    "mathvision": ("data/mathvision/test.jsonl", 3040),
+    "counting-id": Bench("data/mini/counting_id.jsonl"),
+    "counting-ood": Bench("data/mini/counting_ood.jsonl"),
+    "structure-id": Bench("data/mini/structure_id.jsonl", by=("answer_type",)),
+    "structure-ood": Bench("data/mini/structure_ood.jsonl", by=("answer_type",)),
+    "transform-id": Bench("data/mini/transform_id.jsonl", by=("steps",)),
+    "transform-left": Bench("data/mini/transform_left.jsonl", by=("steps",)),
+    "transform-right": Bench("data/mini/transform_right.jsonl", by=("steps",)),
+    "mathvision": Bench("data/mathvision/test.jsonl", 3040),
 }
+# Name -> benchmarks; its scores are theirs, averaged with equal weights whatever their sizes.
+AVERAGES = {
+    "counting": ("counting-id", "counting-ood"),
+    "structure": ("structure-id", "structure-ood"),
+    "transform": ("transform-id", "transform-left", "transform-right"),
+}
+# What is measured beside accuracy, by answer type: a reward, averaged over the rows of that type.
+SCORES = {"calls": {"partial": functions}}
 
 
 @dataclass(frozen=True)
 class Config:
     bench: tuple[str, ...] = ()  # benchmarks: NAME, NAME=PATH or PATH; none given = all whose data is present
-    model: str = "out/grpo"  # Hub id, model folder or run directory
+    model: tuple[str, ...] = ("out/grpo",)  # Hub ids, model folders or run directories
     engine: str = "hf"  # hf (transformers) | vllm (in this process) | api (an OpenAI-compatible server)
     limit: int = 0  # first rows of each benchmark only, 0 = all
     image: tuple[str, ...] = ()  # answer one question about these images instead
@@ -87,7 +108,7 @@ class Config:
     tp: int = 1  # GPUs that share one vLLM engine (tensor parallel)
     gpu_memory_utilization: float = 0.9  # share of the GPU that vLLM may use
     base_url: str = "http://localhost:8000/v1"  # api: where the server is
-    api_model: str = ""  # api: the model's name at the server, "" = the first that it lists
+    api_model: tuple[str, ...] = ()  # api: names of models at the server, none = the first that it lists
     concurrency: int = 16  # api: requests in flight at most
     timeout: float = 300.0  # api: seconds to wait for one answer
     retries: int = 5  # api: further attempts per row, ever longer apart
@@ -396,9 +417,9 @@ def truncate(logits, cfg):
 
 
 def find_benches(names):
-    """--bench as [(name, path, official size)]. Raises ValueError for an unknown name or missing data."""
+    """--bench as [(name, Bench)]. Raises ValueError for an unknown name or missing data."""
     if not names:
-        present = [(name, path, size) for name, (path, size) in BENCHES.items() if Path(path).exists()]
+        present = [(name, bench) for name, bench in BENCHES.items() if Path(bench.path).exists()]
         if not present:
             raise ValueError("no benchmark data found; `python data_prep.py` makes the mini suite")
         return present
@@ -406,9 +427,9 @@ def find_benches(names):
     for name in names:
         key, _, path = name.partition("=")
         if key in BENCHES:
-            found.append((key, path or BENCHES[key][0], BENCHES[key][1]))
+            found.append((key, BENCHES[key]._replace(path=path or BENCHES[key].path)))
         elif Path(name).exists():
-            found.append((Path(name).stem, name, 0))
+            found.append((Path(name).stem, Bench(name)))
         else:
             near = difflib.get_close_matches(key, BENCHES, 1, 0)[0]
             raise ValueError(f"unknown benchmark {name}; did you mean {near}? "
@@ -570,15 +591,21 @@ def ask_rows(records, model, cfg):
         pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not have to wait for all other rows
 
 
-def open_engine(cfg):
-    """(the model's name, a function records -> iterator of (record, reply)). Raises ValueError or OSError."""
+def model_names(cfg):
+    """The models to evaluate, as their rows will name them. Raises ValueError."""
     if cfg.engine == "api":
-        model = cfg.api_model or served_model(cfg)
-        return model, partial(ask_rows, model=model, cfg=cfg)
-    path, device = resolve_model(cfg.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoProcessor.from_pretrained(path)
-    engine = build_engine(path, processor, cfg, device)
-    return path, partial(answer_rows, engine=engine, processor=processor, cfg=cfg)
+        return list(cfg.api_model) or [served_model(cfg)]
+    return [resolve_model(model) for model in cfg.model]
+
+
+def open_engine(model, cfg):
+    """A function records -> iterator of (record, reply). Raises ValueError or OSError."""
+    if cfg.engine == "api":
+        return partial(ask_rows, model=model, cfg=cfg)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = AutoProcessor.from_pretrained(model)
+    engine = build_engine(model, processor, cfg, device)
+    return partial(answer_rows, engine=engine, processor=processor, cfg=cfg)
 
 
 def eval_folder(model):
@@ -594,38 +621,133 @@ def write_rows(path, rows):
     os.replace(unfinished, path)
 
 
-def run_bench(name, records, answer, folder, settings):
-    """Answer what BENCH.jsonl does not hold yet under the same settings; return (summary, failed rows).
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
-    answer: records -> iterator of (record, reply), in any order. The finished file is in the records' order.
-    """
-    path, began = folder / f"{name}.jsonl", time.time()
+
+def answered(path, records, settings):
+    """{id: row} of the records that BENCH.jsonl has an answer to under the same settings."""
     lines = path.read_text().splitlines(True) if path.exists() else []
-    kept = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
     wanted = {r["id"] for r in records}
-    done = {row["id"]: row for row in kept
+    return {row["id"]: row for row in rows
             if row["settings"] == settings and row["id"] in wanted and "error" not in row}
+
+
+def graded(record, reply, settings):
+    """The line of BENCH.jsonl for a reply."""
+    response = reply["response"]
+    scores = {name: score(response, record) for name, score in SCORES.get(record["answer_type"], {}).items()}
+    return {"id": record["id"], "question": record["question"], "answer": record["answer"], **reply,
+            "extracted": extract_answer(response), "correct": accuracy(response, record), "scores": scores,
+            "settings": settings}
+
+
+def run_bench(name, records, done, answer, path, settings):
+    """Answer the records that `done` lacks; return all rows in the records' order, which is the file's too.
+
+    answer: records -> iterator of (record, reply), in any order.
+    """
     write_rows(path, done.values())
     with (open(path, "a") as out,
           tqdm(total=len(records), initial=len(done), desc=name, dynamic_ncols=True) as bar):
-        for record, reply in answer([r for r in records if r["id"] not in done]):
-            done[record["id"]] = row = {
-                "id": record["id"], "question": record["question"], "answer": record["answer"], **reply,
-                "extracted": extract_answer(reply["response"]),
-                "correct": accuracy(reply["response"], record), "settings": settings}
+        for record, reply in answer([r for r in records if r["id"] not in done]) if answer else ():
+            done[record["id"]] = row = graded(record, reply, settings)
             out.write(json.dumps(row) + "\n")
             out.flush()
             bar.update()
-    rows, n = [done[r["id"]] for r in records], len(records)
+    rows = [done[r["id"]] for r in records]
     write_rows(path, rows)
-    failed = [f"{name} {row['id']}: {row['error']}" for row in rows if "error" in row]
-    right = sum(row["correct"] for row in rows) / n
-    return {"bench": name, "n": n, "accuracy": round(right, 4), "ci95": wilson(right, n),
+    return rows
+
+
+def score_of(rows):
+    """n, accuracy, and the means of the further scores of those rows that have them."""
+    names = dict.fromkeys(name for row in rows for name in row["scores"])
+    each = {name: [row["scores"][name] for row in rows if name in row["scores"]] for name in names}
+    return {"n": len(rows), "accuracy": round(sum(row["correct"] for row in rows) / len(rows), 4),
+            "scores": {name: round(sum(values) / len(values), 4) for name, values in each.items()}}
+
+
+def summarise(name, bench, records, rows, seconds):
+    """One entry of summary.json: a benchmark's scores, whole and by each value of each field in bench.by."""
+    n, whole, by = len(rows), score_of(rows), {}
+    for field in bench.by:
+        groups = {}
+        for record, row in zip(records, rows):
+            value = record.get(field, record.get("meta", {}).get(field))
+            groups.setdefault(str(value), []).append(row)
+        by[field] = {value: score_of(groups[value]) for value in sorted(groups)}
+    return {"bench": name, **whole, "ci95": wilson(whole["accuracy"], n), "by": by,
             "truncated": round(sum(row["truncated"] for row in rows) / n, 4),
             "parse_failed": round(sum(row["extracted"] is None for row in rows) / n, 4),
-            "failed": len(failed),
-            "tokens": round(sum(row["tokens"] for row in rows) / n, 1),
-            "seconds": round(time.time() - began, 1)}, failed
+            "failed": sum("error" in row for row in rows),
+            "tokens": round(sum(row["tokens"] for row in rows) / n, 1), "seconds": round(seconds, 1)}
+
+
+def run_model(model, name, loaded, cfg):
+    """Run benchmarks [(name, Bench, records)] with one model; return their summary and the failed rows.
+
+    `name` is where its results go. The model is loaded only if a row lacks an answer.
+    """
+    folder = eval_folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    sampling = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_pixels")
+    settings = {"engine": cfg.engine, "model": model, **{name: getattr(cfg, name) for name in sampling}}
+    done = [answered(folder / f"{bench}.jsonl", records, settings) for bench, _, records in loaded]
+    todo = any(len(own) < len(records) for own, (_, _, records) in zip(done, loaded))
+    answer, summary, failed = open_engine(model, cfg) if todo else None, [], []
+    for own, (key, bench, records) in zip(done, loaded):
+        began = time.time()
+        rows = run_bench(key, records, own, answer, folder / f"{key}.jsonl", settings)
+        summary.append(summarise(key, bench, records, rows, time.time() - began))
+        failed += [f"{key} {row['id']}: {row['error']}" for row in rows if "error" in row]
+        write_json(folder / "summary.json", summary)
+    return summary, failed
+
+
+def with_averages(summary):
+    """A summary and the averages in AVERAGES whose benchmarks it has, each with its rule in words."""
+    by_name, out = {entry["bench"]: entry for entry in summary}, list(summary)
+    for name, parts in AVERAGES.items():
+        own = [by_name[part] for part in parts if part in by_name]
+        if len(own) == len(parts):
+            out.append({"bench": f"{name} average", "rule": f"mean of {', '.join(parts)}, each alike",
+                        "n": sum(entry["n"] for entry in own), "by": {},
+                        "accuracy": sum(entry["accuracy"] for entry in own) / len(own),
+                        "scores": {key: sum(entry["scores"][key] for entry in own) / len(own)
+                                   for key in own[0]["scores"]}})
+    return out
+
+
+def comparison(found):
+    """Markdown lines for {model: with_averages(summary)}: a line per benchmark and group, a column per model.
+
+    A cell is the accuracy in percent, and behind it the further scores.
+    """
+    def cell(entry):
+        return " ".join([f"{100 * entry['accuracy']:.1f}",
+                         *(f"({name} {100 * value:.1f})" for name, value in entry["scores"].items())])
+
+    lines = [f"| benchmark | n | {' | '.join(found)} |", "|---|---|" + "---|" * len(found)]
+    for entries in zip(*found.values()):
+        first = entries[0]
+        lines.append(f"| {first['bench']} | {first['n']} | {' | '.join(map(cell, entries))} |")
+        for field, groups in first["by"].items():
+            lines += [f"| {first['bench']}, {field} {value} | {group['n']} | "
+                      + " | ".join(cell(entry["by"][field][value]) for entry in entries) + " |"
+                      for value, group in groups.items()]
+    rules = {entry["bench"]: entry["rule"] for entry in next(iter(found.values())) if "rule" in entry}
+    return lines + ["", *(f"{name}: {rule}" for name, rule in rules.items())] if rules else lines
+
+
+def details(summary):
+    """Markdown lines on one model's run: intervals, and what the responses were like."""
+    lines = ["| benchmark | 95 % interval | truncated | no answer | tokens | seconds |",
+             "|---|---|---|---|---|---|"]
+    return lines + [f"| {s['bench']} | {100 * s['ci95'][0]:.1f} - {100 * s['ci95'][1]:.1f} "
+                    f"| {100 * s['truncated']:.1f} % | {100 * s['parse_failed']:.1f} % "
+                    f"| {s['tokens']} | {s['seconds']} |" for s in summary]
 
 
 def check(cfg):
@@ -648,41 +770,40 @@ def check(cfg):
 
 
 def main(cfg):
-    """Open the engine once, then answer the one question or run the benchmarks and print their table."""
+    """Answer the one question, or run the benchmarks with every model and print their table."""
     disable_progress_bar()
     try:
         check(cfg)
-        loaded = [(name, read_records(source, need=("answer",)), size) for name, source, size in
-                  (find_benches(cfg.bench) if not cfg.image else [])]
-        model, answer = open_engine(cfg)
-        folder = eval_folder(model if cfg.engine == "api" else cfg.model)
-        folder.mkdir(parents=True, exist_ok=True)
+        models = model_names(cfg)
+        if cfg.image:
+            record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text",
+                      "task": cfg.task}
+            (_, reply), = open_engine(models[0], cfg)([record])
+            sys.exit(f"eval.py: {reply['error']}") if "error" in reply else print(reply["response"])
+            return
+        loaded = [(name, bench, read_records(bench.path, need=("answer",)))
+                  for name, bench in find_benches(cfg.bench)]
+        for name, bench, records in loaded:
+            if bench.size and len(records) != bench.size:
+                print(f"{name}: {len(records)} rows, the official split has {bench.size}: "
+                      "not comparable with published numbers")
+        loaded = [(name, bench, records[:cfg.limit or None]) for name, bench, records in loaded]
+        found, failed = {}, []
+        for model, name in zip(models, models if cfg.engine == "api" else cfg.model):
+            found[model], lost = run_model(model, name, loaded, cfg)
+            failed += [f"{model}: {line}" for line in lost] if len(models) > 1 else lost
     except (ValueError, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
-    if cfg.image:
-        record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text",
-                  "task": cfg.task}
-        (_, reply), = answer([record])
-        sys.exit(f"eval.py: {reply['error']}") if "error" in reply else print(reply["response"])
-        return
-    sampling = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_pixels")
-    settings = {"engine": cfg.engine, "model": model, **{name: getattr(cfg, name) for name in sampling}}
-    summary, failed = [], []
-    for name, records, size in loaded:
-        if size and len(records) != size:
-            print(f"{name}: {len(records)} rows, the official split has {size}: "
-                  "not comparable with published numbers")
-        result, lost = run_bench(name, records[:cfg.limit or None], answer, folder, settings)
-        summary, failed = [*summary, result], failed + lost
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"\n{model} ({cfg.engine}), temperature {cfg.temperature:g}, at most {cfg.max_new_tokens} tokens\n")
-    print("| benchmark | n | accuracy | 95 % interval | truncated | no answer | tokens | seconds |")
-    print("|---|---|---|---|---|---|---|---|")
-    for s in summary:
-        print(f"| {s['bench']} | {s['n']} | {100 * s['accuracy']:.1f} "
-              f"| {100 * s['ci95'][0]:.1f} - {100 * s['ci95'][1]:.1f} "
-              f"| {100 * s['truncated']:.1f} % | {100 * s['parse_failed']:.1f} % "
-              f"| {s['tokens']} | {s['seconds']} |")
+    folder = eval_folder(name) if len(models) == 1 else Path("out/eval")
+    table = {model: with_averages(summary) for model, summary in found.items()}
+    lines = [f"{cfg.engine}, temperature {cfg.temperature:g}, at most {cfg.max_new_tokens} tokens", "",
+             *comparison(table)]
+    for model, summary in found.items():
+        lines += ["", model, "", *details(summary)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    write_json(folder / "table.json", table)
+    print("", *lines, sep="\n")
     if failed:
         print(f"\n{len(failed)} failed, counted as wrong; the same command asks them again:", *failed[:10],
               *([f"and {len(failed) - 10} more"] if len(failed) > 10 else []), sep="\n")
