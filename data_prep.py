@@ -896,10 +896,18 @@ def draw_board(cells: list, style: str, draw: Callable) -> Image.Image:
     return image
 
 
+SIDES = {"left": 3, "right": -3}  # pixels by which the nearest row moves in a view from that side
+
+
 def draw_object(pen, x: int, y: int, cell: tuple[str, str], style: str) -> None:
-    """(colour, shape) in the cell at x, y; style "ood" draws it smaller."""
+    """(colour, shape) in the cell at x, y.
+
+    Style "ood" draws it smaller; a view from the "left" or "right" narrower, near and far rows set off.
+    """
     colour, shape = cell
-    box = (x + 9, y + 7, x + 24, y + 22) if style == "ood" else (x + 5, y + 5, x + 26, y + 26)
+    x += SIDES.get(style, 0) * (y // CELL - 1)
+    box = (x + 9, y + 7, x + 24, y + 22) if style == "ood" else (
+        (x + 6, y + 5, x + 25, y + 26) if style in SIDES else (x + 5, y + 5, x + 26, y + 26))
     (pen.ellipse if shape in ("round", "sphere") else pen.rectangle)(box, fill=COLOURS[colour], outline=INK)
 
 
@@ -976,7 +984,6 @@ def structure_example(rng: random.Random, i: int, split: str) -> dict:
 
 MOVES = {"front": (1, 0), "behind": (-1, 0), "left": (0, -1), "right": (0, 1), "front_left": (1, -1),
          "front_right": (1, 1), "behind_left": (-1, -1), "behind_right": (-1, 1)}  # (down, right)
-TURNS = {"left": 15, "right": -15}  # degrees by which the second view is turned
 
 
 def apply_calls(objects: dict, answer: str) -> dict:
@@ -1000,7 +1007,9 @@ def apply_calls(objects: dict, answer: str) -> dict:
 
 
 def transform_example(rng: random.Random, i: int, split: str) -> dict:
-    """Two views of 3 or 4 objects, no two alike, and 1..3 calls between them, at most one for an object.
+    """3 or 4 objects, no two alike, before and after 1..3 calls, at most one for an object.
+
+    In the splits left and right the second picture is taken from that side.
 
     The thought looks for every object where it was: what is there now, else where it went, and the call.
     """
@@ -1025,16 +1034,15 @@ def transform_example(rng: random.Random, i: int, split: str) -> dict:
         if apart and len({(o["shape"], o["color"]) for o in end.values()}) == len(end):
             break
     before, after = ({o["cell"]: (o["color"], o["shape"]) for o in scene.values()} for scene in (start, end))
-    first, second = (draw_board([scene.get(k) for k in range(9)], split, draw_object)
-                     for scene in (before, after))
     words = []
     for name, o in start.items():
         there = after.get(o["cell"], ("none", CELLS[end[name]["cell"]]))
         words += [name, o["color"], o["shape"], CELLS[o["cell"]], *there, calls.get(name, "same")]
     listed = ", ".join(str((k, *list(o.values())[:-1])) for k, o in start.items())
-    second = second.rotate(TURNS.get(split, 0), Image.Resampling.BICUBIC, fillcolor=PLAIN)
+    pictures = [draw_board([scene.get(k) for k in range(9)], style, draw_object)
+                for scene, style in ((before, "train"), (after, split))]
     return {"question": f"Objects: {listed}.", "answer": answer, "answer_type": "calls",
-            "thought": " ".join(words), "pictures": [first, second],
+            "thought": " ".join(words), "pictures": pictures,
             "meta": {"objects": start, "steps": len(calls)}}
 
 

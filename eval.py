@@ -626,12 +626,12 @@ def write_json(path, value):
 
 
 def answered(path, records, settings):
-    """{id: row} of the records that BENCH.jsonl has an answer to under the same settings."""
+    """{id: row} of the records that BENCH.jsonl answers under the same settings, if they are unchanged."""
     lines = path.read_text().splitlines(True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-    wanted = {r["id"] for r in records}
-    return {row["id"]: row for row in rows
-            if row["settings"] == settings and row["id"] in wanted and "error" not in row}
+    wanted = {(r["id"], r["question"], r["answer"]) for r in records}
+    return {row["id"]: row for row in rows if row["settings"] == settings and "error" not in row
+            and (row["id"], row["question"], row["answer"]) in wanted}
 
 
 def graded(record, reply, settings):
@@ -693,13 +693,15 @@ def run_model(model, name, loaded, cfg):
     folder = eval_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     sampling = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_pixels")
-    settings = {"engine": cfg.engine, "model": model, **{name: getattr(cfg, name) for name in sampling}}
-    done = [answered(folder / f"{bench}.jsonl", records, settings) for bench, _, records in loaded]
+    shared = {"engine": cfg.engine, "model": model, **{name: getattr(cfg, name) for name in sampling}}
+    settings = [shared | {"data": bench.path} for _, bench, _ in loaded]
+    done = [answered(folder / f"{key}.jsonl", records, own)
+            for (key, _, records), own in zip(loaded, settings)]
     todo = any(len(own) < len(records) for own, (_, _, records) in zip(done, loaded))
     answer, summary, failed = open_engine(model, cfg) if todo else None, [], []
-    for own, (key, bench, records) in zip(done, loaded):
+    for (key, bench, records), own, own_settings in zip(loaded, done, settings):
         began = time.time()
-        rows = run_bench(key, records, own, answer, folder / f"{key}.jsonl", settings)
+        rows = run_bench(key, records, own, answer, folder / f"{key}.jsonl", own_settings)
         summary.append(summarise(key, bench, records, rows, time.time() - began))
         failed += [f"{key} {row['id']}: {row['error']}" for row in rows if "error" in row]
         write_json(folder / "summary.json", summary)
