@@ -897,6 +897,7 @@ def draw_board(cells: list, style: str, draw: Callable) -> Image.Image:
 
 
 SIDES = {"left": 3, "right": -3}  # pixels by which the nearest row moves in a view from that side
+BOXES = {"ood": (9, 7, 24, 22), "left": (6, 5, 25, 26), "right": (6, 5, 25, 26)}  # of an object in its cell
 
 
 def draw_object(pen, x: int, y: int, cell: tuple[str, str], style: str) -> None:
@@ -906,8 +907,7 @@ def draw_object(pen, x: int, y: int, cell: tuple[str, str], style: str) -> None:
     """
     colour, shape = cell
     x += SIDES.get(style, 0) * (y // CELL - 1)
-    box = (x + 9, y + 7, x + 24, y + 22) if style == "ood" else (
-        (x + 6, y + 5, x + 25, y + 26) if style in SIDES else (x + 5, y + 5, x + 26, y + 26))
+    box = [start + side for start, side in zip((x, y, x, y), BOXES.get(style, (5, 5, 26, 26)))]
     (pen.ellipse if shape in ("round", "sphere") else pen.rectangle)(box, fill=COLOURS[colour], outline=INK)
 
 
