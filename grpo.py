@@ -81,7 +81,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_prep import build_messages, load_image, newest_step, read_records, resolve_model
-from rewards import REWARDS, accuracy, parse_reward_spec, reflections
+from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ class Config:
     kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
     loss_mean: str = "token"  # token | sequence
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
+    length_bonus: float = 0.0  # weight of a bonus for the shorter responses of a group, 0.05 in Reason-RFT
+    length_after: int = 800  # steps before that bonus counts
     truncated: str = "keep"  # responses cut at max_new_tokens: keep | zero (reward 0) | mask (no gradient)
     updates: int = 1  # optimizer updates per batch of rollouts
     # methods (README, "Recipes"): selective sample replay, forced rethinking, staged lengths
@@ -1341,6 +1343,12 @@ def main(cfg):
                 weight * part[name] for name, weight in spec.items())
             solved = part["accuracy"] if "accuracy" in part else accuracy(r.text, record)
             parts.append({**part, "solved": solved == 1})
+        if cfg.length_bonus and step >= cfg.length_after:
+            for i in range(0, len(rollouts), cfg.group_size):
+                group, own = rollouts[i:i + cfg.group_size], parts[i:i + cfg.group_size]
+                bonuses = length_bonus([len(r.text) for r in group], [part["solved"] for part in own])
+                for r, bonus in zip(group, bonuses):
+                    r.reward += cfg.length_bonus * bonus
         seconds["time/score"] = tick()
 
         # 4. advantages within each group

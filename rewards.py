@@ -611,6 +611,19 @@ def steps(response: str, record: dict) -> float:
     return min(len(STEP.findall(response)), 3) / 3
 
 
+def length_bonus(lengths: list[int], right: list[bool]) -> list[float]:
+    """Reason-RFT's optional length reward (arXiv 2503.20752) for one group of responses: from -0.5 to 0.5.
+
+    From 0.5 for the shortest to -0.5 for the longest, linear between; a wrong response never gains. All 0.0
+    if the lengths (the released code: characters) are equal. No entry of REWARDS, since it needs the group.
+    """
+    short, long = min(lengths), max(lengths)
+    if short == long:
+        return [0.0] * len(lengths)
+    bonus = [0.5 - (length - short) / (long - short) for length in lengths]
+    return [b if ok else min(0.0, b) for b, ok in zip(bonus, right)]
+
+
 REWARDS = {"accuracy": accuracy, "format": format_think_answer, "hfrrf": hfrrf, "boxed": boxed,
            "vl_rethinker": vl_rethinker, "format_legacy": format_legacy, "discrete": discrete,
            "numeric": numeric, "functions": functions, "functions_full": functions_full,

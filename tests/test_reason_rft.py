@@ -342,3 +342,12 @@ def test_the_same_flags_give_the_same_bytes(tmp_path):
     first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     data_prep.main(dataclasses.replace(cfg, seed=9))
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+# ----- rewards of a group -----
+@pytest.mark.parametrize("lengths, right, expected", [
+    ([34, 83, 133], [1, 1, 0], [0.025, 0.000253, -0.025]), ([34, 83, 133], [0, 0, 0], [0, 0, -0.025]),
+    ([7, 7, 7], [1, 0, 1], [0, 0, 0]), ([20, 10], [1, 1], [-0.025, 0.025]),
+])
+def test_length_bonus(lengths, right, expected):
+    assert [0.05 * b for b in rewards.length_bonus(lengths, right)] == pytest.approx(expected, abs=1e-6)

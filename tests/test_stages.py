@@ -200,6 +200,14 @@ def test_no_effective_group_leaves_the_weights_alone(work):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_the_length_bonus_starts_at_its_step(work):
+    """Wrong responses of equal reward differ once the longer ones of a group lose something."""
+    run(work, *GRPO, "--reward", "format=1", "--length_bonus", "0.05", "--length_after", "2", "--steps", "2",
+        "--out", "short")
+    before, after = [row["groups/effective_frac"] for row in metrics(work / "short") if row["step"]]
+    assert before == 0 < after
+
+
 BAD = {
     "unknown flag": (["--lrr", "1"], "--lr"),
     "ill-typed flag": (["--steps", "many"], "--steps"),
