@@ -887,12 +887,12 @@ def draw_board(cells: list, style: str, draw: Callable) -> Image.Image:
     Style "ood" is another look of the same content, on grey.
     """
     image = Image.new("RGB", (3 * CELL, 3 * CELL), GREY if style == "ood" else PLAIN)
-    pen = ImageDraw.Draw(image)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default_imagefont()
     for i, cell in enumerate(cells):
         x, y = CELL * (i % 3), CELL * (i // 3)
         if cell:
             draw(pen, x, y, cell, style)
-        pen.text((x + 1, y - 1), CELLS[i], fill=INK, font=ImageFont.load_default_imagefont())
+        pen.text((x + 1, y - 1), CELLS[i], fill=INK, font=font)
     return image
 
 
