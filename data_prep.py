@@ -5,26 +5,34 @@ A record is one JSON line, or the same dict in memory:
     question     str   may hold one `<image>` per image; without any, all images come before the text
     images       list  paths relative to the file (absolute once read), PIL images, or {"bytes", "path"} dicts
                        as `datasets` stores them; may be empty
-    answer       str   the gold answer: an option's letter, function calls, else bare text or LaTeX without
-                       $ or \boxed
+    answer       str   the gold answer: an option's letter (several: "A, C"), function calls, else bare text
+                       or LaTeX without $ or \boxed
     answer_type  str   one of rewards.ANSWER_TYPES: how a response is prompted for and graded
     choices      list  optional: option texts in order, the first one is A
     precision    int   optional: decimals to which a number is compared
     response     str   optional: a full target response, what sft.py learns
     task, source str   optional: `task` may pick a prompt, both group metrics
-    meta         dict  optional: anything else worth keeping
-RL and evaluation need `answer`, SFT needs `response`. An absent `answer_type` is inferred on reading.
+    meta         dict  optional: anything else worth keeping; `accepted` lists further answers that are right
+RL needs `answer`, SFT needs `response`. An absent `answer_type` is inferred on reading.
 
-A .jsonl, .json, .parquet or .arrow file, a folder or a Hub id is read if its columns are those of
+A .jsonl, .json, .parquet, .arrow or .tsv file, a folder of them or a Hub id is read if its columns are of
     records       the schema above
     MATH-Vision   id, question, options, answer, image, level, subject (the Hub form adds decoded_image)
+    MathVista     question, image, choices, unit, precision, answer_type, metadata
+    MathVerse     problem_version, question, answer, image, metadata
+    MMMU, -Pro    id, options, answer, and question and image_1 .. image_7, or image (vision)
+    MEGA-Bench    task_name, query_text, query_media, answer, metric_info, ..
+                  (some metrics; data.zip must have been unpacked beside the file)
+    Geometry3K    annotat_text, choices, answer: ID/data.json and ID/img_diagram.png, as first published
     RISE          problem, image, image_path, target, and answer or solution
-    EasyR1        images, problem, answer (Geometry3K; its letter column `ground_truth` is not the answer)
+    EasyR1        images, problem, answer (Geometry3K on the Hub; its letters in `ground_truth` are ignored)
     ViRL39K       question, answer, image, qid, category, source, PassRate_32BTrained, PassRate_7BBase
                   (39Krelease.parquet, or its folder; images.zip must have been unpacked beside it)
     Reason-RFT    id, image, problem, cot, and answer or solution (its meta-JSON; `cot` is not read here)
     ShareGPT      messages (one user, one assistant), and image or images: LLaMA-Factory's layout
-    generic       question or problem; answer or solution; images or image; choices or options, if any
+    generic       question or problem; answer or solution; images, image or image_1, ..; if any, choices,
+                  options or A, B, ..; hint or context (EMMA, ScienceQA, VLMEvalKit's TSV files)
+A Hub id may name a configuration, `MMMU/MMMU:Art`, or with `MMMU/MMMU:*` all of them one after the other.
 
     python data_prep.py --source records --input hiyouga/geometry3k --split test --out data/geometry3k
     python data_prep.py --source records --input downloads/test.parquet --out data/mathvision
@@ -43,6 +51,9 @@ out with its reason. A rejected row is not replaced by a later one.
 Every error is a ValueError of one line that names the file or id at fault.
 """
 import argparse
+import ast
+import base64
+import csv
 import dataclasses
 import difflib
 import functools
@@ -107,7 +118,7 @@ def check_record(record: dict, where: str, need: tuple = ("answer",)) -> dict:
     if kind == "choice" and not choices:
         refuse("choices", "is missing, and answer_type is 'choice'")
     letters = LETTERS[:len(choices)]
-    if kind == "choice" and record.get("answer", "A") not in letters:
+    if kind == "choice" and not set(record.get("answer", "A").split(", ")) <= set(letters):
         refuse("answer", f"must be a letter A-{letters[-1]}, not {record['answer']!r}")
     places = "\n".join([record["question"], *choices]).count("<image>")
     if places not in (0, len(record["images"])):
@@ -216,8 +227,14 @@ def image_bytes(ref: str | Path | dict) -> bytes:
 
 
 # ----- formats -----
-ROLES = {"question": ("question", "problem"), "answer": ("answer", "solution"), "response": ("response",),
-         "image": ("images", "decoded_image", "image", "image_path")}
+ROLES = {"id": ("id", "pid", "qid", "sample_index", "index"), "question": ("question", "problem"),
+         "context": ("hint", "context"), "choices": ("choices", "options"),
+         "answer": ("answer", "solution"), "response": ("response",),
+         "image": ("images", "decoded_image", "image", "image_path", "image_1")}
+# columns that from_generic keeps in meta
+FACTS = ("subject", "category", "l2-category", "topic", "skill", "task", "grade", "level", "type", "subfield",
+         "topic_difficulty", "problem_type_goal")
+MARK = re.compile(r"<image[ _]?(\d+)>")
 # no answer holds control characters: they are \alpha, \boxed, \vec, \frac that lost an escape on their way
 BROKEN_ESCAPES = str.maketrans({"\a": r"\a", "\b": r"\b", "\v": r"\v", "\f": r"\f"})
 BALANCED = r"[^{}]*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}[^{}]*)*"  # braces at most two deep
@@ -269,10 +286,43 @@ def pick(row: dict, role: str):
     return next((value for value in values if value not in ("", [])), values[0] if values else None)
 
 
+def literal(value):
+    """The Python list or dict that a string spells, as text formats store them; anything else as it is."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value
+
+
+def as_list(value) -> list:
+    """The items of a list, or of a string that spells one; a single value is one item, an empty one none."""
+    value = literal(value)
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
+
+
 def row_images(row: dict) -> list:
     """The row's images, be there none, one or many, as paths or as bytes."""
-    images = pick(row, "image") or []
-    return images if isinstance(images, list) else [images]
+    return as_list(pick(row, "image"))
+
+
+def place_images(texts: list[str], images: dict) -> tuple[list[str], list]:
+    """Turn the marks <image 1>, <image_2>, .. into `<image>`; returns the texts and the images in that order.
+
+    An image without a mark comes before the first text; a mark met again, or without an image, becomes words.
+    """
+    placed = []
+
+    def place(mark):
+        if (k := int(mark[1])) in placed or k not in images:
+            return f"(image {k})"
+        placed.append(k)
+        return "<image>"
+
+    texts = [MARK.sub(place, text) for text in texts]
+    if not placed:
+        return texts, [*images.values()]
+    rest = [k for k in images if k not in placed]
+    return ["<image>" * len(rest) + texts[0], *texts[1:]], [images[k] for k in rest + placed]
 
 
 def from_record(row: dict, index: int) -> dict:
@@ -283,15 +333,15 @@ def from_record(row: dict, index: int) -> dict:
 def from_mathvision(row: dict, index: int) -> dict:
     """MATH-Vision: <image1>..<image7> name parts of one composite picture, so they turn into words."""
     def mention(text):
-        return re.sub(r"<image(\d+)>", r"(image \1)", text).strip()
+        return MARK.sub(r"(image \1)", text).strip()
 
-    choices = [mention(option) for option in row["options"]]
+    choices = [mention(option) for option in as_list(pick(row, "choices"))]
     bare = [option.strip("().") for option in choices]
     if bare == LETTERS[:len(bare)]:  # options drawn in the picture have only a name here: "(A)", "A)" or "A"
         choices = bare
-    return {"id": str(row["id"]), "question": mention(row["question"]), "images": row_images(row),
+    return {"id": str(pick(row, "id")), "question": mention(row["question"]), "images": row_images(row),
             **answer_fields(row["answer"], choices), "source": "mathvision",
-            "meta": {"level": row["level"], "subject": row["subject"]}}
+            "meta": {"level": int(row["level"]), "subject": row.get("subject") or row["category"]}}
 
 
 def from_rise(row: dict, index: int) -> dict:
@@ -437,12 +487,103 @@ def from_sharegpt(row: dict, index: int) -> dict:
 
 
 def from_generic(row: dict, index: int) -> dict:
-    """Any row with a question, images, and an answer or a response."""
-    ids = (row[column] for column in ("id", "pid", "qid", "sample_index") if row.get(column) is not None)
-    precision = row.get("precision")
-    return {"id": str(next(ids, index)), "question": pick(row, "question"), "images": row_images(row),
-            **answer_fields(pick(row, "answer"), row.get("choices") or row.get("options")),
-            "precision": precision if precision is None else int(precision), "response": row.get("response")}
+    """Any row with a question, images, and an answer or a response; options in a list or columns A, B, .."""
+    options = as_list(pick(row, "choices")) or [row[letter] for letter in LETTERS if row.get(letter)]
+    numbered = {k: row[f"image_{k}"] for k in range(1, 10) if row.get(f"image_{k}")}
+    texts = ["\n".join(filter(None, (pick(row, "context"), pick(row, "question")))), *map(str, options)]
+    (question, *choices), images = place_images(texts, numbered or dict(enumerate(row_images(row), 1)))
+    name, precision = pick(row, "id"), row.get("precision")
+    facts = {fact: row[fact] for fact in FACTS if row.get(fact) is not None}
+    return {"id": str(index if name is None else name), "question": question, "images": images,
+            **answer_fields(pick(row, "answer"), choices), "response": row.get("response"),
+            "precision": None if precision is None else int(float(precision)), "meta": facts or None}
+
+
+def from_mathvista(row: dict, index: int) -> dict:
+    """MathVista: a gold option is its text; what form a number should have belongs to the question."""
+    answer, options, places = row["answer"], as_list(row["choices"]), row["precision"]
+    form = {"integer": "Give a whole number.", "list": "Give a Python list.",
+            "float": f"Decimal places: {places:g}." if places else ""}
+    words = row["question"], row["unit"] and f"(unit: {row['unit']})", form.get(row["answer_type"])
+    answer = LETTERS[options.index(answer)] if answer in options else answer  # an option may be the letter B
+    return from_generic(row | {"question": " ".join(filter(None, words)), "answer": answer}, index) | {
+        "source": "mathvista", "meta": literal(row["metadata"])}
+
+
+def from_mathverse(row: dict, index: int) -> dict:
+    """MathVerse: a question lists its options, or is in the picture (Vision Only). A gold may be several."""
+    question, gold = ((row[column] or "").replace("掳", "°") for column in ("question", "answer"))
+    options = listed_options(question or row.get("question_for_eval") or "")
+    if not options and row["question_type"] == "multi-choice":
+        options = LETTERS[:6]
+    letters = [line.strip("(). ") for line in gold.splitlines()]
+    if set(letters) <= set(LETTERS[:len(options)]):
+        gold = ", ".join(letters)
+    elif gold not in options:
+        options = []
+    return from_generic(row | {"question": question, "choices": options, "answer": gold}, index) | {
+        "source": "mathverse", "task": None if question else "pictured",
+        "meta": {"version": row["problem_version"], **literal(row["metadata"])}}
+
+
+DISCIPLINES = {subject: discipline for discipline, subjects in {
+    "Art and Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health and Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine "
+                           "Pharmacy Public_Health",
+    "Humanities and Social Science": "History Literature Psychology Sociology",
+    "Tech and Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics "
+                            "Energy_and_Power Materials Mechanical_Engineering"}.items()
+    for subject in subjects.split()}
+
+
+def from_mmmu(row: dict, index: int) -> dict:
+    """MMMU, and MMMU-Pro, whose `vision` rows have the question in the picture. A hidden gold is "?"."""
+    subject = row.get("subject") or "_".join(row["id"].split("_")[1:-1])  # validation_Art_Theory_1
+    gold, *accepted = map(str, as_list(row["answer"]))
+    record = from_generic(row | {"answer": None if gold == "?" else gold}, index)
+    facts = {"subject": subject, "discipline": DISCIPLINES.get(subject), "accepted": accepted}
+    return record | {"source": "mmmu", "task": None if row.get("question") else "pictured",
+                     "meta": (record["meta"] or {}) | {fact: value for fact, value in facts.items() if value}}
+
+
+# MEGA-Bench's metrics that a grader of rewards.py stands for. Not covered: answers of several fields, lists,
+# sets and dicts, boxes, points and distances, similarities, programs, plans, and those of a judge model.
+MEGA_BENCH = {"exact_str_match": "text", "exact_str_match_case_insensitive": "text",
+              "simple_str_match": "text", "multi_ref_phrase": "text", "positive_int_match": "number",
+              "latex_expr_equality": "math", "general_single_numerical_match": "number",
+              "boxed_single_numerical_match": "number"}
+
+
+class LeftOut(ValueError):
+    """A sound row that cannot be used here; the message says why."""
+
+
+def from_mega_bench(row: dict, index: int) -> dict:
+    """MEGA-Bench: rows with images and one answer under a metric of MEGA_BENCH. Raises LeftOut for others."""
+    answer, metrics = literal(row["answer"]), literal(row["metric_info"])["field_score_function"]
+    fields = [field for field in answer if not field.startswith("##")]
+    kinds = {MEGA_BENCH.get(metrics.get(field)) for field in fields}
+    media = sum((as_list(row[f"{part}_media"]) for part in ("global", "example", "query")), [])
+    if len(fields) > 1 or None in kinds:
+        raise LeftOut("its metric is not covered")
+    if not all(path.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")) for path in media):
+        raise LeftOut("it shows a video")
+    question = "\n".join(filter(None, (row["task_description"], row["example_text"], row["query_text"])))
+    if question.count("<image>") != len(media):
+        question = question.replace("<image>", "").strip()
+    gold, *accepted = map(clean_answer, as_list(answer[fields[0]]))
+    return {"id": str(row["id"]), "question": question, "images": media, "answer": gold,
+            "answer_type": kinds.pop(), "source": "mega-bench",
+            "meta": {"task": row["task_name"], "accepted": accepted}}
+
+
+def from_geometry3k(row: dict, index: int) -> dict:
+    """Geometry3K as first published: four options, a folder for each problem."""
+    images = [f"{row['id']}/img_diagram.png"]
+    return from_generic(row | {"question": row["annotat_text"], "images": images}, index) | {
+        "source": "geometry3k"}
 
 
 # the first match wins; anything else is from_generic's, if it has a column for every role
@@ -451,6 +592,13 @@ FORMATS = [
     ({"id", "question", "images", "answer_type"}, from_record),
     ({"id", "question", "images", "response"}, from_record),
     ({"id", "question", "options", "answer", "image", "level", "subject"}, from_mathvision),
+    ({"index", "question", "choices", "answer", "image", "level", "category"}, from_mathvision),
+    ({"question", "image", "choices", "unit", "precision", "answer_type", "metadata"}, from_mathvista),
+    ({"problem_version", "question", "answer", "image", "metadata"}, from_mathverse),
+    ({"id", "question", "options", "answer", "image_1"}, from_mmmu),
+    ({"id", "image", "options", "answer", "subject"}, from_mmmu),
+    ({"task_name", "query_text", "query_media", "answer", "metric_info"}, from_mega_bench),
+    ({"id", "annotat_text", "choices", "answer"}, from_geometry3k),
     ({"problem", "image", "image_path", "target"}, from_rise),
     ({"problem", "cot"}, from_reason_rft),
     ({"images", "problem", "answer"}, from_easyr1),
@@ -471,7 +619,8 @@ def detect_format(columns: list[str], need: tuple) -> Callable[[dict, int], dict
 
 
 # ----- reading and writing -----
-FILES = (".jsonl", ".json", ".parquet", ".arrow")
+FILES = (".jsonl", ".json", ".parquet", ".arrow", ".tsv")
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::(.+))?")
 
 
 def read_records(source: str | Path, split: str = "train", need: tuple = ("answer",),
@@ -490,12 +639,15 @@ def read_records(source: str | Path, split: str = "train", need: tuple = ("answe
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
     path = Path(source).absolute()
     folder = path if path.is_dir() else path.parent
-    records = []
+    records, left_out = [], Counter()
     for index, row in enumerate(rows):
         try:
             record = {field: value for field, value in from_format(row, index).items() if value is not None}
         except KeyError as column:
             raise ValueError(f"{source} row {index + 1}: no column {column}") from column
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            continue
         except ValueError as error:
             raise ValueError(f"{source} row {index + 1}: {error}") from error
         if isinstance(record.get("images"), list):
@@ -503,6 +655,8 @@ def read_records(source: str | Path, split: str = "train", need: tuple = ("answe
         kind = "choice" if record.get("choices") else infer_type(str(record.get("answer", "")))
         record.setdefault("answer_type", kind)
         records.append(record)
+    for reason, count in left_out.items():
+        print(f"{source}: left out {count} of {len(rows)} rows: {reason}", file=sys.stderr)
     return check_records(records, str(source), need)
 
 
@@ -513,9 +667,16 @@ def stored_rows(source: str, split: str) -> Iterator[dict]:
         path = release
     if path.is_file() and path.suffix not in FILES:
         raise ValueError(f"not a {', '.join(FILES)} file")
-    if not path.exists() and (path.suffix in FILES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)):
-        raise ValueError("no such file or folder, and not a Hub id (owner/name)")
-    if path.suffix == ".jsonl":
+    if not path.exists() and (path.suffix in FILES or not HUB_ID.fullmatch(source)):
+        raise ValueError("no such file or folder, and not a Hub id (owner/name or owner/name:configuration)")
+    if files := split_files(path, split):
+        for file in files:
+            yield from stored_rows(str(file), split)
+    elif problems := sorted(path.glob("*/data.json")):  # Geometry3K
+        yield from (json.loads(problem.read_text(encoding="utf-8")) for problem in problems)
+    elif path.suffix == ".tsv":
+        yield from tsv_rows(path)
+    elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as lines:
             yield from (json_row(line, number) for number, line in enumerate(lines, 1) if line.strip())
     elif path.suffix == ".json":
@@ -532,6 +693,30 @@ def stored_rows(source: str, split: str) -> Iterator[dict]:
         # arrow format gives images as stored, {"bytes", "path"}: memory holds compressed bytes, not pixels
         for batch in open_dataset(source, split).with_format("arrow").iter(batch_size=64):
             yield from batch.to_pylist()
+
+
+def split_files(path: Path, split: str) -> list[Path]:
+    """A folder's files that are named after a split (test.jsonl, Art/test-00000-of-00001.parquet)."""
+    named = re.compile(rf"(?<![a-z]){re.escape(split)}(?![a-z])")
+    return [file for file in sorted(path.rglob("*")) if file.suffix in (".jsonl", ".json", ".parquet", ".tsv")
+            and named.search(file.name)]
+
+
+def tsv_rows(path: Path) -> Iterator[dict]:
+    """Rows of VLMEvalKit's TSV: an image is base64, a list of that, or short: the row that holds it."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t"))
+    held = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
+    for row in rows:
+        if stored := row.get("image"):
+            try:
+                row["image"] = [{"bytes": base64.b64decode(data), "path": None}
+                                for data in as_list(held[stored] if len(stored) <= 64 else stored)]
+            except (KeyError, ValueError) as error:
+                raise ValueError(f"index {row.get('index')}: image is neither base64 nor a row's index"
+                                 ) from error
+        yield {column: value or None for column, value in row.items()}
 
 
 def json_row(line: str, number: int) -> dict:
@@ -552,7 +737,12 @@ def open_dataset(source: str, split: str):
         return datasets.Dataset.from_file(source)
     saved = [name for name in ("state.json", "dataset_dict.json") if Path(source, name).exists()]
     if not saved:
-        return datasets.load_dataset(source, split=split)
+        name, config = (Path(source).exists() and (source, None)) or HUB_ID.fullmatch(source).groups()
+        if config == "*":
+            configs = datasets.get_dataset_config_names(name)
+            return datasets.concatenate_datasets(
+                [datasets.load_dataset(name, config, split=split) for config in configs])
+        return datasets.load_dataset(name, *filter(None, [config]), split=split)
     table = datasets.load_from_disk(source)
     if saved == ["state.json"]:
         return table

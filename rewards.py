@@ -73,6 +73,11 @@ PROMPTS = {
                " have: ask whether it can be right, check it against the question and the picture, and"
                " repair what does not hold, opening such a pause with a word like \"wait\", \"hmm\" or"
                " \"alternatively\". Close with the result in \\boxed{}.",
+    "pictured": "The picture shows a question. Work it out step by step between <think> and </think>."
+                " Then write only its answer between <answer> and </answer>.",
+    "pictured_choice": "The picture shows a question and its options. Work it out step by step between"
+                       " <think> and </think>. Then write only the letter of the option you choose between"
+                       " <answer> and </answer>.",
     "calls": "{question}\nWork it out step by step between <think> and </think>."
              " Then write only the function "
              "calls, separated by commas, between <answer> and </answer>.",
@@ -95,7 +100,8 @@ HAS_OPTIONS = re.compile(r"\(A\)[\s\S]*\(B\)|^\s*A\s*[.:)]|(?i:\b(?:choice|optio
 def build_prompt(record: dict) -> str:
     """User text of a record: its task's template, for options if there are any, else its answer type's."""
     question, choices = record["question"], record.get("choices") or []
-    if choices and not HAS_OPTIONS.search(question):
+    listed = HAS_OPTIONS.search(question) and all(choice in question for choice in choices)
+    if choices and not listed:
         question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
     task = record.get("task")
     variant = f"{task}_choice" if asks_for_choice(question) else task

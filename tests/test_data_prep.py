@@ -287,7 +287,7 @@ def test_formats(tmp_path, row, expected):
      "no answer column: expected answer or solution, found question, image, label"),
     ('{"question": "Q?", "picture": "a.png", "answer": "3"}', "no image column: expected images or"),
     ('{"text": "Q?", "image": "a.png", "answer": "3"}', "no question column: expected question or problem"),
-    (json.dumps(MATHV) + '\n{"id": "10"}', "row 2: no column 'options'"),
+    (json.dumps(MATHV) + '\n{"id": "10"}', "row 2: no column 'question'"),
     (json.dumps(PAIR | {"answer": "owl"}), "row 1 (id '0'): field 'answer' must be a letter A-B, not 'owl'"),
     (json.dumps(PAIR | {"answer": 5}), "must be a letter A-B, not '5'"),
     ('{"id": "a", "question": "Q?", "images": [], "answer_type": "math", "anwser": "3"}',
@@ -304,12 +304,12 @@ def test_unreadable_files_are_one_line(tmp_path, text, message):
 
 @pytest.mark.parametrize("name, message", [
     ("none.jsonl", "no such file or folder"), ("none.parquet", "no such file or folder"),
-    ("no/such/folder", "no such file or folder"), ("x.tsv", "not a .jsonl, .json, .parquet, .arrow file"),
+    ("no/such/folder", "no such file or folder"), ("x.csv", "not a .jsonl, .json, .parquet, .arrow, .tsv file"),
     ("x.parquet", "Parquet"), ("x.arrow", ""), ("x.json", "Expecting"),
     ("data.json", "expected a list of rows"), ("empty", "The directory"),
 ])
 def test_missing_and_foreign_files(tmp_path, name, message):
-    (tmp_path / "x.tsv").write_text("index\tquestion\n")
+    (tmp_path / "x.csv").write_text("index\tquestion\n")
     (tmp_path / "data.json").write_text('{"version": 1, "data": []}')
     (tmp_path / "empty").mkdir()
     for junk in "x.parquet", "x.arrow", "x.json":
