@@ -1,13 +1,16 @@
 """Evaluation: a checkpoint -> accuracy on benchmarks, or the answer to one question.
 
 Greedy by default. Every row is graded by rewards.accuracy, the same function that training rewards. A row
-that could not be read or answered counts as wrong, stays in the denominator and is listed after the table.
+that could not be read or answered counts as wrong, stays in the denominator and is listed after the table;
+one without an `answer` is answered, not graded.
 
     python eval.py --bench                   # every benchmark whose data is present, newest step of out/grpo
     python eval.py --bench counting-id counting-ood --model out/sft
     python eval.py --bench counting-id counting-ood --model out/sft out/grpo     # one table
     python eval.py --bench mathvision=test.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --max_new_tokens 2048
+    python eval.py --bench mathvista mmmu    # from data/, else the Hub
     python eval.py --bench my_records.jsonl  # any file that data_prep can read
+    python eval.py --bench --n 8 --temperature 0.6 --top_p 0.95   # accuracy is pass@1 over 8 samples; maj@8
     python eval.py --image photo.jpg --prompt "What is unusual here?" --model Qwen/Qwen2.5-VL-7B-Instruct
     python eval.py --bench --engine vllm --model out/grpo
 
@@ -18,6 +21,12 @@ Any OpenAI-compatible server will do, also a proprietary model's: the key is rea
 nowhere but into the request. Images travel as PNG, so the server sees the pixels that the other engines see.
 
     OPENAI_API_KEY=... python eval.py --engine api --base_url https://HOST/v1 --api_model NAME --bench
+
+Leaderboards that extract answers with a language model: --judge api sends it the responses that the rules
+grade as wrong, and what it reads there as the answer (it never sees the gold) is graded by the same rules.
+The table has both. Its key is JUDGE_API_KEY, unless it is the server of --base_url.
+
+    python eval.py --bench mathvista --judge api --judge_url https://HOST/v1 --judge_model NAME
 
 Writes MODEL/eval/BENCH.jsonl (a line per row, appended as answers come: the same command again goes on where
 it stopped and asks failed rows again) and MODEL/eval/summary.json. MODEL is the model's folder or, for what
@@ -49,6 +58,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -59,12 +69,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep import build_messages, load_image, read_records, resolve_model
-from rewards import PROMPTS, accuracy, extract_answer, functions
+from rewards import PROMPTS, accuracy, build_prompt, extract_answer, functions
 
 class Bench(NamedTuple):
-    path: str  # where its records are looked for
+    path: str  # where its records are looked for: a file named after the split
     size: int = 0  # rows of the official split, 0 = any
     by: tuple[str, ...] = ()  # fields of the record, or of its meta, whose values are reported apart
+    hub: str = ""  # where they come from if there is no such file
+    macro: str = ""  # the headline is the mean over the values of this field, each alike
+    split: str = "test"  # of a folder or what the Hub has
 
 
 BENCHES = {
@@ -75,16 +88,46 @@ BENCHES = {
     "transform-id": Bench("data/mini/transform_id.jsonl", by=("steps",)),
     "transform-left": Bench("data/mini/transform_left.jsonl", by=("steps",)),
     "transform-right": Bench("data/mini/transform_right.jsonl", by=("steps",)),
-    "mathvision": Bench("data/mathvision/test.jsonl", 3040),
+    "mathvision": Bench("data/mathvision/test.jsonl", 3040, ("level", "subject"), "MathLLMs/MathVision"),
+    "mathvision-mini": Bench("data/mathvision/testmini.jsonl", 304, ("level", "subject"),
+                             "MathLLMs/MathVision"),
+    "mathvista": Bench("data/mathvista/testmini.jsonl", 1000, ("task", "skills"), "AI4Math/MathVista"),
+    "mathverse": Bench("data/mathverse/testmini.jsonl", 3940, ("version",), "AI4Math/MathVerse:testmini"),
+    "mathverse-text-only": Bench("data/mathverse/testmini_text_only.jsonl", 788, (),
+                                 "AI4Math/MathVerse:testmini_text_only"),
+    "mmmu": Bench("data/mmmu/validation.jsonl", 900, ("discipline", "subject"), "MMMU/MMMU:*"),
+    "mmmu-pro-standard-4": Bench("data/mmmu-pro-standard-4/test.jsonl", 1730, ("discipline",),
+                                 "MMMU/MMMU_Pro:standard (4 options)"),
+    "mmmu-pro-standard-10": Bench("data/mmmu-pro-standard-10/test.jsonl", 1730, ("discipline",),
+                                  "MMMU/MMMU_Pro:standard (10 options)"),
+    "mmmu-pro-vision": Bench("data/mmmu-pro-vision/test.jsonl", 1730, ("discipline",),
+                             "MMMU/MMMU_Pro:vision"),
+    "emma": Bench("data/emma/test.jsonl", 2788, ("subject",), "luckychao/EMMA:*"),
+    "mega-bench": Bench("data/mega-bench/test.jsonl", macro="task"),  # its rule-scored tasks of one answer
+    "scienceqa": Bench("data/scienceqa/test.jsonl", 4241, ("subject",), "derek-thomas/ScienceQA"),
+    "scienceqa-img": Bench("data/scienceqa-img/test.jsonl", 2017, ("subject",),
+                           "lmms-lab/ScienceQA:ScienceQA-IMG"),
+    "geometry3k": Bench("data/geometry3k/test.jsonl", 601, (), "hiyouga/geometry3k"),
 }
 # Name -> benchmarks; its scores are theirs, averaged with equal weights whatever their sizes.
 AVERAGES = {
     "counting": ("counting-id", "counting-ood"),
     "structure": ("structure-id", "structure-ood"),
     "transform": ("transform-id", "transform-left", "transform-right"),
+    "mmmu-pro": ("mmmu-pro-standard-10", "mmmu-pro-vision"),
 }
 # What is measured beside accuracy, by answer type: a reward, averaged over the rows of that type.
 SCORES = {"calls": {"partial": functions}}
+JUDGE = """Below are a question and somebody's response to it. Do not solve the question and do not correct
+the response. Only copy out the final answer that the response comes to, as short as it can be: the letter if
+the question has options, else the number, formula, list or words, without a sentence around it. If the
+response comes to no answer, write none.
+
+Question: {question}
+
+Response: {response}
+
+Final answer:"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +140,7 @@ class Config:
     prompt: str = ""  # the question for --image
     task: str = "plain"  # prompt template for --prompt: plain or one of rewards.PROMPTS
     max_new_tokens: int = 1024  # response tokens at most
+    n: int = 1  # samples per row: accuracy is their mean, maj@n that of the answer most of them agree on
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0  # nucleus sampling
     top_k: int = 0  # 0 = off
@@ -112,6 +156,9 @@ class Config:
     concurrency: int = 16  # api: requests in flight at most
     timeout: float = 300.0  # api: seconds to wait for one answer
     retries: int = 5  # api: further attempts per row, ever longer apart
+    judge: str = "off"  # who reads the answer out of a response that the rules grade as wrong: off | api
+    judge_url: str = ""  # judge: where its server is, "" = --base_url
+    judge_model: str = ""  # judge: its name at the server, "" = the first that it lists
 
 
 # ----- twins (identical in grpo.py, rise.py; tests/test_twins.py) ------------------------------------------
@@ -427,7 +474,9 @@ def find_benches(names):
     for name in names:
         key, _, path = name.partition("=")
         if key in BENCHES:
-            found.append((key, BENCHES[key]._replace(path=path or BENCHES[key].path)))
+            local, hub = BENCHES[key].path, BENCHES[key].hub
+            path = path or (local if Path(local).exists() or not hub else hub)
+            found.append((key, BENCHES[key]._replace(path=path, split=Path(local).stem)))
         elif Path(name).exists():
             found.append((Path(name).stem, Bench(name)))
         else:
@@ -444,9 +493,10 @@ def wilson(p, n):
     return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
 
 
-def row_seed(record, cfg):
-    """Seed of a row's own random stream, so that what is sampled does not depend on the rows before it."""
-    return int(hashlib.sha256(f"{cfg.seed}/{record['id']}".encode()).hexdigest()[:15], 16)
+def row_seeds(record, cfg):
+    """Seeds of a row's own random streams, so that what is sampled does not depend on the rows before it."""
+    first = int(hashlib.sha256(f"{cfg.seed}/{record['id']}".encode()).hexdigest()[:15], 16)
+    return [first + k for k in range(cfg.n)]
 
 
 def no_reply(error):
@@ -455,9 +505,9 @@ def no_reply(error):
 
 
 def answer_rows(records, engine, processor, cfg):
-    """Yield (record, reply) in order, cfg.batch_rows at a time, from an engine in this process.
+    """Yield (record, replies) in order, cfg.batch_rows at a time, from an engine in this process.
 
-    A reply is {"response", "tokens", "truncated"}; that of an unreadable row has an "error" too.
+    A record gets cfg.n replies {"response", "tokens", "truncated"}, or just one with an "error" too.
     """
     for start in range(0, len(records), cfg.batch_rows):
         batch, prompts, replies = records[start:start + cfg.batch_rows], {}, {}
@@ -465,26 +515,29 @@ def answer_rows(records, engine, processor, cfg):
             try:
                 prompts[i] = encode_prompt(record, processor, cfg.max_pixels)
             except ValueError as e:
-                replies[i] = no_reply(str(e))
-        answers = generate(engine, [*prompts.values()], [row_seed(batch[i], cfg) for i in prompts], cfg)
-        for i, (ids, _, truncated) in zip(prompts, answers):
+                replies[i] = [no_reply(str(e))]
+        samples = [(i, seed) for i in prompts for seed in row_seeds(batch[i], cfg)]
+        answers = generate(engine, [prompts[i] for i, _ in samples], [seed for _, seed in samples], cfg)
+        for (i, _), (ids, _, truncated) in zip(samples, answers):
             text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-            replies[i] = {"response": text, "tokens": len(ids), "truncated": truncated}
+            replies.setdefault(i, []).append({"response": text, "tokens": len(ids), "truncated": truncated})
         yield from ((record, replies[i]) for i, record in enumerate(batch))
 
 
-def api_key():
-    """OPENAI_API_KEY, "" without one. Raises ValueError (without the key) if no header can hold it."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+def api_key(name):
+    """An environment variable, or "". Raises ValueError (without the key) if no header can hold it."""
+    key = os.environ.get(name, "").strip()
     if not re.fullmatch("[!-~]*", key):
-        raise ValueError("OPENAI_API_KEY: blanks and characters outside ASCII cannot be sent")
+        raise ValueError(f"{name}: blanks and characters outside ASCII cannot be sent")
     return key
 
 
 def brief(fault):
-    """A server's text or an exception as one line of at most 200 characters, without the API key."""
-    text, key = str(getattr(fault, "reason", fault)), api_key()
-    return " ".join((text.replace(key, "[key]") if key else text).split())[:200]
+    """A server's text or an exception as one line of at most 200 characters, without an API key."""
+    text = str(getattr(fault, "reason", fault))
+    for key in filter(None, map(api_key, ("OPENAI_API_KEY", "JUDGE_API_KEY"))):
+        text = text.replace(key, "[key]")
+    return " ".join(text.split())[:200]
 
 
 def send(route, data, cfg):
@@ -494,8 +547,9 @@ def send(route, data, cfg):
     """
     headers = {"Content-Type": "application/json", "User-Agent": "nanoVLR"}  # many refuse Python-urllib
     request = urllib.request.Request(f"{cfg.base_url.rstrip('/')}/{route}", data, headers)
-    if api_key():  # the key is for this server, not for where it may redirect to
-        request.add_unredirected_header("Authorization", f"Bearer {api_key()}")
+    # The key is for this server, not for another one or where it may redirect to.
+    if key := api_key("JUDGE_API_KEY" if cfg.engine == "judge" else "OPENAI_API_KEY"):
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
     deadline, parts = time.monotonic() + cfg.timeout, []
     try:
         reply = urllib.request.urlopen(request, timeout=cfg.timeout)
@@ -523,7 +577,7 @@ def served_model(cfg):
 
 
 def chat_request(record, model, cfg):
-    """JSON bytes that ask for a record's answer. Raises BadImage."""
+    """The JSON object that asks for a record's answer. Raises BadImage."""
     images = [load_image(image, cfg.max_pixels) for image in record["images"]]
     body = {"model": model, "messages": chat_messages(build_messages(record), images),
             "max_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
@@ -532,9 +586,7 @@ def chat_request(record, model, cfg):
         body["top_p"] = cfg.top_p
     if cfg.top_k:
         body["top_k"] = cfg.top_k
-    if cfg.temperature:
-        body["seed"] = row_seed(record, cfg)
-    return json.dumps(body).encode()
+    return body
 
 
 def read_completion(text):
@@ -553,16 +605,12 @@ def read_completion(text):
     return {"response": response, "tokens": tokens if isinstance(tokens, int) else 0, "truncated": truncated}
 
 
-def ask_server(record, model, cfg):
-    """A server's reply to one record. Faults that may pass are retried; any other, or the last, is its error.
+def ask_server(body, cfg):
+    """A server's reply to a request. Faults that may pass are retried; any other, or the last, is its error.
 
     The waits have full jitter: many requests that failed together must not come back together.
     """
-    try:
-        data = chat_request(record, model, cfg)
-    except ValueError as e:
-        return no_reply(str(e))
-    wait = 0.0
+    data, wait = json.dumps(body).encode(), 0.0
     for attempt in range(cfg.retries + 1):
         time.sleep(wait)
         wait = random.uniform(0, min(30, 2 ** attempt))
@@ -580,15 +628,29 @@ def ask_server(record, model, cfg):
     return no_reply(error)
 
 
-def ask_rows(records, model, cfg):
-    """Yield (record, reply) as a server answers, cfg.concurrency rows at a time; reply: see answer_rows."""
+def ask_samples(record, model, cfg):
+    """A server's replies to a record, as in answer_rows."""
+    try:
+        body = chat_request(record, model, cfg)
+    except ValueError as e:
+        return [no_reply(str(e))]
+    replies = []
+    for seed in row_seeds(record, cfg):
+        replies.append(ask_server(body | ({"seed": seed} if cfg.temperature else {}), cfg))
+        if "error" in replies[-1]:
+            return replies[-1:]
+    return replies
+
+
+def in_parallel(ask, items, cfg):
+    """Yield (item, ask(item)) as they are done, cfg.concurrency at a time."""
     pool = ThreadPoolExecutor(cfg.concurrency)
-    asked = {pool.submit(ask_server, record, model, cfg): record for record in records}
+    asked = {pool.submit(ask, item): item for item in items}
     try:
         for future in as_completed(asked):
             yield asked[future], future.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not have to wait for all other rows
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not have to wait for all other items
 
 
 def model_names(cfg):
@@ -599,9 +661,9 @@ def model_names(cfg):
 
 
 def open_engine(model, cfg):
-    """A function records -> iterator of (record, reply). Raises ValueError or OSError."""
+    """A function records -> iterator of (record, replies). Raises ValueError or OSError."""
     if cfg.engine == "api":
-        return partial(ask_rows, model=model, cfg=cfg)
+        return lambda records: in_parallel(partial(ask_samples, model=model, cfg=cfg), records, cfg)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(model)
     engine = build_engine(model, processor, cfg, device)
@@ -629,36 +691,94 @@ def answered(path, records, settings):
     """{id: row} of the records that BENCH.jsonl answers under the same settings, if they are unchanged."""
     lines = path.read_text().splitlines(True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-    wanted = {(r["id"], r["question"], r["answer"]) for r in records}
+    wanted = {(r["id"], r["question"], r.get("answer")) for r in records}
     return {row["id"]: row for row in rows if row["settings"] == settings and "error" not in row
             and (row["id"], row["question"], row["answer"]) in wanted}
 
 
-def graded(record, reply, settings):
-    """The line of BENCH.jsonl for a reply."""
-    response = reply["response"]
-    scores = {name: score(response, record) for name, score in SCORES.get(record["answer_type"], {}).items()}
-    return {"id": record["id"], "question": record["question"], "answer": record["answer"], **reply,
-            "extracted": extract_answer(response), "correct": accuracy(response, record), "scores": scores,
-            "settings": settings}
+def grade(response, record):
+    """1.0 if a response is right, by the best of the answers that its benchmark accepts; None without any."""
+    golds = [record.get("answer"), *record.get("meta", {}).get("accepted", [])]
+    return max(accuracy(response, record | {"answer": gold}) for gold in golds) if golds[0] else None
 
 
-def run_bench(name, records, done, answer, path, settings):
-    """Answer the records that `done` lacks; return all rows in the records' order, which is the file's too.
+def majority(samples, record):
+    """The first of the samples whose answer most agree on, as the grader sees it; of equals the first."""
+    groups = []
+    for sample in samples:
+        same = (group for group in groups
+                if accuracy(sample["response"], record | {"answer": group[0]["extracted"]}))
+        if group := next(same, None):
+            group.append(sample)
+        elif sample["extracted"]:
+            groups.append([sample])
+    return max(groups, key=len)[0] if groups else samples[0]
 
-    answer: records -> iterator of (record, reply), in any order.
+
+def graded(record, replies, settings):
+    """The line of BENCH.jsonl for a record's replies: of several the majority's, and means over all."""
+    samples = [reply | {"extracted": extract_answer(reply["response"]),
+                        "correct": grade(reply["response"], record)} for reply in replies]
+    best, gold = majority(samples, record), record.get("answer")
+    scores = SCORES.get(record["answer_type"], {}) if gold else {}
+    row = {"id": record["id"], "question": record["question"], "answer": gold, **best,
+           "scores": {name: mean(score(reply["response"], record) for reply in replies)
+                      for name, score in scores.items()}, "settings": settings}
+    if settings["n"] > 1:
+        keys = ("tokens", "truncated", "correct") if gold else ("tokens", "truncated")
+        row |= {"samples": samples, **{key: mean(sample[key] for sample in samples) for key in keys}}
+        row["scores"] |= {f"maj@{settings['n']}": best["correct"]} if gold else {}
+    return row
+
+
+def judge_server(cfg):
+    """The configuration under which the judge is asked."""
+    if cfg.judge_url in ("", cfg.base_url):
+        return cfg
+    return dataclasses.replace(cfg, engine="judge", base_url=cfg.judge_url)
+
+
+def judged(pair, cfg):
+    """A row with what the judge reads as its response's answer, graded by the rules, or with the error."""
+    record, row = pair
+    text = JUDGE.replace("{question}", build_prompt(record)).replace("{response}", row["response"][-8000:])
+    turn = {"role": "user", "content": [{"type": "text", "text": text}]}
+    reply = ask_server({"model": cfg.judge_model, "messages": [turn], "max_tokens": cfg.max_new_tokens,
+                        "temperature": 0.0}, judge_server(cfg))
+    if "error" in reply:
+        return row | {"judge": {"error": reply["error"]}}
+    said = extract_answer(reply["response"]) or ""
+    return row | {"judge": {"model": cfg.judge_model, "extracted": said,
+                            "correct": grade(f"<answer>{said}</answer>", record)}}
+
+
+def run_bench(name, records, done, todo, fresh, path):
+    """Add `fresh`, `todo` rows, to `done` {id: row}, each at once in the file too.
+
+    Returns all rows in the records' order, in which the file then is.
     """
     write_rows(path, done.values())
     with (open(path, "a") as out,
-          tqdm(total=len(records), initial=len(done), desc=name, dynamic_ncols=True) as bar):
-        for record, reply in answer([r for r in records if r["id"] not in done]) if answer else ():
-            done[record["id"]] = row = graded(record, reply, settings)
+          tqdm(total=len(records), initial=len(records) - todo, desc=name, dynamic_ncols=True) as bar):
+        for row in fresh:
+            done[row["id"]] = row
             out.write(json.dumps(row) + "\n")
             out.flush()
             bar.update()
     rows = [done[r["id"]] for r in records]
     write_rows(path, rows)
     return rows
+
+
+def judge_bench(name, records, rows, path, cfg):
+    """Have the judge read the wrong rows that it has not read yet; return all rows with its verdicts."""
+    done = {row["id"]: row for row in rows}
+    todo = [(record, row) for record, row in zip(records, rows) if row["response"] and row["correct"] == 0
+            and row.get("judge", {}).get("model") != cfg.judge_model]
+    fresh = (row for _, row in in_parallel(partial(judged, cfg=cfg), todo, cfg))
+    rows = run_bench(f"{name}, judge", records, done, len(todo), fresh, path)
+    return [row | {"correct": row.get("judge", {}).get("correct", row["correct"]),
+                   "scores": row["scores"] | {"by the rules": row["correct"]}} for row in rows]
 
 
 def score_of(rows):
@@ -669,16 +789,24 @@ def score_of(rows):
             "scores": {name: round(sum(values) / len(values), 4) for name, values in each.items()}}
 
 
+def scores_by(field, records, rows):
+    """{value: score_of its rows} for a field of the record or its meta; each item of a list is a value."""
+    groups = {}
+    for record, row in zip(records, rows):
+        value = record.get(field, record.get("meta", {}).get(field))
+        for item in value if isinstance(value, list) else [value]:
+            groups.setdefault(str(item), []).append(row)
+    return {value: score_of(groups[value]) for value in sorted(groups)}
+
+
 def summarise(name, bench, records, rows, seconds):
     """One entry of summary.json: a benchmark's scores, whole and by each value of each field in bench.by."""
-    n, whole, by = len(rows), score_of(rows), {}
-    for field in bench.by:
-        groups = {}
-        for record, row in zip(records, rows):
-            value = record.get(field, record.get("meta", {}).get(field))
-            groups.setdefault(str(value), []).append(row)
-        by[field] = {value: score_of(groups[value]) for value in sorted(groups)}
-    return {"bench": name, **whole, "ci95": wilson(whole["accuracy"], n), "by": by,
+    n, whole = len(rows), score_of(rows)
+    if bench.macro:
+        each = [group["accuracy"] for group in scores_by(bench.macro, records, rows).values()]
+        whole["accuracy"] = round(sum(each) / len(each), 4)
+    return {"bench": name, **whole, "ci95": wilson(whole["accuracy"], n),
+            "by": {field: scores_by(field, records, rows) for field in bench.by},
             "truncated": round(sum(row["truncated"] for row in rows) / n, 4),
             "parse_failed": round(sum(row["extracted"] is None for row in rows) / n, 4),
             "failed": sum("error" in row for row in rows),
@@ -692,18 +820,27 @@ def run_model(model, name, loaded, cfg):
     """
     folder = eval_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
-    sampling = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "max_pixels")
+    sampling = ("max_new_tokens", "n", "temperature", "top_p", "top_k", "seed", "max_pixels")
     shared = {"engine": cfg.engine, "model": model, **{name: getattr(cfg, name) for name in sampling}}
     settings = [shared | {"data": bench.path} for _, bench, _ in loaded]
     done = [answered(folder / f"{key}.jsonl", records, own)
             for (key, _, records), own in zip(loaded, settings)]
-    todo = any(len(own) < len(records) for own, (_, _, records) in zip(done, loaded))
-    answer, summary, failed = open_engine(model, cfg) if todo else None, [], []
-    for (key, bench, records), own, own_settings in zip(loaded, done, settings):
-        began = time.time()
-        rows = run_bench(key, records, own, answer, folder / f"{key}.jsonl", own_settings)
-        summary.append(summarise(key, bench, records, rows, time.time() - began))
-        failed += [f"{key} {row['id']}: {row['error']}" for row in rows if "error" in row]
+    todo = [[r for r in records if r["id"] not in own] for own, (_, _, records) in zip(done, loaded)]
+    answer, summary, failed = open_engine(model, cfg) if any(todo) else None, [], []
+    for (key, bench, records), own, left, own_settings in zip(loaded, done, todo, settings):
+        began, path = time.time(), folder / f"{key}.jsonl"
+        fresh = (graded(record, replies, own_settings)
+                 for record, replies in (answer(left) if left else ()))
+        rows = run_bench(key, records, own, len(left), fresh, path)
+        if cfg.judge == "api":
+            rows = judge_bench(key, records, rows, path, cfg)
+        compared = [(record, row) for record, row in zip(records, rows) if record.get("answer")]
+        if compared:
+            summary.append(summarise(key, bench, *zip(*compared), time.time() - began))
+        if len(compared) < len(rows):
+            print(f"{key}: {len(rows) - len(compared)} rows without a gold answer are answered in {path}")
+        failed += [f"{key} {row['id']}: {error}" for row in rows
+                   if (error := row.get("error") or row.get("judge", {}).get("error"))]
         write_json(folder / "summary.json", summary)
     return summary, failed
 
@@ -762,13 +899,21 @@ def check(cfg):
         raise ValueError(f"--engine {cfg.engine}: use hf | vllm | api")
     if cfg.engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
-    if not re.match("https?://[^/]", cfg.base_url):
-        raise ValueError(f"--base_url {cfg.base_url}: must begin with http://HOST or https://HOST")
+    for name, url in ("base_url", cfg.base_url), ("judge_url", cfg.judge_url or cfg.base_url):
+        if not re.match("https?://[^/]", url):
+            raise ValueError(f"--{name} {url}: must begin with http://HOST or https://HOST")
     for name, least in (("concurrency", 1), ("timeout", 0.001), ("retries", 0)):
         if not least <= getattr(cfg, name) <= 1e6:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be at least {least} and at most a million")
-    if cfg.engine == "api":
-        api_key()
+    for name in "OPENAI_API_KEY", "JUDGE_API_KEY":
+        api_key(name)
+    if cfg.n < 1 or cfg.n > 1 and not cfg.temperature:
+        raise ValueError(f"--n {cfg.n}: " + ("must be at least 1" if cfg.n < 1 else
+                         "at temperature 0 all samples are the same; give --temperature 0.6, say"))
+    if cfg.judge not in ("off", "api"):
+        raise ValueError(f"--judge {cfg.judge}: use off | api")
+    if cfg.judge == "api" and cfg.n > 1:
+        raise ValueError("--judge api: reads one response per row, so leave --n at 1")
 
 
 def main(cfg):
@@ -780,10 +925,13 @@ def main(cfg):
         if cfg.image:
             record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text",
                       "task": cfg.task}
-            (_, reply), = open_engine(models[0], cfg)([record])
-            sys.exit(f"eval.py: {reply['error']}") if "error" in reply else print(reply["response"])
+            (_, replies), = open_engine(models[0], cfg)([record])
+            for reply in replies:
+                sys.exit(f"eval.py: {reply['error']}") if "error" in reply else print(reply["response"])
             return
-        loaded = [(name, bench, read_records(bench.path, need=("answer",)))
+        if cfg.judge == "api":
+            cfg = dataclasses.replace(cfg, judge_model=cfg.judge_model or served_model(judge_server(cfg)))
+        loaded = [(name, bench, read_records(bench.path, bench.split, need=()))
                   for name, bench in find_benches(cfg.bench)]
         for name, bench, records in loaded:
             if bench.size and len(records) != bench.size:
@@ -796,16 +944,18 @@ def main(cfg):
             failed += [f"{model}: {line}" for line in lost] if len(models) > 1 else lost
     except (ValueError, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
-    folder = eval_folder(name) if len(models) == 1 else Path("out/eval")
-    table = {model: with_averages(summary) for model, summary in found.items()}
-    lines = [f"{cfg.engine}, temperature {cfg.temperature:g}, at most {cfg.max_new_tokens} tokens", "",
-             *comparison(table)]
-    for model, summary in found.items():
-        lines += ["", model, "", *details(summary)]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    write_json(folder / "table.json", table)
-    print("", *lines, sep="\n")
+    if any(found.values()):  # questions without a gold answer have no scores
+        folder = eval_folder(name) if len(models) == 1 else Path("out/eval")
+        table = {model: with_averages(summary) for model, summary in found.items()}
+        judge = f", judge {cfg.judge_model}" if cfg.judge == "api" else ""
+        lines = [f"{cfg.engine}, temperature {cfg.temperature:g}, at most {cfg.max_new_tokens} tokens{judge}",
+                 "", *comparison(table)]
+        for model, summary in found.items():
+            lines += ["", model, "", *details(summary)]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.md").write_text("\n".join(lines) + "\n")
+        write_json(folder / "table.json", table)
+        print("", *lines, sep="\n")
     if failed:
         print(f"\n{len(failed)} failed, counted as wrong; the same command asks them again:", *failed[:10],
               *([f"and {len(failed) - 10} more"] if len(failed) > 10 else []), sep="\n")

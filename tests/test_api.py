@@ -463,7 +463,7 @@ def test_an_interrupted_run_asks_no_more(serve):
     make_rows(50)
     server = serve()
     cfg = stage.Config(engine="api", base_url=server.url, concurrency=1)
-    replies = stage.ask_rows(data_prep.read_records("rows.jsonl"), MODEL, cfg)
+    replies = stage.open_engine(MODEL, cfg)(data_prep.read_records("rows.jsonl"))
     next(replies)
     replies.close()
     time.sleep(0.3)

@@ -8,11 +8,11 @@ import eval as evaluation
 import rewards
 from data_prep import read_records
 
-SETTINGS = {"model": "m"}
+SETTINGS = {"model": "m", "n": 1}
 
 
 def rows_of(records, responses):
-    replies = [{"response": r, "tokens": 3, "truncated": False} for r in responses]
+    replies = [[{"response": r, "tokens": 3, "truncated": False}] for r in responses]
     return [evaluation.graded(*pair, SETTINGS) for pair in zip(records, replies)]
 
 

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 import data_prep
+import eval as stage
 import rewards
 from data_prep import build_messages, load_image, read_records
+from test_api import FOLDER, KEY, MODEL, chat, evaluate, make_rows, refusal, right, serve, waits  # noqa: F401
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 ASK = "\nWork it out step by step between <think> and </think>. Then write only "
@@ -358,3 +360,210 @@ def test_hub_configurations(monkeypatch, source, asked):
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["Math", "Physics"])
     records = read_records(source, "test")
     assert calls == asked and [r["id"] for r in records] == [f"{call[-1]}_1" for call in asked]
+
+
+# ----- eval.py: which benchmarks, and their scores
+OFFICIAL = {"mathvista": 1000, "mathverse": 3940, "mathverse-text-only": 788, "mathvision": 3040,
+            "mathvision-mini": 304, "mmmu": 900, "mmmu-pro-standard-4": 1730, "mmmu-pro-standard-10": 1730,
+            "mmmu-pro-vision": 1730, "emma": 892 + 156 + 1176 + 564, "scienceqa": 4241, "scienceqa-img": 2017,
+            "geometry3k": 601}
+
+
+def test_official_sizes_and_sources():
+    assert {name: bench.size for name, bench in stage.BENCHES.items() if bench.size} == OFFICIAL
+    assert all(data_prep.HUB_ID.fullmatch(bench.hub) for bench in stage.BENCHES.values() if bench.hub)
+    assert len(data_prep.DISCIPLINES) == 30 and len(set(data_prep.DISCIPLINES.values())) == 6
+
+
+def test_a_benchmark_is_read_from_data_or_else_the_hub(monkeypatch, capsys, serve):  # noqa: F811
+    """Named, it may be downloaded; without names only what is present counts."""
+    datasets, calls = pytest.importorskip("datasets"), []
+
+    def load(name, config, split):
+        calls.append((name, config, split))
+        return datasets.Dataset.from_list([PRO | {"id": f"test_History_{config[0]}"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    server = serve(lambda row, n, s: chat("<answer> E </answer>"))
+    argv = ["--engine", "api", "--base_url", server.url, "--bench"]
+    stage.main(stage.parse_config(stage.Config, [*argv, "mmmu-pro-standard-10", "mmmu-pro-vision"]))
+    assert calls == [("MMMU/MMMU_Pro", "standard (10 options)", "test"), ("MMMU/MMMU_Pro", "vision", "test")]
+    shown = capsys.readouterr().out
+    assert "mmmu-pro-vision: 1 rows, the official split has 1730: not comparable" in shown
+    assert "| mmmu-pro average | 2 | 100.0 |" in shown
+    assert "| mmmu-pro-vision, discipline Humanities and Social Science | 1 | 100.0 |" in shown
+    assert "no benchmark data found" in refusal("--base_url", server.url)
+    Path("data/mmmu-pro-vision").mkdir(parents=True)
+    jsonl(Path("data/mmmu-pro-vision/test.jsonl"), PRO | {"image": "x.png"})
+    assert [(name, bench.path) for name, bench in stage.find_benches(())] == [
+        ("mmmu-pro-vision", "data/mmmu-pro-vision/test.jsonl")]
+    assert "mega-bench/test.jsonl: no such file" in refusal("--base_url", server.url, "--bench", "mega-bench")
+
+
+def scored(name, *rows):
+    """Summary entry of (meta, correct) rows."""
+    records = [{"id": str(i), "question": "?", "answer": "1", "answer_type": "number", "meta": meta}
+               for i, (meta, _) in enumerate(rows)]
+    lines = [stage.graded(record, [{"response": str(int(correct)), "tokens": 1, "truncated": False}],
+                          {"n": 1}) for record, (_, correct) in zip(records, rows)]
+    return stage.summarise(name, stage.BENCHES[name], records, lines, 1.0)
+
+
+def test_scores_by_skill_version_and_task():
+    entry = scored("mathvista", ({"task": "a", "skills": ["x", "y"]}, True),
+                   ({"task": "a", "skills": ["x"]}, False), ({"task": "b", "skills": ["y"]}, False))
+    by = {field: {value: (group["n"], group["accuracy"]) for value, group in groups.items()}
+          for field, groups in entry["by"].items()}
+    assert by == {"task": {"a": (2, 0.5), "b": (1, 0.0)}, "skills": {"x": (2, 0.5), "y": (2, 0.5)}}
+    entry = scored("mathverse", ({"version": "Text Lite"}, True), ({"version": "Vision Only"}, False))
+    assert entry["by"]["version"]["Text Lite"]["accuracy"] == 1 and entry["accuracy"] == 0.5
+    entry = scored("mega-bench", *[({"task": "long"}, False)] * 3, ({"task": "short"}, True))
+    assert (entry["accuracy"], entry["n"], entry["by"]) == (0.5, 4, {})  # each task alike
+
+
+def test_any_accepted_answer_is_right():
+    record = {"question": "?", "answer": "big dog", "answer_type": "text", "meta": {"accepted": ["hound"]}}
+    texts = ("hound", "big dog", "cat")
+    assert [stage.grade(f"<answer>{text}</answer>", record) for text in texts] == [1, 1, 0]
+
+
+# ----- several samples
+@pytest.mark.parametrize("record, answers, extracted, correct", [
+    ({"answer": "3", "answer_type": "number"}, ["4", "3", "3.0", "4 ", "5", "three", "3 cm"], "3", 1),
+    ({"answer": "4", "answer_type": "number"}, ["3", "4", "4", "3"], "3", 0),  # a tie: the first seen
+    ({"answer": "\\frac{1}{2}", "answer_type": "math"}, ["2", "0.5", "\\frac12", "2", "50\\%"], "0.5", 1),
+    ({"answer": "B", "answer_type": "choice", "choices": ["red", "blue"]},
+     ["A", "(B)", "blue", "A", "b"], "(B)", 1),
+    ({"answer": "3", "answer_type": "number"}, ["", "", "3"], "3", 1),  # silence is no answer
+    ({"answer": "3", "answer_type": "number"}, ["", ""], None, 0),
+])
+def test_the_majority_counts_equal_answers_however_written(record, answers, extracted, correct):
+    record = {"id": "1", "question": "?", **record}
+    replies = [{"response": f"<answer>{a}</answer>" if a else "", "tokens": i, "truncated": i == 0}
+               for i, a in enumerate(answers)]
+    n = len(replies)
+    row = stage.graded(record, replies, {"n": n})
+    assert (row["extracted"], row["scores"][f"maj@{n}"]) == (extracted, correct)
+    each = [stage.grade(reply["response"], record) for reply in replies]
+    assert row["correct"] == pytest.approx(sum(each) / n) and [s["correct"] for s in row["samples"]] == each
+    assert row["tokens"] == pytest.approx((n - 1) / 2) and row["truncated"] == pytest.approx(1 / n)
+
+
+def test_samples_from_a_server(serve, capsys):  # noqa: F811
+    """Four samples a row with seeds of their own; a second run asks nothing, another n everything."""
+    make_rows(3)
+    server = serve(lambda row, n, s: right(row) if n % 4 else chat("<answer> 9 </answer>"))
+    flags = ["--n", "4", "--temperature", "0.6"]
+    rows = evaluate(server, *flags)
+    assert len(server.asked) == 12 and len({body["seed"] for body in server.bodies}) == 12
+    assert {row["correct"] for row in rows.values()} == {0.75} and len(rows["row-1"]["samples"]) == 4
+    assert "| rows | 3 | 75.0 (maj@4 100.0) |" in capsys.readouterr().out
+    assert evaluate(server, *flags) == rows and len(server.asked) == 12
+    evaluate(server, "--n", "2", "--temperature", "0.6")
+    assert len(server.asked) == 18
+
+
+def test_a_failed_sample_fails_its_row(serve):  # noqa: F811
+    make_rows(2)
+    server = serve(lambda row, n, s: (400, {}, b"no") if (row, n) == ("row-1", 2) else right(row))
+    rows = evaluate(server, "--n", "3", "--temperature", "1")
+    assert rows["row-1"]["error"] == "HTTP 400: no" and rows["row-1"]["correct"] == 0
+    assert rows["row-1"]["scores"] == {"maj@3": 0} and rows["row-0"]["scores"] == {"maj@3": 1}
+    assert len(server.asked) == 5
+    rows = evaluate(server, "--n", "3", "--temperature", "1")
+    assert len(server.asked) == 8 and rows["row-1"]["correct"] == 1
+
+
+def test_samples_from_transformers(tiny, monkeypatch):
+    """As many as asked, different, the same again; a single greedy answer is what it was."""
+    data_prep.write_records("rows.jsonl", tiny.records[:3])
+    argv = ["--model", tiny.model, "--bench", "rows.jsonl", "--max_new_tokens", "6"]
+
+    def run(*flags):
+        stage.main(stage.parse_config(stage.Config, [*argv, *flags]))
+        path = Path(tiny.model, "eval/rows.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.unlink()
+        return rows
+
+    sampled = ["--n", "3", "--temperature", "1.0"]
+    rows = run(*sampled)
+    assert [len({s["response"] for s in row["samples"]}) for row in rows] == [3, 3, 3]
+    assert run(*sampled, "--batch_rows", "1") == rows
+    assert "samples" not in run()[0]
+
+
+# ----- a judge model
+def test_a_judge_reads_what_the_rules_could_not(serve, capsys):  # noqa: F811
+    """Only wrong rows go to it, it sees no gold and no image, the rules grade what it read."""
+    make_rows(4, images=1)
+    words = {"row-0": "<answer> 0 </answer>", "row-1": "Either 1 or 7, I would settle for the former.",
+             "row-2": "Who knows?", "row-3": ""}
+
+    server = serve(lambda row, n, s: chat(words[row]))
+    judge = serve(lambda row, n, s: chat({"row-1": "1", "row-2": "none"}[row]))
+    flags = ["--judge", "api", "--judge_url", judge.url, "--judge_model", "reader"]
+    rows = evaluate(server, *flags)
+    assert sorted(judge.asked) == ["row-1", "row-2"] and sorted(server.asked) == [*words]
+    [[part]] = [b["messages"][0]["content"] for b in judge.bodies if "row-1 ?" in str(b)]
+    assert words["row-1"] in part["text"] and judge.bodies[0]["model"] == "reader"
+    assert rows["row-1"]["judge"] == {"model": "reader", "extracted": "1", "correct": 1.0}
+    assert rows["row-2"]["judge"]["correct"] == 0 and "judge" not in rows["row-0"]
+    assert [row["correct"] for row in rows.values()] == [1, 0, 0, 0]  # the rules' verdicts stay
+    assert "| rows | 4 | 50.0 (by the rules 25.0) |" in capsys.readouterr().out
+    assert evaluate(server, *flags) == rows and len(judge.asked) == 2 and len(server.asked) == 4
+    evaluate(server)
+    assert "| rows | 4 | 25.0 |" in capsys.readouterr().out and len(server.asked) == 4
+
+
+def test_a_judge_that_fails_is_asked_again(serve, monkeypatch, capsys):  # noqa: F811
+    """Its key is its own; the model's name comes from its list; a failure is named and costs no answer."""
+    make_rows(2)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("JUDGE_API_KEY", "judge-key")
+    server = serve(lambda row, n, s: chat("No idea."))
+    judge = serve(lambda row, n, s: (400, {}, b"judge-key?") if n == 1 else right(row))
+    rows = evaluate(server, "--judge", "api", "--judge_url", judge.url)
+    assert rows["row-0"]["judge"] == {"error": "HTTP 400: [key]?"}
+    assert "rows row-1: HTTP 400: [key]?" in capsys.readouterr().out
+    rows = evaluate(server, "--judge", "api", "--judge_url", judge.url)
+    assert [row["judge"]["correct"] for row in rows.values()] == [1, 1] and len(server.asked) == 2
+    assert {h["Authorization"] for h in judge.headers} == {"Bearer judge-key"}
+    assert {h["Authorization"] for h in server.headers} == {f"Bearer {KEY}"}
+    assert judge.bodies[0]["model"] == MODEL and judge.bodies[0]["temperature"] == 0
+    evaluate(server, "--judge", "api", "--judge_model", "same server")
+    assert server.headers[-1]["Authorization"] == f"Bearer {KEY}" and len(server.asked) == 4
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--n", "0"], "--n 0: must be at least 1"), (["--judge", "gpt"], "--judge gpt: use off | api"),
+    (["--n", "8"], "--n 8: at temperature 0 all samples are the same"),
+    (["--judge_url", "x"], "--judge_url x: must begin with"),
+    (["--judge", "api", "--n", "2", "--temperature", "1"], "leave --n at 1")])
+def test_bad_flags(flags, named):
+    assert named in refusal("--bench", "rows.jsonl", *flags)
+
+
+def test_a_judge_that_is_not_there_stops_the_run_before_it_begins(serve):  # noqa: F811
+    make_rows(1)
+    server, judge = serve(), serve()
+    judge.stop()
+    message = refusal("--base_url", server.url, "--bench", "rows.jsonl", "--judge", "api",
+                      "--judge_url", judge.url)
+    assert judge.url in message and not server.asked
+
+
+# ----- questions without an answer
+def test_questions_without_gold_are_answered_not_graded(serve, capsys):  # noqa: F811
+    rows = [{"question": f"row-{i} ?", "images": []} for i in range(3)]
+    jsonl(Path("rows.jsonl"), *rows)
+    server = serve(lambda row, n, s: chat(f"<answer> {row} </answer>"))
+    written = evaluate(server)
+    assert [(row["id"], row["answer"], row["correct"], row["response"]) for row in written.values()] == [
+        (str(i), None, None, f"<answer> row-{i} </answer>") for i in range(3)]
+    shown = capsys.readouterr().out
+    assert f"rows: 3 rows without a gold answer are answered in {FOLDER}/rows.jsonl" in shown
+    assert "|" not in shown
+    jsonl(Path("rows.jsonl"), *rows, {"question": "row-3 ?", "images": [], "answer": "row-3"})
+    evaluate(server, "--n", "2", "--temperature", "1")
+    assert "| rows | 1 | 100.0 (maj@2 100.0) |" in capsys.readouterr().out
