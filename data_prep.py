@@ -379,10 +379,7 @@ def listed_options(question: str) -> list[str]:
 
 def from_virl39k(row: dict, index: int) -> dict:
     """ViRL39K (VL-Rethinker, arXiv 2504.08837): options are in the question, a pass rate of -1 is unknown."""
-    images = row["image"] or []
-    if isinstance(images, str):  # a single path, or a list that went through a text format
-        images = re.findall(r"""['"](.*?)['"]""", images) if images.startswith("[") else [images]
-    images = [ref for ref in images if ref]
+    images = [ref for ref in as_list(row["image"]) if ref]
     question = row["question"]
     if question.count("<image>") != len(images):  # some rows lost a mark: images first, as its authors prompt
         question = question.replace("<image>", "").strip()
@@ -500,14 +497,15 @@ def from_generic(row: dict, index: int) -> dict:
 
 
 def from_mathvista(row: dict, index: int) -> dict:
-    """MathVista: a gold option is its text; what form a number should have belongs to the question."""
-    answer, options, places = row["answer"], as_list(row["choices"]), row["precision"]
+    """MathVista: a gold option is its text, even if that is another's letter; numbers have a set form."""
+    places, unit, options = row["precision"], row["unit"], as_list(row["choices"])
     form = {"integer": "Give a whole number.", "list": "Give a Python list.",
             "float": f"Decimal places: {places:g}." if places else ""}
-    words = row["question"], row["unit"] and f"(unit: {row['unit']})", form.get(row["answer_type"])
-    answer = LETTERS[options.index(answer)] if answer in options else answer  # an option may be the letter B
-    return from_generic(row | {"question": " ".join(filter(None, words)), "answer": answer}, index) | {
-        "source": "mathvista", "meta": literal(row["metadata"])}
+    words = row["question"], unit and f"(unit: {unit})", form.get(row["answer_type"])
+    letters = [letter for letter, option in zip(LETTERS, options) if option == row["answer"]]
+    gold, *accepted = letters or [row["answer"] or None]  # three rows list the gold option twice
+    return from_generic(row | {"question": " ".join(filter(None, words)), "answer": gold}, index) | {
+        "source": "mathvista", "meta": literal(row["metadata"]) | {"accepted": accepted}}
 
 
 def from_mathverse(row: dict, index: int) -> dict:
@@ -697,9 +695,8 @@ def stored_rows(source: str, split: str) -> Iterator[dict]:
 
 def split_files(path: Path, split: str) -> list[Path]:
     """A folder's files that are named after a split (test.jsonl, Art/test-00000-of-00001.parquet)."""
-    named = re.compile(rf"(?<![a-z]){re.escape(split)}(?![a-z])")
-    return [file for file in sorted(path.rglob("*")) if file.suffix in (".jsonl", ".json", ".parquet", ".tsv")
-            and named.search(file.name)]
+    named = re.compile(rf"{re.escape(split)}(-\d+-of-\d+.*)?\.(jsonl|json|parquet|tsv)")
+    return [file for file in sorted(path.rglob(f"{split}*")) if named.fullmatch(file.name)]
 
 
 def tsv_rows(path: Path) -> Iterator[dict]:

@@ -115,7 +115,7 @@ MCQ = {"index": "4", "question": "Which animal?", "hint": "It barks.", "A": "Cat
 CASES = {
     "mathvista float": (MATHVISTA, {
         "id": "7", "answer": "1.5", "answer_type": "number", "precision": 1, "source": "mathvista",
-        "meta": MATHVISTA["metadata"]},
+        "meta": MATHVISTA["metadata"] | {"accepted": []}},
         "How heavy is it? (unit: g) Decimal places: 1." + NUMBER, ["red"]),
     "mathvista integer": (BARE | {"answer_type": "integer", "answer": "4"},
                           {"answer": "4", "answer_type": "number"},
@@ -127,7 +127,8 @@ CASES = {
                          {"answer": "B", "answer_type": "choice", "choices": ["B", "A"]},
                          "How heavy is it?\n(A) B\n(B) A" + LETTER, ["red"]),
     "mathvista twice the same text": (
-        BARE | {"choices": ["3", "4", "3"], "answer": "3"}, {"answer": "A"},
+        BARE | {"choices": ["3", "4", "3"], "answer": "3"},
+        {"answer": "A", "meta": MATHVISTA["metadata"] | {"accepted": ["C"]}},
         "How heavy is it?\n(A) 3\n(B) 4\n(C) 3" + LETTER, ["red"]),
     "mathverse": (MATHVERSE, {
         "id": "3421", "answer": "B", "answer_type": "choice", "choices": ["40°", "60°"],
@@ -257,6 +258,21 @@ def test_tsv_images_are_base64_lists_of_it_or_another_row(tmp_path):
     assert all(map(graded_right, records.values()))
 
 
+def test_benchmarks_as_tsv(tmp_path):
+    """Structures are spelled out there, and several images are one cell."""
+    both = str([base64.b64encode(png(color)).decode() for color in ("red", "blue")])
+    cells = {column: MATHVERSE[column] for column in MATHVERSE if column not in ("sample_index", "image")}
+    row = cells | {"index": "3", "image": MCQ["image"], "metadata": str(MATHVERSE["metadata"])}
+    [record] = read_records(tsv(tmp_path / "mathverse.tsv", row | {"problem_version": "Vision Only"}))
+    assert record["id"] == "3" and record["choices"] == ["40°", "60°"] and colors(record) == ["blue"]
+    assert record["meta"] == {"version": "Vision Only", **MATHVERSE["metadata"]}
+    row = {"index": "1", "id": "validation_Art_1", "question": MMMU["question"], "A": "$6", "B": "It's 7",
+           "answer": "B", "category": "Art", "l2-category": "Art & Design", "image": both}
+    [record] = read_records(tsv(tmp_path / "mmmu.tsv", row))
+    assert rewards.build_prompt(record) == CASES["mmmu"][2] and colors(record) == ["blue", "red"]
+    assert record["meta"] == {"category": "Art", "l2-category": "Art & Design"}
+
+
 @pytest.mark.parametrize("image", ["9", "A" * 121])
 def test_a_bad_tsv_image_names_its_row(tmp_path, image):
     with pytest.raises(ValueError, match="x.tsv: index 4: image is neither base64 nor a row's index"):
@@ -330,7 +346,9 @@ def test_a_folder_is_read_by_split(tmp_path):
     assert [(r["id"], r["answer"]) for r in records] == [("validation_Art_1", "A"),
                                                          ("validation_Math_1", "B")]
     jsonl(tmp_path / "testmini.jsonl", SCIENCE)
-    with pytest.raises(ValueError):  # testmini is not test
+    jsonl(tmp_path / "testmini_text_only.jsonl", SCIENCE)
+    assert len(read_records(tmp_path, "testmini")) == 1
+    with pytest.raises(ValueError):
         read_records(tmp_path, "test")
 
 

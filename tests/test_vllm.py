@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import conftest
 import grpo
+from data_prep import read_records
 from test_methods import check_forced
 from test_stages import GRPO, SFT, environment, metrics, newest, start, weights, work  # noqa: F401
 from test_stages import launch as run
@@ -253,11 +254,17 @@ def test_rollouts_from_a_server(work, driver, serve, tmp_path):  # noqa: F811
 
 
 def test_three_engines_answer_alike(work, serve):  # noqa: F811
-    """Greedy counting-id from transformers, vLLM and an OpenAI-compatible server: the same rows."""
-    run(work, *SFT, "--steps", "20", "--lr", "3e-3", "--out", "taught")  # an untrained model writes no text
+    """Greedy counting-id from transformers, vLLM and an OpenAI-compatible server: the same rows.
+
+    And the same text for one question, about one image and about two.
+    """
+    run(work, *SFT, "--steps", "80", "--lr", "3e-3", "--out", "taught")  # an untrained model writes no text
     url, _ = serve(newest(work / "taught"))
     command = ["eval.py", "--bench", "counting-id=data/counting_id.jsonl", "--max_new_tokens", "24"]
-    answers = []
+    answers, texts = [], []
+    record = read_records(work / "data/counting_id.jsonl")[0]
+    questions = [["--image", *record["images"] * n, "--prompt", record["question"], "--task", "counting",
+                  "--max_new_tokens", "16"] for n in (1, 2)]
     model = ["--model", str(newest(work / "taught"))]
     for options in (["--engine", "hf", *model], ["--engine", "vllm", *model],
                     ["--engine", "api", "--base_url", f"{url}/v1"]):
@@ -265,8 +272,25 @@ def test_three_engines_answer_alike(work, serve):  # noqa: F811
         lines = (newest(work / "taught") / "eval/counting-id.jsonl").read_text().splitlines()
         answers.append({row["id"]: (row["response"], row["correct"], row["tokens"], row["truncated"])
                         for row in map(json.loads, lines)})
+        texts.append([run(work, "eval.py", *asked, *options).splitlines()[-1] for asked in questions])
     assert len({text for text, *_ in answers[0].values()}) > 1 and len(answers[0]) == 12
     assert answers[0] == answers[1] == answers[2]
+    assert texts[0] == texts[1] == texts[2] and all(texts[0])
+
+
+def test_samples_of_a_row(work):  # noqa: F811
+    """Three samples each, the same whatever the batch and again."""
+    run(work, *SFT, "--steps", "20", "--lr", "3e-3", "--out", "taught")
+    path, runs = newest(work / "taught") / "eval/counting-id.jsonl", []
+    for rows in ("64", "5"):
+        run(work, "eval.py", "--bench", "counting-id=data/counting_id.jsonl", "--engine", "vllm", "--n", "3",
+            "--temperature", "1", "--max_new_tokens", "8", "--model", str(newest(work / "taught")),
+            "--batch_rows", rows)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        runs.append([[sample["response"] for sample in row["samples"]] for row in lines])
+        path.unlink()
+    assert runs[0] == runs[1] and all(len(samples) == 3 for samples in runs[0])
+    assert any(len(set(samples)) > 1 for samples in runs[0])
 
 
 if __name__ == "__main__":
