@@ -539,7 +539,7 @@ DISCIPLINES = {subject: discipline for discipline, subjects in {
 def from_mmmu(row: dict, index: int) -> dict:
     """MMMU, and MMMU-Pro, whose `vision` rows have the question in the picture. A hidden gold is "?"."""
     subject = row.get("subject") or "_".join(row["id"].split("_")[1:-1])  # validation_Art_Theory_1
-    gold, *accepted = map(str, as_list(row["answer"]))
+    gold, *accepted = map(str, as_list(row["answer"]) or "?")
     record = from_generic(row | {"answer": None if gold == "?" else gold}, index)
     facts = {"subject": subject, "discipline": DISCIPLINES.get(subject), "accepted": accepted}
     return record | {"source": "mmmu", "task": None if row.get("question") else "pictured",
@@ -560,20 +560,20 @@ class LeftOut(ValueError):
 
 def from_mega_bench(row: dict, index: int) -> dict:
     """MEGA-Bench: rows with images and one answer under a metric of MEGA_BENCH. Raises LeftOut for others."""
-    answer, metrics = literal(row["answer"]), literal(row["metric_info"])["field_score_function"]
-    fields = [field for field in answer if not field.startswith("##")]
-    kinds = {MEGA_BENCH.get(metrics.get(field)) for field in fields}
+    golds = {field: gold for field, gold in literal(row["answer"]).items() if not field.startswith("##")}
+    metrics = literal(row["metric_info"])["field_score_function"]
     media = sum((as_list(row[f"{part}_media"]) for part in ("global", "example", "query")), [])
-    if len(fields) > 1 or None in kinds:
+    if len(golds) != 1 or (metric := metrics.get(*golds)) not in MEGA_BENCH:
         raise LeftOut("its metric is not covered")
     if not all(path.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")) for path in media):
         raise LeftOut("it shows a video")
     question = "\n".join(filter(None, (row["task_description"], row["example_text"], row["query_text"])))
     if question.count("<image>") != len(media):
         question = question.replace("<image>", "").strip()
-    gold, *accepted = map(clean_answer, as_list(answer[fields[0]]))
+    [gold] = golds.values()
+    gold, *accepted = map(clean_answer, as_list(gold) if metric == "multi_ref_phrase" else [gold])
     return {"id": str(row["id"]), "question": question, "images": media, "answer": gold,
-            "answer_type": kinds.pop(), "source": "mega-bench",
+            "answer_type": MEGA_BENCH[metric], "source": "mega-bench",
             "meta": {"task": row["task_name"], "accepted": accepted}}
 
 
@@ -646,7 +646,7 @@ def read_records(source: str | Path, split: str = "train", need: tuple = ("answe
         except LeftOut as reason:
             left_out[str(reason)] += 1
             continue
-        except ValueError as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{source} row {index + 1}: {error}") from error
         if isinstance(record.get("images"), list):
             record["images"] = [locate(ref, folder) for ref in record["images"]]

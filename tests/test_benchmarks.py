@@ -243,6 +243,19 @@ def test_mega_bench_counts_what_it_leaves_out(tmp_path, capsys):
         f"{tmp_path}/x.jsonl: left out 2 of 4 rows: its metric is not covered"]
 
 
+@pytest.mark.parametrize("row", [
+    MMMU | {"answer": None}, MMMU | {"options": 3}, MMMU | {"question": 7}, MEGA | {"answer": "{'a': "},
+    MEGA | {"metric_info": None}, MATHVERSE | {"metadata": None}, MATHVISTA | {"precision": "one"},
+    MATHVERSE | {"answer": 3}, GEOMETRY | {"annotat_text": None, "choices": {}}])
+def test_broken_rows_are_one_line_naming_file_and_row(tmp_path, row):
+    path = jsonl(tmp_path / "x.jsonl", {column: encoded(value) for column, value in row.items()
+                                        if column != "decoded_image"})
+    try:
+        read_records(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path} row 1") and "\n" not in str(error)
+
+
 # ----- VLMEvalKit's TSV
 def test_tsv_images_are_base64_lists_of_it_or_another_row(tmp_path):
     both = str([base64.b64encode(png(color)).decode() for color in ("red", "green")])
