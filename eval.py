@@ -741,7 +741,8 @@ def judge_server(cfg):
 def judged(pair, cfg):
     """A row with what the judge reads as its response's answer, graded by the rules, or with the error."""
     record, row = pair
-    text = JUDGE.replace("{question}", build_prompt(record)).replace("{response}", row["response"][-8000:])
+    asked = build_prompt(record | {"task": "plain"})  # the options, but no order to work it out
+    text = JUDGE.replace("{question}", asked).replace("{response}", row["response"][-8000:])
     turn = {"role": "user", "content": [{"type": "text", "text": text}]}
     reply = ask_server({"model": cfg.judge_model, "messages": [turn], "max_tokens": cfg.max_new_tokens,
                         "temperature": 0.0}, judge_server(cfg))

@@ -537,7 +537,8 @@ def test_a_judge_reads_what_the_rules_could_not(serve, capsys):  # noqa: F811
     rows = evaluate(server, *flags)
     assert sorted(judge.asked) == ["row-1", "row-2"] and sorted(server.asked) == [*words]
     [[part]] = [b["messages"][0]["content"] for b in judge.bodies if "row-1 ?" in str(b)]
-    assert words["row-1"] in part["text"] and judge.bodies[0]["model"] == "reader"
+    assert words["row-1"] in part["text"] and "Work it out" not in part["text"]
+    assert judge.bodies[0]["model"] == "reader"
     assert rows["row-1"]["judge"] == {"model": "reader", "extracted": "1", "correct": 1.0}
     assert rows["row-2"]["judge"]["correct"] == 0 and "judge" not in rows["row-0"]
     assert [row["correct"] for row in rows.values()] == [1, 0, 0, 0]  # the rules' verdicts stay
