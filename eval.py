@@ -138,7 +138,7 @@ class Config:
     limit: int = 0  # first rows of each benchmark only, 0 = all
     image: tuple[str, ...] = ()  # answer one question about these images instead
     prompt: str = ""  # the question for --image
-    task: str = "plain"  # prompt template for --prompt: plain or one of rewards.PROMPTS
+    task: str = ""  # prompt of every question, one of rewards.PROMPTS, "" = a record's own (--prompt: plain)
     max_new_tokens: int = 1024  # response tokens at most
     n: int = 1  # samples per row: accuracy is their mean, maj@n that of the answer most of them agree on
     temperature: float = 0.0  # 0 = greedy
@@ -821,8 +821,8 @@ def run_model(model, name, loaded, cfg):
     """
     folder = eval_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
-    sampling = ("max_new_tokens", "n", "temperature", "top_p", "top_k", "seed", "max_pixels")
-    shared = {"engine": cfg.engine, "model": model, **{name: getattr(cfg, name) for name in sampling}}
+    flags = ("max_new_tokens", "n", "temperature", "top_p", "top_k", "seed", "max_pixels", "task")
+    shared = {"engine": cfg.engine, "model": model, **{name: getattr(cfg, name) for name in flags}}
     settings = [shared | {"data": bench.path} for _, bench, _ in loaded]
     done = [answered(folder / f"{key}.jsonl", records, own)
             for (key, _, records), own in zip(loaded, settings)]
@@ -894,7 +894,7 @@ def check(cfg):
     """Refuse flags that cannot work. Raises ValueError naming the flag."""
     if bool(cfg.image) != bool(cfg.prompt):
         raise ValueError("--image and --prompt go together")
-    if cfg.task not in PROMPTS:
+    if cfg.task and cfg.task not in PROMPTS:
         raise ValueError(f"--task {cfg.task}: use {' | '.join(PROMPTS)}")
     if cfg.engine not in ("hf", "vllm", "api"):
         raise ValueError(f"--engine {cfg.engine}: use hf | vllm | api")
@@ -925,7 +925,7 @@ def main(cfg):
         models = model_names(cfg)
         if cfg.image:
             record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text",
-                      "task": cfg.task}
+                      "task": cfg.task or "plain"}
             (_, replies), = open_engine(models[0], cfg)([record])
             for reply in replies:
                 sys.exit(f"eval.py: {reply['error']}") if "error" in reply else print(reply["response"])
@@ -938,7 +938,9 @@ def main(cfg):
             if bench.size and len(records) != bench.size:
                 print(f"{name}: {len(records)} rows, the official split has {bench.size}: "
                       "not comparable with published numbers")
-        loaded = [(name, bench, records[:cfg.limit or None]) for name, bench, records in loaded]
+        own_prompt = {"task": cfg.task} if cfg.task else {}
+        loaded = [(name, bench, [record | own_prompt for record in records[:cfg.limit or None]])
+                  for name, bench, records in loaded]
         found, failed = {}, []
         for model, name in zip(models, models if cfg.engine == "api" else cfg.model):
             found[model], lost = run_model(model, name, loaded, cfg)

@@ -54,7 +54,8 @@ def train(task, arm, seed, base):
     for form in ARMS[arm]:
         out, clock = ROOM / f"{task}_{form}_{seed}", ROOM / f"{task}_{form}_{seed}/seconds"
         stage = ["sft.py", "--steps", SFT[form], "--lr", 1e-3] if form in SFT else [
-            "grpo.py", "--steps", steps, "--reward", reward, "--prompts_per_step", 32, "--max_new_tokens", tokens]
+            "grpo.py", "--steps", steps, "--reward", reward, "--prompts_per_step", 32,
+            "--max_new_tokens", tokens]
         if not clock.exists():
             took = run(*stage, "--model", model, "--data", ROOM / f"data/{task}_meta_{form}.jsonl",
                        "--seed", seed, "--out", out)
@@ -71,10 +72,10 @@ def measure(task, seed):
             "--steps", TASKS[task][0])
     for arm in ARMS:
         model, seconds = train(task, arm, seed, base)
-        benches = [f"{task}-{split}" for split in SPLITS[task]]
-        if arm == "ANS-SFT":  # asked as it was taught: for the answer alone
-            benches = [f"{bench}={ROOM}/data/{bench}_answer.jsonl" for bench in benches]
-        run("eval.py", "--bench", *benches, "--model", model, "--max_new_tokens", TASKS[task][1])
+        prompt = "board_answer" if task == "transform" else f"{task}_answer"
+        asked = ["--task", prompt] if arm == "ANS-SFT" else []  # as it was taught, for the answer alone
+        run("eval.py", "--bench", *(f"{task}-{split}" for split in SPLITS[task]), "--model", model, *asked,
+            "--max_new_tokens", TASKS[task][1])
         entries = json.loads((model / "eval/summary.json").read_text())
         found[arm] = seconds, dict(zip(SPLITS[task], entries))
         print(f"{task} seed {seed} {arm}: {seconds:.0f} s", *(
@@ -83,7 +84,7 @@ def measure(task, seed):
 
 
 def prepare():
-    """The mini suite, its Reason-RFT training sets, and the benchmarks asked for the answer alone."""
+    """The mini suite and its Reason-RFT training sets."""
     if not (ROOT / "data/mini/transform_train.jsonl").exists():
         run("data_prep.py")
     for task in TASKS:
@@ -91,10 +92,6 @@ def prepare():
         for form in ("ans_sft", "cot_sft", "rl", "stage1", "stage2"):
             run("data_prep.py", "--source", "reason_rft", "--input", f"data/mini/{task}_meta.json",
                 "--form", form, "--stage1_n", STAGE1, *board, "--out", ROOM / "data")
-        for split in SPLITS[task]:
-            records = read_records(ROOT / f"data/mini/{task}_{split}.jsonl")
-            (ROOM / f"data/{task}-{split}_answer.jsonl").write_text("".join(
-                json.dumps(record | {"task": f"{record['task']}_answer"}) + "\n" for record in records))
 
 
 def cell(entry):
@@ -103,7 +100,7 @@ def cell(entry):
 
 
 def floor(task, split):
-    """Score of the best constant answer, chosen per answer type among the most frequent of the training rows."""
+    """Score of the best constant answer, per answer type, among the most frequent of the training rows."""
     reward = rewards.functions if task == "transform" else rewards.accuracy
     training = read_records(ROOT / f"data/mini/{task}_train.jsonl")
     rows, total = read_records(ROOT / f"data/mini/{task}_{split}.jsonl"), 0.0
@@ -124,7 +121,8 @@ def main(seeds):
           "|---|" + "---|" * (len(columns) + 1))
     print("| floor | " + " | ".join(f"{floor(*column):.0f}" for column in columns) + " | |")
     for arm in ARMS:
-        cells = [" / ".join(cell(found[task, seed][arm][1][split]) for seed in seeds) for task, split in columns]
+        cells = [" / ".join(cell(found[task, seed][arm][1][split]) for seed in seeds)
+                 for task, split in columns]
         spent = [found[task, seed][arm][0] for task in TASKS for seed in seeds]
         print(f"| {arm} | " + " | ".join(cells) + f" | {min(spent):.0f} - {max(spent):.0f} |")
 

@@ -1,5 +1,6 @@
 """Tables of eval.py: further scores, breakdowns, averages by a named rule, several models side by side."""
 import json
+import re
 import shutil
 
 import pytest
@@ -82,3 +83,17 @@ def test_one_table_for_several_models(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "open_engine", lambda *_: pytest.fail("loaded a model for nothing"))
     evaluation.main(evaluation.parse_config(evaluation.Config, argv))
     assert "| transform-id | 4 |" in capsys.readouterr().out
+
+
+def test_task_sets_the_prompt_of_every_row(tiny, tmp_path, monkeypatch):
+    """An answer to another prompt is another answer; the rows that were not asked with it do not count."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(evaluation, "open_engine", lambda *_: lambda records: (
+        (record, [{"response": asked.append(rewards.build_prompt(record)) or "-", "tokens": 1,
+                   "truncated": False}]) for record in records))
+    argv = ["--bench", f"structure-id={tiny.mini}/structure_id.jsonl", "--model", tiny.model, "--limit", "6"]
+    for flags in [], ["--task", "structure_answer"]:
+        evaluation.main(evaluation.parse_config(evaluation.Config, argv + flags))
+    assert len(asked) == 12 and all("<think>" in prompt for prompt in asked[:6])
+    assert all(re.search(r"Give only the (number|letter of the right option)\.$", p) for p in asked[6:])

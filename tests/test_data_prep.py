@@ -304,7 +304,8 @@ def test_unreadable_files_are_one_line(tmp_path, text, message):
 
 @pytest.mark.parametrize("name, message", [
     ("none.jsonl", "no such file or folder"), ("none.parquet", "no such file or folder"),
-    ("no/such/folder", "no such file or folder"), ("x.csv", "not a .jsonl, .json, .parquet, .arrow, .tsv file"),
+    ("no/such/folder", "no such file or folder"),
+    ("x.csv", "not a .jsonl, .json, .parquet, .arrow, .tsv file"),
     ("x.parquet", "Parquet"), ("x.arrow", ""), ("x.json", "Expecting"),
     ("data.json", "expected a list of rows"), ("empty", "The directory"),
 ])
