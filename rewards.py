@@ -152,6 +152,8 @@ def _find_answer(response: str) -> tuple[str, str]:
 
 def _last_box(text: str) -> str | None:
     r"""Content of the last \boxed{}, or of the list it ends; "" if it is never closed; None without box."""
+    if r"\boxed" not in text:
+        return None
     opened, boxes = [], []
     for brace in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
         if brace[0] in (r"\{", r"\}"):
@@ -187,8 +189,8 @@ NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\\approx|≈|≃", "="),
     (r"\{,\}", ","),
     (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", "")),
-    (r"\s+", " "),
 )]
+DRESSED = re.compile(r"[\\^$*`~{%％°掳º∘−–—≈≃]|\d,\d|degree|per ?cent|pct")  # what NOTATION rewrites, in brief
 WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}
 COUNTS = re.compile(r"\b(?:" + "|".join(WORDS) + r")\b")
 NUMBER = re.compile(r"(?<![\w.])[-+]?\s?[€£¥]?"
@@ -209,9 +211,10 @@ ASSIGNED = re.compile(r"^[^=\d+*/<>^-]{1,40}(?:_\{?\d\}?)?\s?=\s?")
 
 
 def _plain(text: str) -> str:
-    for pattern, repl in NOTATION:
-        text = pattern.sub(repl, text)
-    return text.strip(" .,:;\"'")
+    if DRESSED.search(text):
+        for pattern, repl in NOTATION:
+            text = pattern.sub(repl, text)
+    return " ".join(text.split()).strip(" .,:;\"'")
 
 
 def _value(text: str) -> tuple[Fraction, bool] | None:
@@ -235,7 +238,7 @@ def _only_value(text: str) -> tuple[Fraction, bool] | None:
 
 def _fraction(number: str) -> Fraction:
     top, _, bottom = re.sub(r"[^\d./e+-]", "", number).partition("/")
-    return Fraction(top) / (int(bottom or 1) or 1)
+    return Fraction(top) / (int(bottom) or 1) if bottom else Fraction(top)
 
 
 def _same_value(got: tuple[Fraction, bool], gold: tuple[Fraction, bool], precision: float | None) -> bool:
