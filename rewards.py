@@ -176,69 +176,87 @@ def _last_box(text: str) -> str | None:
 
 # ----- notation: one spelling for what can be written in many ways
 
-NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
-    (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+SYMBOLS = str.maketrans({
+    "−": "-", "–": "-", "—": "-", "％": "%", "≈": "=", "≃": "=", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ",
+    "≥": r"\ge ", "∪": r"\cup ", "×": r"\times ", "·": r"\cdot ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+LATEX = [(re.compile(pattern), repl) for pattern, repl in (
+    (r"(?:√|(?<![\\a-z])sqrt)\s*(?:(\d+|[a-z]\b)|\(([^()]*)\))?",
+     lambda m: rf"\sqrt{{{m[1] or m[2]}}}" if m[1] or m[2] else r"\sqrt"),
+    (r"\\sqrt\s*(\d)(?!\d)", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])pi\b", r"\\pi"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)", r"\\frac{\1}"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
-    (r"(?<![\w})])\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
-    (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|掳|º|\bdegrees?\b", ""),
-    (r"\\(?:left|right|[,!;:()\[\] ])|[$*`~]|\\q?quad", " "),
-    (r"\\%|％|\s(?:percent|per cent|pct)\b", "%"),
-    (r"[−–—]", "-"),
-    (r"\\approx|≈|≃", "="),
-    (r"\{,\}", ","),
-    (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])", lambda m: m[1].replace(",", "")),
 )]
-DRESSED = re.compile(r"[\\^$*`~{%％°掳º∘−–—≈≃]|\d,\d|degree|per ?cent|pct")  # what NOTATION rewrites, in brief
+NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
+    (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"(\d)\s*(?=\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})", r"\1 "),
+    (r"(?<![\w})^/])\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
+    (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|掳|º|\{?\bdegrees?\b\}?", ""),
+    (r"(\d)(?:\\[,;:! ]|\{,\}|[\u2009\u202f\xa0])(?=\d{3}(?!\d))", r"\1,"),
+    (r"\\(?:left|right|[,!;:()\[\] $])|[$*`~]|\\q?quad", " "),
+    (r"\\%|\s(?:percent|per cent|pct)\b", "%"),
+    (r"\\approx", "="),
+    (r"\s\^", "^"),
+    (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+)(?![\d,])",
+     lambda m: re.sub(r"\D", "", m[1])),
+    (r"(?<![\w./^])(\d{1,6}) (\d{1,6})/(\d{1,6})(?![\d/])",
+     lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),
+)]
+# what SYMBOLS, LATEX and NOTATION rewrite, in brief
+DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b")
 WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}
 COUNTS = re.compile(r"\b(?:" + "|".join(WORDS) + r")\b")
 NUMBER = re.compile(r"(?<![\w.])[-+]?\s?[€£¥]?"
                     r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:e[-+]?\d{1,2})?(?:/\d{1,15})?(?![\d/])")
-UNIT = re.compile(r"(?:%|\s?(?:[cdkmµ]?m|[km]?g|m?s|hr?|min|in|ft|yd|mi|lbs?|oz|m?[lL]"
-                  r"|[kM]?[VWNJA]|[kMG]?Hz|k?Pa|K|C|F|mol"
+UNIT = re.compile(r"(?:%|\s?(?:[cdkmµμ]?m|[km]?g|m?s|hr?|min|in|ft|yd|mi|lbs?|oz|m?[lL]"
+                  r"|[kM]?(?:[VWNJAT]|Ω|\\Omega)|[kMG]?Hz|k?Pa|K|C|F|mol"
                   r"|[\u4e00-\u9fff]+)(?:\^?\{?[23]\}?|[²³])?"
-                  r"(?:/(?:s|h|min|kg|[mc]?m)(?:\^?\{?[23]\}?|[²³])?)?"
+                  r"(?:/(?:s|hr?|min|kg|[cd]?m|mol|[lL])(?:\^?\{?[23]\}?|[²³])?)?"
                   r"|(?:\s(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,}(?:\^?\{?[23]\}?|[²³])?){1,4})?")
 PARTS = re.compile(r"[.!?](?:\s|$)|\n|[。，；]")
 STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|be|equals?))[:\s]+"
                     rf"(?:an? |total |of |about |approximately |only |\W)*(?P<value>{NUMBER.pattern})")
+FORMULA = re.compile(r"[\\^*+=<>]|[\d)]\s?[-/(]\s?[\d(]|\d\s?[a-z]\b|\b(?:minus|plus|negative)\b")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
 REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
                      r"|without |no (?:information|option)|none of", re.IGNORECASE)
-ASSIGNED = re.compile(r"^[^=\d+*/<>^-]{1,40}(?:_\{?\d\}?)?\s?=\s?")
+ASSIGNED = re.compile(r"^(?:[^=\d+*/<>^-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
+                      r"|^[\d\s.()]{1,20}(?:[-+*/]|\\times|\\cdot)(?:[\d\s+*/().-]|\\times|\\cdot){1,40}=\s?(?=[-.\d])"
+                      r"|\s?=\s?[A-Za-z]$")
 
 
 def _plain(text: str) -> str:
     if DRESSED.search(text):
-        for pattern, repl in NOTATION:
+        text = text.translate(SYMBOLS)
+        for pattern, repl in LATEX + NOTATION:
             text = pattern.sub(repl, text)
-    return " ".join(text.split()).strip(" .,:;\"'")
+    text = " ".join(text.split()).lstrip(" ,:;\"'").rstrip(" .,:;\"'")
+    return text if text[1:2].isdigit() else text.lstrip(" .,:;\"'")  # ".5" is a number
 
 
 def _value(text: str) -> tuple[Fraction, bool] | None:
     """(value, written as a percentage) if a plain text is one number, perhaps with `x =` and a unit."""
     text = ASSIGNED.sub("", text)
     number = NUMBER.match(text)
-    if not number or not UNIT.fullmatch(text, number.end()):
-        return None
-    return _fraction(number[0]), text[number.end():].strip() == "%"
+    return _read(number, text) if number and UNIT.fullmatch(text, number.end()) else None
 
 
 def _only_value(text: str) -> tuple[Fraction, bool] | None:
     """The number in a slot that says more than a number, if it holds exactly one and no formula."""
     plain = _plain(text)
     numbers = {m[0]: m for m in NUMBER.finditer(plain)}
-    if len(numbers) != 1 or re.search(r"[\\^√π*+=]", plain):
+    if len(numbers) != 1 or FORMULA.search(plain) or NEGATION.search(plain):
         return None
-    (number,) = numbers.values()
-    return _fraction(number[0]), plain[number.end():].startswith("%")
+    return _read(*numbers.values(), plain)
 
 
-def _fraction(number: str) -> Fraction:
-    top, _, bottom = re.sub(r"[^\d./e+-]", "", number).partition("/")
-    return Fraction(top) / (int(bottom) or 1) if bottom else Fraction(top)
+def _read(number: re.Match, text: str) -> tuple[Fraction, bool] | None:
+    top, _, bottom = re.sub(r"[^\d./e+-]", "", number[0]).partition("/")
+    if bottom and not int(bottom):
+        return None
+    return Fraction(top) / int(bottom) if bottom else Fraction(top), text.startswith("%", number.end())
 
 
 def _same_value(got: tuple[Fraction, bool], gold: tuple[Fraction, bool], precision: float | None) -> bool:
@@ -246,7 +264,7 @@ def _same_value(got: tuple[Fraction, bool], gold: tuple[Fraction, bool], precisi
     if precision is not None:
         tolerance = Fraction(1, 2 * 10 ** int(precision))
     else:
-        tolerance = 0 if gold[0].denominator == 1 else abs(gold[0]) / 10**6
+        tolerance = 0 if gold[0].denominator == 1 else max(abs(got[0]), abs(gold[0])) / 10**6
     return any(abs(x - y) <= tolerance for x, y in _readings(got, gold))
 
 
@@ -268,8 +286,7 @@ def _conclusion(answer: str, prose: str) -> tuple[Fraction, bool] | None:
         stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
         if numbers:
             at = stated[-1].start("value") if stated else numbers[0 if i < len(clause) else -1].start()
-            number = NUMBER.match(text, at)
-            return _fraction(number[0]), text[number.end():].startswith("%")
+            return _read(NUMBER.match(text, at), text)
     return None
 
 
@@ -356,32 +373,28 @@ def _fold(text: str) -> str:
     return plain.lower().strip(" .,:;!?")
 
 
-def _grade_number(answer: str, prose: str, gold: str, record: dict) -> bool:
-    got, want = _number(answer, prose), _value(_plain(gold))
-    if got and want:
-        return _same_value(got, want, record.get("precision"))
-    return bool(re.search(r"[\\^√π*]", answer)) and _math_equal(answer, gold)
+def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
+    got, want = _plain(answer), _plain(gold)
+    if got.replace(" ", "") == want.replace(" ", ""):
+        return True
+    want_value = _value(want)
+    got_value = want_value and _number(answer, prose)
+    if got_value:
+        return _same_value(got_value, want_value, record.get("precision"))
+    return bool(record["answer_type"] == "math" or FORMULA.search(got)) and _math_equal(answer, gold)
 
 
 def _number(answer: str, prose: str) -> tuple[Fraction, bool] | None:
     return _value(_plain(answer)) or (_conclusion(answer, prose) if prose else _only_value(answer))
 
 
-def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
-    got, want = _plain(answer), _plain(gold)
-    if got.replace(" ", "") == want.replace(" ", ""):
-        return True
-    want_value = _value(want)
-    got_value = _value(got) or (_conclusion(answer, prose) if want_value and prose else None)
-    if got_value and want_value:
-        return _same_value(got_value, want_value, record.get("precision"))
-    return _math_equal(answer, gold)
-
-
 def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:
-    got, want = _fold(answer), _fold(gold)
-    values = _value(got), _value(want)
+    got, want = (BRACKETS.sub(r"\1\2", _fold(text)).replace(" ", "") for text in (answer, gold))
+    values = _value(_fold(answer)), _value(_fold(gold))
     return got == want or all(values) and _same_value(*values, record.get("precision"))
+
+
+BRACKETS = re.compile(r"^\(([^()]*)\)$|^\[([^\[\]]*)\]$")
 
 
 def _grade_calls(answer: str, prose: str, gold: str, record: dict) -> bool:
@@ -424,10 +437,20 @@ def _light(latex: str) -> bool:
     return not groups and not re.search(r"\^\s*(?:\{|(?:\(\)|\S)?\s*\^)", flat)
 
 
+WORD_LABEL = re.compile(r"^[\s$]*(?:\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z. ]{2,40}|[a-z]\s*\([a-z]\))?[\s$]*=")
+UNIT_TAIL = re.compile(
+    r"(?<=[\w}).])(?:[\s~$,]|\\[,; ])*(?:\\(?:text|mathrm|mbox)\s*\{[\s~]*(?!and\b|or\b)[A-Za-z/ ]+\}"
+    r"|(?<![\\a-z])\{?(?:(?:square|cubic|sq\.?)\s?)?(?:units?|[cdkm]m|inches|feet|lit(?:re|er)s?)(?![A-Za-z])\}?)"
+    r"[\s$]*(?:\^\s*\{?[23]\}?|[²³])?[\s$.]*$")
+
+
 def _marked(text: str) -> str:
     """Text as math-verify wants it: formulas in $..$, unless words show that it must look for them itself."""
+    text = text.translate(SYMBOLS)
+    for pattern, repl in LATEX + [(WORD_LABEL, ""), (UNIT_TAIL, "")]:
+        text = pattern.sub(repl, text)
     prose = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 2
-    return text if prose or re.search(r"\$|\\[(\[]|\\boxed", text) else f"${text}$"
+    return text if prose or re.search(r"\$.*\$|\\[(\[]|\\boxed", text) else f"${text.replace('$', '')}$"
 
 
 def _math_equal(answer: str, gold: str) -> bool:
@@ -441,7 +464,7 @@ def _math_equal(answer: str, gold: str) -> bool:
     return verify(want, got, timeout_seconds=None)
 
 
-GRADERS = dict(zip(ANSWER_TYPES, (_grade_choice, _grade_number, _grade_math, _grade_text, _grade_calls)))
+GRADERS = dict(zip(ANSWER_TYPES, (_grade_choice, _grade_math, _grade_math, _grade_text, _grade_calls)))
 
 
 # ----- format and the registry
