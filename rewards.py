@@ -23,6 +23,7 @@ a letter beats the option text beside it; spelled-out counts are numbers in pros
 numeral; calls come in any order, and their case, quotes, spaces and hyphens for underscores are notation.
 """
 import difflib
+import functools
 import logging
 import math
 import re
@@ -177,8 +178,8 @@ def _last_box(text: str) -> str | None:
 # ----- notation: one spelling for what can be written in many ways
 
 SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "％": "%", "≈": "=", "≃": "=", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ",
-    "≥": r"\ge ", "∪": r"\cup ", "×": r"\times ", "·": r"\cdot ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+    "−": "-", "–": "-", "—": "-", "％": "%", "≈": "=", "≃": "=", "≤": r"\le ", "≥": r"\ge ", "π": r"\pi ",
+    "∞": r"\infty ", "∪": r"\cup ", "×": r"\times ", "·": r"\cdot ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
 LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"(?:√|(?<![\\a-z])sqrt)\s*(?:(\d+|[a-z]\b)|\(([^()]*)\))?",
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}" if m[1] or m[2] else r"\sqrt"),
@@ -222,11 +223,13 @@ NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|
 REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
                      r"|without |no (?:information|option)|none of", re.IGNORECASE)
+UNDECIDED = re.compile(r"\b(?:whether|if|question|depends?|could|may|might)\b", re.IGNORECASE)
 ASSIGNED = re.compile(r"^(?:[^=\d+*/<>^-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
-                      r"|^[\d\s.()]{1,20}(?:[-+*/]|\\times|\\cdot)(?:[\d\s+*/().-]|\\times|\\cdot){1,40}=\s?(?=[-.\d])"
-                      r"|\s?=\s?[A-Za-z]$")
+                      r"|^[\d\s.()]{1,20}(?:[-+*/]|\\times|\\cdot)(?:[\d\s+*/().-]|\\times|\\cdot){1,40}=\s?"
+                      r"(?=[-.\d])|\s?=\s?[A-Za-z]$")
 
 
+@functools.lru_cache(1024)  # golds and options come again with every response of a group
 def _plain(text: str) -> str:
     if DRESSED.search(text):
         text = text.translate(SYMBOLS)
@@ -236,6 +239,7 @@ def _plain(text: str) -> str:
     return text if text[1:2].isdigit() else text.lstrip(" .,:;\"'")  # ".5" is a number
 
 
+@functools.lru_cache(1024)
 def _value(text: str) -> tuple[Fraction, bool] | None:
     """(value, written as a percentage) if a plain text is one number, perhaps with `x =` and a unit."""
     text = ASSIGNED.sub("", text)
@@ -310,23 +314,24 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
     label = _labels(gold, choices)
     if not label:
         return _grade_text(answer, prose, gold, record)
-    return (_labels(answer, choices) or prose and _label_in(answer, prose, choices)) == label
+    said = _labels(answer, choices) or prose and _label_in(answer, prose, choices, record.get("question", ""))
+    return said == label
 
 
 def _labels(text: str, choices: list[str]) -> str:
     """Option letters a short text names ("B", "(b) 3 cm", an option's text, "A, C" -> "AC"); "" if none."""
-    plain = _plain(text)
-    several = re.fullmatch(r"\(?([A-K])\)?(?:\s?(?:,|;|and|\s)\s?\(?([A-K])\)?)+", plain)
-    if several:
-        return "".join(sorted(set(re.findall(r"\b[A-K]\b", plain))))
+    plain, folded = _plain(text), _fold(text)
     label = LETTER.match(plain)
     letter = (label[1] or label[2]).upper() if label else ""
     if label and ord(letter) < 65 + (len(choices) or 26) and not HEDGE.match(plain, label.end()):
         return letter
-    folded = _fold(text)
-    same = [i for i, choice in enumerate(choices) if folded.replace(" ", "") == choice.replace(" ", "")]
+    beside = BESIDE.fullmatch(folded)
+    same = [i for i, choice in enumerate(choices) if folded.replace(" ", "") == choice.replace(" ", "")
+            or beside and beside.groups() == (chr(97 + i), choice)]
     same += _same_value_options(_value(folded), choices)
-    return chr(65 + same[0]) if same else ""
+    if same:
+        return chr(65 + same[0])
+    return "".join(sorted(set(re.findall("[A-K]", plain)))) if SEVERAL.fullmatch(plain) else ""
 
 
 def _same_value_options(got: tuple[Fraction, bool] | None, choices: list[str]) -> list[int]:
@@ -334,19 +339,24 @@ def _same_value_options(got: tuple[Fraction, bool] | None, choices: list[str]) -
     return [i for i, value in enumerate(values) if got and value and _same_value(got, value, None)]
 
 
-LETTER = re.compile(r"(?:(?:option|choice)\s)?(?:\(([A-Z])\)|([A-Z])(?:$|[.:)]))\s?", re.IGNORECASE)
+LETTER = re.compile(r"(?:(?:option|choice)\s)?(?:[\[({]([A-Z])[\])}]|([A-Z])(?:$|[.:)?]))\s?", re.IGNORECASE)
+BESIDE = re.compile(r"([a-k])\W+(\S.*?)\)?")  # "B (4 cm)"
+SEVERAL = re.compile(r"\(?[A-K]\)?(?:(?:\s?(?:[,;&]|and\b)\s?|\s)?\(?[A-K]\)?)+")
 HEDGE = re.compile(r"or\b|and\b|/|,|\(?[A-K]\)?(?:[.:)]|$)"
                    r"|.*\b(?:or \(?[A-K]\b|and (?:\([A-K]\)|[A-K][.:)]))")
-LABELLED = re.compile(r"\(([A-K])\)|\b(?:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b"
-                      r"|\b(?:option|choice) \W*([A-K])\b|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))"
-                      r"|(?:选项|答案|是)\W*为?([A-K])")
+LABELLED = re.compile(r"\(([A-K])\)|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b"
+                      r"|\b(?i:option|choice|choose|select|pick) \W*([A-K])\b"
+                      r"|\b([A-K]) is (?:the )?(?:correct|right)\b|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))"
+                      r"|(?:选项|答案|是|选)\W*为?([A-K])")
+LISTING = re.compile(r"(?:(?:^|\n)[^\w\n]{,4}[A-Z][.):][^\n]{,200}){2,}"
+                     r"|\(A\)[^\n]{,80}?\(B\)[^\n]{,80}?\(C\)[^\n]*")  # options repeated, not chosen from
 
 
-def _label_in(answer: str, prose: str, choices: list[str]) -> str:
+def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
     """Option letter that prose commits to: labelled in its clause, else the last label, else by text."""
     last = 65 + (len(choices) or 11)
     for text in (answer, prose):
-        labels = [next(filter(None, m)).upper() for m in LABELLED.findall(text)]
+        labels = [next(filter(None, m)).upper() for m in LABELLED.findall(LISTING.sub("", text))]
         labels = [label for label in labels if ord(label) < last]
         if labels:
             return labels[-1] if text is prose or len(set(labels)) == 1 else "?"
@@ -355,15 +365,32 @@ def _label_in(answer: str, prose: str, choices: list[str]) -> str:
         return chr(65 + same[0]) if same else ""
     if REFUSAL.search(prose[-300:]):
         return ""
-    for part in reversed(PARTS.split(prose)):
-        part = _fold(part)
+    parts = [_fold(part) for part in reversed(PARTS.split(prose))]
+    for part in parts:
         hits = [(m.start(), -len(choice), i) for i, choice in enumerate(choices)
                 for m in re.finditer(rf"(?<![\w.]){re.escape(choice)}(?!\w|\.\d)", part)]
         if hits:
-            return chr(65 + min(hits)[2])
+            hedge = len({i for _, _, i in hits}) > 1 and re.search(r"\bor\b", part)
+            return "" if hedge else chr(65 + min(hits)[2])
     if sorted(choices) == ["no", "yes"]:
-        return chr(65 + choices.index("no" if NEGATION.search(prose) else "yes"))
-    return ""
+        asked = _content(question)
+        echoes = [(len(asked & _content(part)), -len(part), bool(NEGATION.search(part)))
+                  for part in parts if not UNDECIDED.search(part)]
+        echo, _, negated = max(echoes, default=(0, 0, False))
+        return chr(65 + choices.index("no" if negated else "yes")) if echo > len(asked) / 2 else ""
+    claims = [_content(part) for part in parts if not NEGATION.search(part)]
+    wanted = map(_content, choices)
+    stated = [i for i, words in enumerate(wanted) if words and any(words <= claim for claim in claims)]
+    return chr(65 + stated[0]) if len(stated) == 1 else ""
+
+
+def _content(text: str) -> set[str]:
+    """Beginnings of the words that carry a text's meaning."""
+    return {word.rstrip("s")[:6] for word in re.findall(r"\w+", text.lower()) if word not in FILLERS}
+
+
+FILLERS = set("a an the it they this that there its their is are was were be will would can could may to of in on"
+              " at for by with as and or also has have does do".split())
 
 
 def _fold(text: str) -> str:
@@ -381,7 +408,7 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
     got_value = want_value and _number(answer, prose)
     if got_value:
         return _same_value(got_value, want_value, record.get("precision"))
-    return bool(record["answer_type"] == "math" or FORMULA.search(got)) and _math_equal(answer, gold)
+    return bool(record["answer_type"] == "math" or re.search(r"[\\^*]", got)) and _math_equal(answer, gold)
 
 
 def _number(answer: str, prose: str) -> tuple[Fraction, bool] | None:
@@ -440,7 +467,8 @@ def _light(latex: str) -> bool:
 WORD_LABEL = re.compile(r"^[\s$]*(?:\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z. ]{2,40}|[a-z]\s*\([a-z]\))?[\s$]*=")
 UNIT_TAIL = re.compile(
     r"(?<=[\w}).])(?:[\s~$,]|\\[,; ])*(?:\\(?:text|mathrm|mbox)\s*\{[\s~]*(?!and\b|or\b)[A-Za-z/ ]+\}"
-    r"|(?<![\\a-z])\{?(?:(?:square|cubic|sq\.?)\s?)?(?:units?|[cdkm]m|inches|feet|lit(?:re|er)s?)(?![A-Za-z])\}?)"
+    r"|(?<![\\a-z])\{?(?:(?:square|cubic|sq\.?)\s?)?"
+    r"(?:units?|[cdkm]m|inches|feet|lit(?:re|er)s?)(?![A-Za-z])\}?)"
     r"[\s$]*(?:\^\s*\{?[23]\}?|[²³])?[\s$.]*$")
 
 
