@@ -1,5 +1,6 @@
 """rewards.py: prompts, extraction, grading tables, format, specs, and hostile text."""
 import itertools
+import json
 import math
 import random
 import statistics
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import data_prep  # noqa: E402
 import rewards  # noqa: E402
 
 
@@ -224,6 +226,99 @@ def test_text(gold, answer, verdict):
 ])
 def test_tagged_choice(response, verdict):
     assert rewards.accuracy(response, record("B", "choice")) == verdict
+
+
+AREA = "Area $=9 \\pi \\mathrm{cm}^{2}$"
+
+
+@pytest.mark.parametrize("gold, answer, verdict", [
+    (AREA, "9\\pi", 1), (AREA, "9π cm²", 1), (AREA, "A = 9 \\pi \\text{ cm}^2", 1), (AREA, "9", 0),
+    (AREA, "3\\pi", 0),
+    ("Area $=113.1 \\mathrm{~cm}^{2}$", "113.1", 1), ("Area $=113.1 \\mathrm{~cm}^{2}$", "113.2 cm^2", 0),
+    ("=\\frac{7}{4}", "1.75", 1), ("5=s", "5", 1), ("5=s", "6", 0), ("x=8 \\mathrm{~cm}", "8", 1),
+    ("118掳T", "118°T", 1), ("118掳T", "118", 1), ("S 23.5 ^\\circ W", "S23.5°W", 1),
+    ("N 34° W", "N34^\\circ E", 0),
+    ("Center $=(20,10)$", "(20, 10)", 1), ("Center $=(20,10)$", "(10, 20)", 0), ("=(4,0)", "(4, 0)", 1),
+    ("(x, y)=\\left(90^{\\circ}, 5\\right)", "(90, 5)", 1), ("8\\sqrt{3}{squareinches}", "8√3", 1),
+    ("69{degrees}", "69", 1), ("10km / h", "10 \\text{ km/h}", 1), ("-4.9\n-4.9", "-4.9\n-4.9", 1),
+    ("63\\pi x^3+66\\pi x^2 litres", "63\\pi x^3+66\\pi x^2", 1), ("1:64", "1 : 64", 1), ("1:64", "64", 0),
+    ("f(x)=|x-3|", "|x - 3|", 1), ("y=-2 x+5", "y=5-2x", 1), ("y=-2 x+5", "2x+5", 0),
+    ("\\frac{\\sqrt{30}}{2}", "√30/2", 1), ("5 \\sqrt { 3 }", "5*sqrt(3)", 1), ("2\\pi", "2pi", 1),
+    ("2\\pi", "2", 0),
+    ("2.5", "2\\frac{1}{2}", 1), ("2.5", "2 1/2", 1), ("1.5", "1½", 1), ("3", "6/2 = 3", 1), 
+    ("1000", "1\\,000", 1), ("1000", "1 000", 1), ("12", "1 2", 0), ("0.5", ".5", 1), ("5", ".5", 0),
+    ("3", "3/0", 0),
+    ("7", "\\approx 7", 1), ("5", "\\$5", 1), ("4", "3 cm or 4 cm", 0), ("3", "not 3", 0),
+    ("0.333333", "1/3", 1),
+    ("(-\\infty, 4]", "(-∞, 4]", 1), ("y \\leq 5", "y ≤ 5", 1), ("y \\leq 5", "y<5", 0),
+    ("x>3", "(3,\\infty)", 1),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}", 1),
+])
+def test_notation(gold, answer, verdict):
+    assert rewards.accuracy(box(answer), record(gold)) == verdict
+    assert rewards.accuracy(f"<answer>{answer}</answer>", record(gold)) == verdict
+
+
+@pytest.mark.parametrize("answer, verdict", [
+    ("[B]", 1), ("{B}", 1), ("B?", 1), ("B 4 cm", 1), ("B (4 cm)", 1), ("B, 4 cm", 1), ("B - 4 cm", 1),
+    ("4.0 cm", 1),
+    ("\\mathbf{(B)}", 1), ("B, 5 cm", 0), ("(A)(B)", 0), ("A B", 0), ("A&B", 0), ("B\nA", 0), ("not B", 0),
+    ("E", 0),
+])
+def test_choice_beside_its_text(answer, verdict):
+    choices = ["3 cm", "4 cm", "5 cm", "6 cm"]
+    assert rewards.accuracy(box(answer), record("B", "choice", choices=choices)) == verdict
+
+
+@pytest.mark.parametrize("response, gold, choices, verdict", [
+    ("Hence B is correct.", "B", ["3", "4"], 1), ("Option B fits.", "B", ["3", "4"], 1),
+    ("因此,选B。", "B", ["3", "4"], 1),
+    ("(A) 3\n(B) 4", "B", ["3", "4"], 0), ("(A) 3 (B) 4 (C) 5", "C", ["3", "4", "5"], 0),
+    ("Then the tuna population would likely increase.", "A", ["The tuna will increase",
+     "The mice will die"], 1),
+    ("The tuna would increase. The mice would die.", "A", ["The tuna will increase", "The mice will die"], 0),
+    ("It could be the sun or the moon.", "A", ["sun", "moon"], 0),
+    ("The moon is larger than the sun.", "A", ["yes", "no"], 1),
+    ("The moon is not larger.", "B", ["yes", "no"], 1),
+    ("It may be yes or no.", "A", ["yes", "no"], 0), ("I like trees.", "A", ["yes", "no"], 0),
+    ("I do not know.", "B", ["yes", "no"], 0),
+])
+def test_choice_by_its_words(response, gold, choices, verdict):
+    asked = record(gold, "choice", choices=choices) | {"question": "Is the moon larger than the sun?"}
+    assert rewards.accuracy(response, asked) == verdict
+
+
+@pytest.mark.parametrize("gold, answer, verdict", [
+    ("[2, 3]", "[2,3]", 1), ("[2, 3]", "2, 3", 1), ("[2, 3]", "[3, 2]", 0), ("B", "(B)", 1),
+    ("1,000", "1000", 1),
+    ("42.2%-62.6%", "42.2% – 62.6%", 1),
+    ("domain: (2,8] and range: [6,8)", "domain: (2,8] and range: [6,8)", 1),
+    ("domain: (2,8] and range: [6,8)", "domain: [2,8] and range: [6,8)", 0),
+])
+def test_text_brackets(gold, answer, verdict):
+    assert rewards.accuracy(f"<answer>{answer}</answer>", record(gold, "text")) == verdict
+
+
+REAL = ROOT.parent / "shared" / "real"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the published rows")
+def test_published_golds_answer_themselves():
+    rows = [row for path in ("mathvision/sample100.jsonl",
+     "format_samples/geometry3k_hiyouga_form_10.parquet",
+                             "format_samples/mathvision_hf_form_100.parquet")
+            for row in data_prep.read_records(REAL / path)]
+    for row in json.loads((REAL / "format_samples/mathverse_testmini_text_only.json").read_text()):
+        kinds = ("choice",) if row["question_type"] == "multi-choice" else ("math", "number", "text")
+        rows += [record(row["answer"], kind, question=row["question"]) for kind in kinds]
+    for row in json.loads((REAL / "format_samples/mathvista_testmini_sample.json").read_text()).values():
+        choices, kind = row["choices"], "number" if row["answer_type"] in ("integer", "float") else "text"
+        letter = {"choices": choices, "answer": chr(65 + choices.index(row["answer"]))} if choices else {}
+        rows.append(record(row["answer"], "choice" if choices else kind, precision=row["precision"]) | letter)
+    assert len(rows) > 1500
+    for row in rows:
+        for text in (f"<answer>{row['answer']}</answer>", box(row["answer"])):
+            assert rewards.accuracy(text, row) == 1, row
 
 
 # ----- format
