@@ -245,7 +245,7 @@ def _plain(text: str) -> str:
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"(?<!\d) | (?!\d)", "", text)
+    return re.sub(r"(?<!\d) | (?!\d)", "", text) if " " in text else text
 
 
 @functools.lru_cache(1024)
@@ -376,7 +376,7 @@ def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str
         return ""
     parts = [_fold(part) for part in reversed(PARTS.split(prose))]
     for part in parts:
-        hits = [(m.start(), -len(choice), i) for i, choice in enumerate(choices)
+        hits = [(m.start(), -len(choice), i) for i, choice in enumerate(choices) if choice in part
                 for m in re.finditer(rf"(?<![\w.]){re.escape(choice)}(?!\w|\.\d)", part)]
         if hits:
             hedge = len({i for _, _, i in hits}) > 1 and re.search(r"\bor\b", part)
