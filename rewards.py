@@ -16,7 +16,8 @@ How a response becomes a verdict:
      enough to be safe.
 
 Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or
-"and" are one list); a tag beats a box outside it; units and degree signs are ignored; 50% equals 50 and 0.5
+"and" are one list); a tag beats a box outside it; units, degree signs and labels ("Area =") are ignored; a
+list of the options is no answer; prose means yes or no only in the question's words; 50% equals 50 and 0.5
 (but 50 is not 0.5); with `precision` a response within half a unit of the last decimal is right, without it
 integers are exact and others agree to six digits; sets ignore order; a hedge ("A or B", "3 or 4") is wrong;
 a letter beats the option text beside it; spelled-out counts are numbers in prose only, a slot wants a
@@ -201,7 +202,7 @@ NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|掳|º|\{?\bdegrees?\b\}?", ""),
     (r"(\d)(?:\\[,;:! ]|\{,\}|[\u2009\u202f\xa0])(?=\d{3}(?!\d))", r"\1,"),
     (r"\\(?:left|right|[,!;:()\[\] $])|[$*`~]|\\q?quad", " "),
-    (r"\\%|\s(?:percent|per cent|pct)\b", "%"),
+    (r"\s?\\?%|\s(?:percent|per cent|pct)\b", "%"),
     (r"\\approx", "="),
     (r"\s\^", "^"),
     (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+)(?![\d,])",
@@ -232,6 +233,7 @@ UNDECIDED = re.compile(r"\b(?:whether|if|question|depends?|could|may|might)\b", 
 ASSIGNED = re.compile(r"^(?:[^=\d+*/<>^-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
                       r"|^[\d\s.()]{1,20}(?:[-+*/]|\\times|\\cdot)(?:[\d\s+*/().-]|\\times|\\cdot){1,40}=\s?"
                       r"(?=[-.\d])|\s?=\s?[A-Za-z]$")
+AXIS = re.compile(r"([xy])\s?=")
 
 
 @functools.lru_cache(1024)  # golds and options come again with every response of a group
@@ -413,6 +415,9 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
     got, want = _plain(answer), _plain(gold)
     if _squeezed(got) == _squeezed(want):
         return True
+    axes = {m[1] for m in map(AXIS.match, (got, want)) if m}
+    if len(axes) == 2:
+        return False  # x = 5 and y = 5 are two lines
     want_value = _value(want)
     got_value = want_value and _number(answer, prose)
     if got_value:

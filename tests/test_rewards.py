@@ -245,11 +245,11 @@ AREA = "Area $=9 \\pi \\mathrm{cm}^{2}$"
     ("f(x)=|x-3|", "|x - 3|", 1), ("y=-2 x+5", "y=5-2x", 1), ("y=-2 x+5", "2x+5", 0),
     ("\\frac{\\sqrt{30}}{2}", "√30/2", 1), ("5 \\sqrt { 3 }", "5*sqrt(3)", 1), ("2\\pi", "2pi", 1),
     ("2\\pi", "2", 0),
-    ("2.5", "2\\frac{1}{2}", 1), ("2.5", "2 1/2", 1), ("1.5", "1½", 1), ("3", "6/2 = 3", 1), 
+    ("2.5", "2\\frac{1}{2}", 1), ("2.5", "2 1/2", 1), ("1.5", "1½", 1), ("3", "6/2 = 3", 1),
     ("1000", "1\\,000", 1), ("1000", "1 000", 1), ("12", "1 2", 0), ("0.5", ".5", 1), ("5", ".5", 0),
     ("3", "3/0", 0),
     ("7", "\\approx 7", 1), ("5", "\\$5", 1), ("4", "3 cm or 4 cm", 0), ("3", "not 3", 0),
-    ("0.333333", "1/3", 1),
+    ("0.333333", "1/3", 1), ("0.5", "50 %", 1), ("x=5", "y=5", 0), ("x=5", "X = 5", 1), ("y=5", "5", 1),
     ("(-\\infty, 4]", "(-∞, 4]", 1), ("y \\leq 5", "y ≤ 5", 1), ("y \\leq 5", "y<5", 0),
     ("x>3", "(3,\\infty)", 1),
     ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}", 1),
@@ -707,15 +707,14 @@ def test_hostile_text_is_graded_in_bounded_time():
     golds = [record("3", "number"), record("x^2+1"), record("\\sqrt{3}"), record("(1,2)"), record("x<3"),
              record("cat", "text"), record("A", "choice", choices=["3", "4"]), record("B", "choice"),
              calls("change_color(2, red), change_color(3, red), change_color(2, blue), change_size(0, x)")]
-    rewards.accuracy(box("x+2"), golds[1])  # the first call imports math-verify
     texts = [wrap.format(bomb) for bomb in BOMBS for wrap in ("{}", "\\boxed{{{}}}")]
     texts += [hostile(rng) for _ in range(2000)]
     for i, text in enumerate(texts):
         for gold in golds if i < 2 * len(BOMBS) else [golds[i % len(golds)]]:
             for name, reward in rewards.REWARDS.items():
-                start = time.perf_counter()
+                start = time.process_time()  # seconds of this process, however busy the machine
                 score = reward(text, gold)
-                assert time.perf_counter() - start < 1, (name, text[:200])
+                assert time.process_time() - start < 1, (name, text[:200])
                 low, high = RANGES.get(name, (0, 1))
                 assert low <= score <= high, (name, text[:200])
                 assert name in RANGES or score in (0.0, 1.0), (name, text[:200])
