@@ -364,7 +364,7 @@ LISTING = re.compile(r"(?:(?:^|\n)[^\w\n]{,4}[A-Z][.):][^\n]{,200}){2,}"
 
 
 def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
-    """Option letter that prose commits to: labelled in its clause, else the last label, else by text."""
+    """Option letter that prose commits to: labelled in its clause, else the last label, else by its text."""
     last = 65 + (len(choices) or 11)
     for text in (answer, prose):
         labels = [next(filter(None, m)).upper() for m in LABELLED.findall(LISTING.sub("", text))]
