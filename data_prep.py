@@ -11,6 +11,7 @@ A record is one JSON line, or the same dict in memory:
     choices      list  optional: option texts in order, the first one is A
     precision    int   optional: decimals to which a number is compared
     response     str   optional: a full target response, what sft.py learns
+    system       str   optional: a system turn before the question
     task, source str   optional: `task` may pick a prompt, both group metrics
     meta         dict  optional: anything else worth keeping; `accepted` lists further answers that are right
 RL needs `answer`, SFT needs `response`. An absent `answer_type` is inferred on reading.
@@ -29,7 +30,8 @@ A .jsonl, .json, .parquet, .arrow or .tsv file, a folder of them or a Hub id is 
     ViRL39K       question, answer, image, qid, category, source, PassRate_32BTrained, PassRate_7BBase
                   (39Krelease.parquet, or its folder; images.zip must have been unpacked beside it)
     Reason-RFT    id, image, problem, cot, and answer or solution (its meta-JSON; `cot` is not read here)
-    ShareGPT      messages (one user, one assistant), and image or images: LLaMA-Factory's layout
+    ShareGPT      messages or conversations (a user and an assistant, perhaps a system turn first), image or
+                  images, perhaps system: as LLaMA-Factory reads it, both files of Vision-R1-cold included
     generic       question or problem; answer or solution; images, image or image_1, ..; if any, choices,
                   options or A, B, ..; hint or context (EMMA, ScienceQA, VLMEvalKit's TSV files)
 A Hub id may name a configuration, `MMMU/MMMU:Art`, or with `MMMU/MMMU:*` all of them one after the other.
@@ -77,7 +79,7 @@ from tqdm import tqdm
 import rewards
 
 FIELDS = {"id": str, "question": str, "images": list, "answer": str, "answer_type": str, "choices": list,
-          "precision": int, "response": str, "task": str, "source": str, "meta": dict}
+          "precision": int, "response": str, "system": str, "task": str, "source": str, "meta": dict}
 LETTERS = [*string.ascii_uppercase]
 MIN_SIDE = 28              # pixels: a merged vision token of the Qwen-VL family, which refuses smaller images
 MAX_RATIO = 200            # longer side / shorter side, the same family's limit
@@ -140,16 +142,25 @@ def check_records(records: list[dict], source: str, need: tuple = ("answer",)) -
 
 
 def build_messages(record: dict) -> list[dict]:
-    """One user turn for a processor's apply_chat_template: text parts and {"type": "image"} marks, no pixels.
+    """The user's turn for a processor's apply_chat_template, after a system turn if the record has one.
 
-    The k-th mark stands for record["images"][k]; the text is rewards.build_prompt(record).
+    Turns hold text parts and {"type": "image"} marks, no pixels. The k-th mark stands for
+    record["images"][k]; the user's text is rewards.build_prompt(record).
     """
-    first, *rest = rewards.build_prompt(record).split("<image>")
-    content = [] if rest else [{"type": "image"} for _ in record["images"]]
+    turns = [{"role": "user", "content": prompt_parts(rewards.build_prompt(record), record["images"])}]
+    if record.get("system"):
+        turns.insert(0, {"role": "system", "content": [{"type": "text", "text": record["system"]}]})
+    return turns
+
+
+def prompt_parts(text: str, images: list) -> list[dict]:
+    """A prompt's text parts and image marks: one for each `<image>`, without any all images come first."""
+    first, *rest = text.split("<image>")
+    content = [] if rest else [{"type": "image"} for _ in images]
     content.append({"type": "text", "text": first})
     for text in rest:
         content += [{"type": "image"}, {"type": "text", "text": text}]
-    return [{"role": "user", "content": [part for part in content if part.get("text") != ""]}]
+    return [part for part in content if part.get("text") != ""]
 
 
 # ----- images -----
@@ -453,34 +464,73 @@ def sharegpt_prompt(record: dict) -> str:
     return prompt if "<image>" in prompt else "<image>" * len(record["images"]) + prompt
 
 
-def to_sharegpt(record: dict) -> dict:
-    """A record with a response as a ShareGPT row; the columns after `messages` let from_sharegpt restore it.
+# column of the turns; in a turn who speaks and what; user and assistant; column of the images.
+# Vision-R1-cold (arXiv 2503.06749) is one file of each of the last two.
+LAYOUTS = {"sharegpt": ("messages", "role", "content", "user", "assistant", "image"),
+           "llava_cot": ("conversations", "from", "value", "human", "gpt", "image"),
+           "mulberry": ("conversations", "from", "value", "user", "assistant", "images")}
 
-    `image` is always a list, because one file must not hold both strings and lists there.
+
+def to_sharegpt(record: dict, layout: str = "sharegpt") -> dict:
+    """A record with a response as a ShareGPT row; the columns after the turns let from_sharegpt restore it.
+
+    The image column is always a list, because one file must not hold both strings and lists there.
     """
-    turns = [{"role": "user", "content": sharegpt_prompt(record)},
-             {"role": "assistant", "content": record["response"]}]
+    turns, speaker, text, user, assistant, images = LAYOUTS[layout]
     others = {field: value for field, value in record.items() if field not in ("id", "images", "response")}
-    return {"id": record["id"], "image": record["images"], "messages": turns, **others}
+    return {"id": record["id"], images: record["images"],
+            turns: [{speaker: user, text: sharegpt_prompt(record)},
+                    {speaker: assistant, text: record["response"]}], **others}
+
+
+def questions(row: dict) -> list[dict]:
+    """The row, or where a LLaVA conversation has several questions about an image one row for each.
+
+    What came before is not in them: Vision-R1, too, had each question answered by itself.
+    """
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or len(turns) < 4:
+        return [row]
+    first = len(turns) % 2  # a system turn
+    return [row | {"conversations": turns[:first] + turns[k:k + 2], "id": f"{row.get('id', '')}.{k // 2}"}
+            for k in range(first, len(turns), 2)]
+
+
+CONCLUSION = re.compile(r"<CONCLUSION>(.*?)</CONCLUSION>", re.DOTALL)  # LLaVA-CoT's answer tag
+
+
+def stated_answer(response: str) -> str | None:
+    """The answer that a response names in a tag, a box or words ("the answer is"), else None."""
+    text = CONCLUSION.sub(r"<answer>\1</answer>", response)
+    said = rewards.extract_answer(text)
+    return said.strip(" :*") if said and said != text[-rewards.TAIL:].strip() else None
 
 
 def from_sharegpt(row: dict, index: int) -> dict:
-    """LLaMA-Factory's ShareGPT rows of one question and one answer; to_sharegpt's columns may be missing.
+    """ShareGPT rows of one question and one answer, in any of LAYOUTS; to_sharegpt's columns may be missing.
 
     Without them, or where the prompt is no longer theirs, the question is the user's text as it stands.
     """
-    roles = [turn["role"] for turn in row["messages"]]
-    if roles != ["user", "assistant"]:
-        raise ValueError(f"messages are by {', '.join(map(str, roles))}, not by user, assistant")
-    prompt, response = (turn["content"] for turn in row["messages"])
+    turns, speaker, text, *_ = LAYOUTS["sharegpt" if "messages" in row else "llava_cot"]
+    alias = {"human": "user", "gpt": "assistant"}
+    said = [(alias.get(turn[speaker], turn[speaker]), turn[text]) for turn in row[turns]]
     record = {field: row[field] for field in FIELDS if row.get(field) is not None}
+    if said and said[0][0] == "system":
+        record["system"] = said.pop(0)[1]
+    if [role for role, _ in said] != ["user", "assistant"]:
+        raise ValueError(f"{turns} are by {', '.join(str(role) for role, _ in said)}, not by user, assistant")
+    (_, prompt), (_, response) = said
     record |= {"id": str(row.get("id", index)), "images": row_images(row), "response": response}
     if {"question", "answer_type"} <= set(record) and sharegpt_prompt(record) == prompt:
         return record
-    answer = record.get("answer")
-    if answer is None and rewards.format_think_answer(response, record):
-        answer = rewards.extract_answer(response)
-    return record | {"question": prompt, "task": "plain"} | answer_fields(answer)
+    if turns == "conversations":  # LLaVA's ids name a picture or a source, which repeats
+        record["id"] = ":".join(map(str, [row.get("id") or (record["images"] or [""])[0], index]))
+    answer, options = record.get("answer", stated_answer(response)), listed_options(prompt)
+    if (letter := str(answer).strip("(). ")) in LETTERS[:len(options)]:
+        answer = letter
+    elif answer not in options:
+        options = None
+    return record | {"question": prompt, "task": "plain"} | answer_fields(answer, options)
 
 
 def from_generic(row: dict, index: int) -> dict:
@@ -555,7 +605,7 @@ MEGA_BENCH = {"exact_str_match": "text", "exact_str_match_case_insensitive": "te
 
 
 class LeftOut(ValueError):
-    """A sound row that cannot be used here; the message says why."""
+    """A sound row that cannot be used here: (reason, as it is counted; perhaps details)."""
 
 
 def from_mega_bench(row: dict, index: int) -> dict:
@@ -587,6 +637,7 @@ def from_geometry3k(row: dict, index: int) -> dict:
 # the first match wins; anything else is from_generic's, if it has a column for every role
 FORMATS = [
     ({"messages"}, from_sharegpt),
+    ({"conversations"}, from_sharegpt),
     ({"id", "question", "images", "answer_type"}, from_record),
     ({"id", "question", "images", "response"}, from_record),
     ({"id", "question", "options", "answer", "image", "level", "subject"}, from_mathvision),
@@ -638,7 +689,7 @@ def read_records(source: str | Path, split: str = "train", need: tuple = ("answe
     path = Path(source).absolute()
     folder = path if path.is_dir() else path.parent
     records, left_out = [], Counter()
-    for index, row in enumerate(rows):
+    for index, row in ((index, part) for index, row in enumerate(rows) for part in questions(row)):
         try:
             record = {field: value for field, value in from_format(row, index).items() if value is not None}
         except KeyError as column:
@@ -755,18 +806,44 @@ def locate(ref, folder: Path):
     return str(folder / ref) if isinstance(ref, str) else ref
 
 
-def write_records(path: str | Path, records: list[dict]) -> None:
-    """Write JSON lines to `path`, complete or not at all, with image paths relative to it.
+def write_records(path: str | Path, records: list[dict], layout: str = "") -> None:
+    """Write JSON lines, or a ShareGPT file of a layout, complete or not at all, image paths relative to it.
 
     Images under the file's folder stay where they are. Others go into images/ beside it, named by content, so
     rows that share an image share its file: encoded ones byte for byte, PIL images as PNG. Raises OSError.
     """
-    def lines():
-        folder = Path(path).parent.resolve()
+    folder = Path(path).parent.resolve()
+    portable = (r | {"images": [save_image(ref, folder) for ref in r["images"]]} for r in records)
+    if layout:
+        write_sharegpt(Path(path), portable, layout)
+    else:
+        write_text(Path(path), (json.dumps(record, ensure_ascii=False) + "\n" for record in portable))
+
+
+def write_sharegpt(path: Path, records: Iterable[dict], layout: str) -> None:
+    """Write a ShareGPT file, and its entry in dataset_info.json beside it for LLaMA-Factory.
+
+    Raises OSError, or ValueError if there is a dataset_info.json that cannot be read.
+    """
+    info_path, info, systems = path.with_name("dataset_info.json"), {}, []
+    if info_path.exists():  # several files may share a folder
+        try:
+            info = dict(json.loads(info_path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{info_path}: {error}") from error
+
+    def rows():
         for record in records:
-            images = [save_image(ref, folder) for ref in record["images"]]
-            yield json.dumps(record | {"images": images}, ensure_ascii=False) + "\n"
-    write_text(Path(path), lines())
+            systems.append("system" in record)
+            yield to_sharegpt(record, layout)
+
+    write_text(path, json_list(rows()))
+    turns, speaker, text, user, assistant, images = LAYOUTS[layout]
+    info[path.stem] = {
+        "file_name": path.name, "formatting": "sharegpt",
+        "columns": {"messages": turns, "images": images} | ({"system": "system"} if any(systems) else {}),
+        "tags": {"role_tag": speaker, "content_tag": text, "user_tag": user, "assistant_tag": assistant}}
+    write_text(info_path, [json.dumps(info, indent=2)])
 
 
 def write_text(path: Path, pieces: Iterable[str]) -> None:
@@ -800,11 +877,14 @@ def save_image(ref: str | Path | dict | Image.Image, folder: Path) -> str:
 def convert_input(cfg) -> None:
     """Copy any readable --input to OUT/SPLIT.jsonl and OUT/images, less the rows that are refused.
 
-    --pass_rate refuses some on purpose, which are counted by reason; an unreadable image is named.
+    --pass_rate refuses some on purpose, which are counted by reason; an unreadable image is named. --form
+    makes it a ShareGPT file, OUT/SPLIT.json.
     """
-    refuse = pass_rate_filter(cfg)
+    if cfg.form and cfg.form not in LAYOUTS:
+        raise ValueError(f"--form {cfg.form}: use {' | '.join(LAYOUTS)}")
+    refuse, need = pass_rate_filter(cfg), ("response",) if cfg.form else ("answer",)
     kept, skipped, filtered = [], [], Counter()
-    for record in tqdm(read_records(cfg.input, cfg.split, limit=cfg.n), desc=cfg.input):
+    for record in tqdm(read_records(cfg.input, cfg.split, need, cfg.n), desc=cfg.input):
         if reason := refuse(record):
             filtered[reason] += 1
             continue
@@ -816,10 +896,11 @@ def convert_input(cfg) -> None:
             if cfg.strict:
                 raise ValueError(f"{cfg.input} (id {record['id']!r}): {error}") from error
             skipped.append(f"skipped id {record['id']!r}: {error}")
-    path = Path(cfg.out) / f"{cfg.split}.jsonl"
+    path = Path(cfg.out) / f"{cfg.split}.json{'' if cfg.form else 'l'}"
     dropped = [f"{count} {reason}" for reason, count in sorted(filtered.items())]
     without = ", ".join([*dropped, f"{len(skipped)} unreadable"])
-    write_records(path, check_records(kept, f"{cfg.input} without its rows left out ({without})"))
+    kept = check_records(kept, f"{cfg.input} without its rows left out ({without})", need)
+    write_records(path, kept, cfg.form)
     kinds = Counter(record["answer_type"] for record in kept).most_common()
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
     print(*skipped, *(f"left out {line}" for line in dropped),
@@ -908,7 +989,7 @@ def cot_response(record: dict, cot) -> tuple[str, bool]:
     if not thought:
         raise ValueError("cot holds no reasoning")
     said = rewards.extract_answer(cot)
-    named = "<answer>" in cot or said is not None and said != cot[-rewards.TAIL:].strip()
+    named = "<answer>" in cot or stated_answer(cot) is not None
     if named and rewards.accuracy(cot, record) != 1:
         raise ValueError(f"cot answers {(said or '')[:60]!r}, the gold answer is {record['answer'][:60]!r}")
     return f"<think>\n{thought}\n</think>\n<answer>\n{record['answer']}\n</answer>", named
@@ -993,37 +1074,24 @@ def convert_reason_rft(cfg) -> None:
         raise ValueError(f"--stage2 {cfg.stage2}: use rest | full")
     if cfg.stage1_n < 1:
         raise ValueError(f"--stage1_n {cfg.stage1_n}: must be at least 1")
-    out, stem, info = Path(cfg.out), Path(cfg.input).stem, {}
-    info_path = out / "dataset_info.json"
-    if cfg.form == "sharegpt" and info_path.exists():  # the three tasks may share a folder
-        try:
-            info = dict(json.loads(info_path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{info_path}: {error}") from error
+    out, stem = Path(cfg.out), Path(cfg.input).stem
     for form in SHAREGPT_FORMS if cfg.form == "sharegpt" else (cfg.form,):
         path = out / f"{stem}_{form}.json{'' if cfg.form == 'sharegpt' else 'l'}"
         manifest = {}
         records = reason_rft_records(cfg, form, manifest)
         try:
             if cfg.form == "sharegpt":
-                write_text(path, json_list(map(to_sharegpt, records)))
+                write_sharegpt(path, records, cfg.form)
             else:
                 write_text(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         except ValueError as error:
             raise ValueError(f"{cfg.input}: {error}") from error
         write_text(out / f"{stem}_{form}_manifest.json", [json.dumps(manifest, ensure_ascii=False, indent=1)])
-        info[path.stem] = {
-            "file_name": path.name, "formatting": "sharegpt",
-            "columns": {"messages": "messages", "images": "image"},
-            "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user",
-                     "assistant_tag": "assistant"}}
         rejects = manifest["rejects"]
         shown = [f"left out row {r['row']} (id {r['id']!r}): {r['reason']}" for r in rejects[:10]]
         counts = ", ".join(f"{count} {kind}" for kind, count in manifest["answer_types"].most_common())
         print(*shown, *([f"left out {len(rejects) - 10} more, see the manifest"] if rejects[10:] else []),
               f"{path}: {manifest['records']} records ({counts}), {len(rejects)} left out", sep="\n")
-    if cfg.form == "sharegpt":
-        write_text(info_path, [json.dumps(info, indent=2)])
 
 
 def json_list(rows: Iterable[dict]) -> Iterator[str]:
@@ -1353,9 +1421,9 @@ def make_tiny(out: Path, texts: list[str], seed: int) -> None:
 # ----- command line -----
 @dataclasses.dataclass(frozen=True)
 class Config:
-    source: str = "mini"      # records: convert --input, in any format named at the top | reason_rft | mini
+    source: str = "mini"      # records: convert --input, in any format above | reason_rft | mini
     input: str = ""           # records: a file, a folder or a Hub id; reason_rft: its meta-JSON
-    form: str = ""            # reason_rft: ans_sft | cot_sft | rl | stage1 | stage2 | sharegpt
+    form: str = ""            # reason_rft: see above; records: as ShareGPT, sharegpt | llava_cot | mulberry
     image_root: str = ""      # reason_rft: folder of the image paths, "" = that of --input
     stage1_n: int = 1600      # reason_rft: stage 1 is this many rows from the start of the file
     stage2: str = "rest"      # reason_rft: stage 2 is rest (the rows after them) | full (as for structure)
@@ -1399,18 +1467,21 @@ def parse_config(cls, argv=None):
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()})
 
 
+CONVERTERS = {"records": convert_input, "reason_rft": convert_reason_rft}
+
+
 def main(cfg: Config) -> None:
     if cfg.source == "mini":
         make_mini(Path(cfg.out), cfg.seed)
         rows = [r for path in sorted(Path(cfg.out).glob("*_train.jsonl")) for r in read_records(path)]
         texts = [text for r in rows for text in (rewards.build_prompt(r), r["response"])]
         make_tiny(Path("out/tiny"), texts, cfg.seed)
-    elif cfg.source not in ("records", "reason_rft"):
-        raise ValueError(f"--source {cfg.source}: use mini | records | reason_rft")
+    elif cfg.source not in CONVERTERS:
+        raise ValueError(f"--source {cfg.source}: use mini | {' | '.join(CONVERTERS)}")
     elif cfg.task and cfg.task not in rewards.PROMPTS:
         raise ValueError(f"--task {cfg.task}: use {' | '.join(rewards.PROMPTS)}")
     else:
-        (convert_input if cfg.source == "records" else convert_reason_rft)(cfg)
+        CONVERTERS[cfg.source](cfg)
 
 
 if __name__ == "__main__":
