@@ -50,6 +50,15 @@ It writes OUT/INPUT_FORM.jsonl (.json for sharegpt), whose images stay where the
 INPUT_FORM_manifest.json: counts, the rows used as ranges (first and last, counted from 1), and each row left
 out with its reason. A rejected row is not replaced by a later one.
 
+--source bridge makes cold-start data as Vision-R1 does (arXiv 2503.06749), from any records with an answer:
+    python data_prep.py --source bridge --input data/geometry3k/train.jsonl --out data/cold \
+        --vlm_url http://gpu1:8000/v1 --vlm_model Qwen/Qwen2.5-VL-72B-Instruct \
+        --reasoner_url http://gpu2:8000/v1 --reasoner_model deepseek-ai/DeepSeek-R1
+It writes OUT/SPLIT.jsonl, OUT/SPLIT_manifest.json (counts, settings, each row left out with its reason) and
+OUT/calls.jsonl, a line per reply, from which the same command goes on after any interruption. Keys are read
+from VLM_API_KEY and REASONER_API_KEY, else OPENAI_API_KEY, and go nowhere but into the requests. A record's
+own response, such as LLaVA-CoT's or Mulberry's, saves the VLM's first call.
+
 Every error is a ValueError of one line that names the file or id at fault.
 """
 import argparse
@@ -69,8 +78,14 @@ import random
 import re
 import string
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from http.client import HTTPException
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -1126,6 +1141,326 @@ def resolve_model(path: str) -> str:
     raise ValueError(f"{path}: no such model" + (f"; `python {hint}` makes it" if hint else ""))
 
 
+# ----- Vision-R1's cold start -----
+STAGES = ("thought", "description", "reasoning")  # the calls of a row, as named in rewards.BRIDGE
+BLIND = re.compile(  # what a model says that was, or believes it was, given no image
+    r"\b(?:no|without an?) (?:image|picture|photo|figure|diagram)\b.{,20}\b(?:provided|attached|available)"
+    r"|\b(?:can(?:not|'t|’t| not)|unable to|not able to)(?: \w+)? (?:see|view|access|open|display|look at)"
+    r"(?: (?!image|picture)\w+){,2} (?:image|picture|photo|figure|diagram)"
+    r"|\bwithout (?:seeing|access to|looking at)(?: \w+){,2} (?:image|picture|figure|diagram)"
+    r"|^\W*(?:I(?:'m|’m| am) )?(?:very |so )?sorry\b|^\W*I apologi[sz]e\b|\bas an? (?:AI|text-based)\b",
+    re.IGNORECASE)
+LEAK = re.compile(r"\b(?:descriptions?|captions?)\b|\banswer (?:is|was) (?:given|provided|known)\b"
+                  r"|\b(?:given|provided|known|reference|expected) answer\b(?! choice)", re.IGNORECASE)
+TEXT = (r"(?:the|this|that|your)(?: (?:\w+'s|given|provided|detailed|above|textual|visual|image|picture))*"
+        r" (?:description|caption)s?")
+TELL = (r"(?:(?:say|state|mention|note|indicate|describe|tell|explain|read|give|provide|specifie)(?:s|d|ed)?"
+        r"|specify|said|told|gave)(?: us| me)?")
+REWORDED = [(re.compile(rf"\b{pattern}\b", re.IGNORECASE), new) for pattern, new in (
+    (r"(?:the|this|that|an?)(?: \w+){,2} (?:description|caption)s? of (the|an?|this)"
+     r" (image|picture|photo|figure|diagram|chart|graph|scene)", r"\1 \2"),
+    (rf"{TEXT} ((?:does|did)(?: not|n't|n’t)) {TELL}", r"the image \1 show"),
+    (rf"{TEXT}((?: (?:also|only|clearly|explicitly|just|then))?) {TELL}", r"the image\1 shows"),
+    (rf"(?:described|mentioned|stated|noted|given|said) (?:in|by) {TEXT}", "shown in the image"),
+    (TEXT, "the image"))]
+
+
+def reword(thought: str) -> str:
+    """Thoughts about a description of an image as thoughts about the image: whole phrases, case kept."""
+    def replace(found):
+        text = found.expand(new)
+        return text[0].upper() + text[1:] if found[0][0].isupper() else text
+
+    for pattern, new in REWORDED:
+        thought = pattern.sub(replace, thought)
+    return thought
+
+
+def cold_response(text: str, record: dict, question: str) -> str:
+    """A target response from a reasoner's reply: its thoughts, the gold answer. Raises LeftOut.
+
+    Which rules Vision-R1 filters by is not published; these are ours.
+    """
+    thought, closed, rest = text.removeprefix("<think>").partition("</think>")
+    if not closed:  # a model without thoughts of its own reasons in the open
+        thought, tag, rest = text.rpartition("<answer>")
+        rest = tag + rest
+    if not thought.strip() or not rest.strip():
+        raise LeftOut("format", "no reasoning followed by an answer")
+    if rewards.accuracy(rest, record) != 1:
+        raise LeftOut("wrong answer", f"gold {record['answer'][:60]!r}, not {rest.strip()[-60:]!r}")
+    if LEAK.search(thought) and not LEAK.search(question):
+        thought = reword(thought)
+        if leak := LEAK.search(thought):
+            raise LeftOut("speaks of a description or a given answer", thought[:leak.end()][-60:])
+    if (said := stated_answer(thought)) and rewards.accuracy(thought, record) != 1:
+        raise LeftOut("concludes otherwise", f"gold {record['answer'][:60]!r}, not {said[:60]!r}")
+    words = thought.split()
+    if max(Counter(zip(*(words[k:] for k in range(16)))).values(), default=0) > 3:
+        raise LeftOut("repetition", "the same 16 words more than three times")
+    response = f"<think> {thought.strip()} </think> <answer> {record['answer']} </answer>"
+    if not rewards.format_think_answer(response, record) or rewards.accuracy(response, record) != 1:
+        raise LeftOut("format", "tags in the reasoning, or a gold answer that is not right against itself")
+    return response
+
+
+def bridge(record: dict, ask: Callable, show_gold: tuple) -> dict:
+    """The record with a response by modality bridging (Vision-R1, arXiv 2503.06749). Raises LeftOut.
+
+    A VLM thinks about the image, unless the record brings a response that it can take for that, and describes
+    the image with this in mind. A reasoner that sees only the description answers the question.
+    """
+    if not record.get("answer", "").strip():
+        raise LeftOut("no gold answer", "")
+    question = rewards.build_prompt(record | {"task": "plain"})
+    hint = rewards.BRIDGE["gold"].replace("{answer}", record["answer"])
+    vlm, reasoner = (hint if who in show_gold else "" for who in ("vlm", "reasoner"))
+    thought = record.get("response") or ask("thought", record, question=question, gold=vlm)
+    description = ask("description", record, question=question, thought=thought.replace("<image>", "image"))
+    text = ask("reasoning", record, question=question.replace("<image>", "[image]"), gold=reasoner,
+               description=description)
+    return record | {"response": cold_response(text, record, question)}
+
+
+class Calls:
+    """Asks both servers. A reply is a line of OUT/calls.jsonl at once, and what is there is not asked again.
+
+    Lines are found by a digest of what decides on the reply: other prompts, models or sampling ask anew.
+    While `offline` nothing is asked. `used` has the (stage, tokens) of each call that a row needed.
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.lock, self.offline, self.replies, self.used = cfg, threading.Lock(), True, {}, {}
+        path, whole = Path(cfg.out) / "calls.jsonl", 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.log = path.open("a+b")
+        self.log.seek(0)
+        for number, line in enumerate(self.log, 1):
+            if line.endswith(b"\n"):  # a killed run may leave half a line
+                try:
+                    reply = json_row(line, number)
+                    self.replies[reply["call"]] = reply
+                except (KeyError, ValueError) as error:
+                    raise ValueError(f"{path}: line {number} is no reply: {error}") from error
+                whole += len(line)
+        self.log.truncate(whole)
+
+    def ask(self, stage: str, record: dict, **fields: str) -> str:
+        """The text of a reply. Raises LeftOut if that is of no use, ConnectionError, BadImage."""
+        cfg = self.cfg
+        prompt = re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], rewards.BRIDGE[stage])
+        body = {"model": cfg.vlm_model, "temperature": 0, "max_tokens": cfg.max_new_tokens}
+        if stage == "reasoning":
+            body |= {"model": cfg.reasoner_model, "temperature": cfg.temperature, "top_p": 0.95,
+                     "seed": cfg.seed}
+        decisive = json.dumps([stage, record["id"], prompt, body, cfg.max_pixels])
+        call = hashlib.sha256(decisive.encode()).hexdigest()[:32]
+        if not (reply := self.replies.get(call)):
+            if self.offline:
+                raise LeftOut("not asked", stage)
+            reply = self.request(stage, body, prompt, record["images"])
+            line = json.dumps({"call": call, "id": record["id"], "stage": stage, **reply}) + "\n"
+            with self.lock:
+                self.log.write(line.encode())
+                self.log.flush()
+        self.used[call] = stage, reply["tokens"]
+        text = reply["text"].replace("<image>", "image").strip()  # LLaMA-Factory would count it as one
+        for reason, fault in (("truncated", reply["truncated"]), ("empty", not text),
+                              ("too long", sum(reply["tokens"]) > cfg.max_tokens),
+                              ("without seeing the image", BLIND.search(text))):
+            if fault:
+                raise LeftOut(f"{stage} {reason}", text[:60])
+        return text
+
+    def request(self, stage: str, body: dict, prompt: str, images: list) -> dict:
+        """The reply of the stage's server, see request_chat. Raises ConnectionError, BadImage."""
+        cfg, url, key, content = self.cfg, self.cfg.reasoner_url, server_key("REASONER"), prompt
+        if stage != "reasoning":
+            refs, url, key = iter(images), cfg.vlm_url, server_key("VLM")
+            content = [image_part(next(refs), cfg.max_pixels) if part["type"] == "image" else part
+                       for part in prompt_parts(prompt, images)]
+        return request_chat(url, key, body | {"messages": [{"role": "user", "content": content}]}, cfg)
+
+
+def image_part(ref, max_pixels: int) -> dict:
+    """An image as OpenAI-compatible servers take it. Raises BadImage."""
+    load_image(ref, max_pixels).save(png := io.BytesIO(), "PNG", icc_profile=None)
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def server_key(who: str) -> str:
+    """VLM_API_KEY or REASONER_API_KEY, else OPENAI_API_KEY, else "". Raises ValueError, without the key."""
+    key = os.environ.get(f"{who}_API_KEY", os.environ.get("OPENAI_API_KEY", "")).strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise ValueError(f"{who}_API_KEY or OPENAI_API_KEY: no header can hold blanks or what is not ASCII")
+    return key
+
+
+def request_chat(url: str, key: str, body: dict, cfg) -> dict:
+    """A server's reply: {"text", "truncated", "tokens": [prompt's, reply's]}. Raises ConnectionError.
+
+    Faults that may pass are retried. The waits have full jitter: many requests that failed together must not
+    come back together.
+    """
+    headers = {"Content-Type": "application/json", "User-Agent": "nanoVLR"}  # many refuse Python-urllib
+    url = f"{url.rstrip('/')}/chat/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    if key:  # it is for this server, not for where that may redirect to
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    wait = 0.0
+    for attempt in range(cfg.retries + 1):
+        time.sleep(wait)
+        wait = random.uniform(0, min(30, 2 ** attempt))
+        try:
+            status, later, text = exchange(request, cfg.timeout)
+            if status < 300:
+                return read_chat(text)
+            fault = f"HTTP {status}: {text}"
+            if status < 500 and status not in (408, 409, 425, 429):
+                break
+            if later.isdecimal():
+                wait = max(wait, min(60, int(later)))
+        except (OSError, HTTPException, ValueError) as error:
+            fault = str(getattr(error, "reason", error))
+    raise ConnectionError(" ".join((fault.replace(key, "[key]") if key else fault).split())[:200])
+
+
+def exchange(request: urllib.request.Request, timeout: float) -> tuple[int, str, str]:
+    """(status, Retry-After, text), whatever the status. Raises OSError, HTTPException or ValueError."""
+    deadline, parts = time.monotonic() + timeout, []
+    try:
+        reply = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        reply = error
+    with reply:
+        while part := reply.read1():
+            parts.append(part)
+            if time.monotonic() > deadline:  # a busy server may send blanks to keep the connection open
+                raise TimeoutError(f"no answer within {timeout:g} s")
+    return reply.status, reply.headers.get("Retry-After", ""), b"".join(parts).decode("utf-8", "replace")
+
+
+def read_chat(text: str) -> dict:
+    """What request_chat returns, from a chat completion. Thoughts that the server took out are put back.
+
+    Tokens that it does not count are taken as four characters each. Raises ValueError.
+    """
+    try:
+        completion = json.loads(text)
+        choice = completion["choices"][0]
+        message, truncated = choice["message"], choice.get("finish_reason") == "length"
+        content, usage = message.get("content"), completion.get("usage") or {}
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        tokens = [usage.get(f"{side}_tokens") for side in ("prompt", "completion")]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a chat completion: {text[:200]}") from error
+    if content is None and (truncated or thought):
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(f"a chat completion without content: {text[:200]}")
+    if isinstance(thought, str):
+        content = f"<think>{thought}</think>{content}"
+    content = content.encode(errors="replace").decode()  # JSON can hold halves of characters, no file can
+    return {"text": content, "truncated": truncated,
+            "tokens": [n if isinstance(n, int) else len(said) // 4 for n, said in zip(tokens, ("", content))]}
+
+
+def check_bridge(cfg) -> Path:
+    """The file to write. Raises ValueError naming a flag that cannot work."""
+    for flag, url, model in (("vlm", cfg.vlm_url, cfg.vlm_model),
+                             ("reasoner", cfg.reasoner_url, cfg.reasoner_model)):
+        if not re.match("https?://[^/]", url):
+            raise ValueError(f"--{flag}_url {url}: must begin with http://HOST or https://HOST")
+        if not model:
+            raise ValueError(f"--{flag}_model: name the model as its server does")
+        server_key(flag.upper())
+    if wrong := set(cfg.show_gold) - {"vlm", "reasoner"}:
+        raise ValueError(f"--show_gold {min(wrong)}: use vlm, reasoner, both or nothing")
+    for flag, least in (("concurrency", 1), ("timeout", 0.001), ("retries", 0)):
+        if not least <= getattr(cfg, flag) <= 1e6:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)}: must be at least {least}")
+    path = Path(cfg.out) / f"{cfg.split}.jsonl"
+    if path.resolve() == Path(cfg.input).resolve():
+        raise ValueError(f"--out {cfg.out}: {path} is the input")
+    return path
+
+
+def forecast(calls: Calls, done: int, left: int, seconds: float) -> str:
+    """What the rest will take, judged by this run's first rows."""
+    new = [tokens for call, (_, tokens) in calls.used.items() if call not in calls.replies]
+    prompt, completion = (sum(tokens[k] for tokens in new) * left // done for k in (0, 1))
+    return (f"first {done} rows: {len(new)} calls in {seconds:.0f} s; the other {left}: about "
+            f"{len(new) * left // done} calls, {prompt} prompt and {completion} completion tokens, "
+            f"{tqdm.format_interval(seconds * left / done)}")
+
+
+def bridge_rows(records: list[dict], calls: Calls, cfg) -> Iterator[tuple[dict, str, str]]:
+    """Yield (record, why it is left out or "", details) in any order; show costs first, then progress.
+
+    Raises ValueError if the servers answer none of the first rows.
+    """
+    def attempt(record):
+        try:
+            return bridge(record, calls.ask, cfg.show_gold), "", ""
+        except LeftOut as why:
+            return record, *why.args
+        except (ConnectionError, BadImage) as error:
+            return record, "unreadable image" if isinstance(error, BadImage) else "no reply", str(error)
+
+    known = [attempt(record) for record in tqdm(records, desc="earlier runs")]
+    settled = [row for row in known if row[1] != "not asked"]
+    todo = [record for record, reason, _ in known if reason == "not asked"]
+    most = sum(len(STAGES) - STAGES.index(stage) for _, reason, stage in known if reason == "not asked")
+    print(f"{len(records)} rows, {len(settled)} of them done; {most} calls to make at most", flush=True)
+    yield from settled
+    calls.offline, pool, began = False, ThreadPoolExecutor(cfg.concurrency), time.monotonic()
+    first, rest = todo[:cfg.concurrency], todo[cfg.concurrency:]
+    try:
+        with tqdm(total=len(records), initial=len(settled), desc="rows") as bar:
+            for part in (first, rest):
+                if part is rest and rest:
+                    bar.write(forecast(calls, len(first), len(rest), time.monotonic() - began))
+                faults = []
+                for future in as_completed([pool.submit(attempt, record) for record in part]):
+                    yield (row := future.result())
+                    faults += [row[2]] * (row[1] == "no reply")
+                    bar.update()
+                if part is first and part and len(faults) == len(first):
+                    raise ValueError(f"none of the first {len(first)} rows got its replies: {faults[0]}")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not have to wait for all other rows
+
+
+def convert_bridge(cfg) -> None:
+    """Write OUT/SPLIT.jsonl, the rows of --input with a response by modality bridging, and a manifest.
+
+    Raises ValueError: a flag, the input, servers that do not answer, or no row to keep.
+    """
+    path = check_bridge(cfg)
+    records, calls = read_records(cfg.input, cfg.split, (), cfg.n), Calls(cfg)
+    rows = {record["id"]: (record, *why) for record, *why in bridge_rows(records, calls, cfg)}
+    rows = [rows[record["id"]] for record in records]
+    kept = [record | ({"task": cfg.task} if cfg.task else {}) for record, reason, _ in rows if not reason]
+    rejects = [{"id": record["id"], "reason": reason, "detail": detail}
+               for record, reason, detail in rows if reason]
+    counts = Counter(reject["reason"] for reject in rejects)
+    stages = {stage: Counter() for stage in STAGES}
+    for stage, (prompt, completion) in calls.used.values():
+        stages[stage].update(calls=1, prompt_tokens=prompt, completion_tokens=completion)
+    settings = {name: getattr(cfg, name) for name in (
+        "vlm_model", "reasoner_model", "show_gold", "temperature", "seed", "max_new_tokens", "max_tokens",
+        "max_pixels", "task")}
+    manifest = {"input": Path(cfg.input).name, "rows": len(rows), "records": len(kept), "left_out": counts,
+                "stages": stages, "settings": settings, "rejects": rejects}
+    write_text(path.with_name(f"{path.stem}_manifest.json"),
+               [json.dumps(manifest, ensure_ascii=False, indent=1)])
+    why = ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "none"
+    write_records(path, check_records(kept, f"{cfg.input} without its rows left out ({why})"))
+    again = "; the same command asks again where no reply came" if counts["no reply"] else ""
+    print(f"{path}: {len(kept)} records; left out: {why}{again}")
+
+
 # ----- mini suite -----
 COLOURS = {"red": (214, 40, 40), "blue": (45, 85, 215), "green": (40, 150, 70), "yellow": (240, 200, 40)}
 SHAPES = ("round", "square")
@@ -1421,13 +1756,13 @@ def make_tiny(out: Path, texts: list[str], seed: int) -> None:
 # ----- command line -----
 @dataclasses.dataclass(frozen=True)
 class Config:
-    source: str = "mini"      # records: convert --input, in any format above | reason_rft | mini
-    input: str = ""           # records: a file, a folder or a Hub id; reason_rft: its meta-JSON
+    source: str = "mini"      # records: convert --input, in any format above | reason_rft | bridge | mini
+    input: str = ""           # records, bridge: a file, a folder or a Hub id; reason_rft: its meta-JSON
     form: str = ""            # reason_rft: see above; records: as ShareGPT, sharegpt | llava_cot | mulberry
     image_root: str = ""      # reason_rft: folder of the image paths, "" = that of --input
     stage1_n: int = 1600      # reason_rft: stage 1 is this many rows from the start of the file
     stage2: str = "rest"      # reason_rft: stage 2 is rest (the rows after them) | full (as for structure)
-    split: str = "train"      # records: split of a folder or Hub id, and name of the file written
+    split: str = "train"      # records, bridge: split of a folder or Hub id, and name of the file written
     n: int = 0                # read at most this many rows, 0 for all
     seed: int = 0             # of everything drawn at random
     task: str = ""            # not mini: prompt of every row, a name in rewards.PROMPTS, "" = as it is
@@ -1435,6 +1770,18 @@ class Config:
     pass_rate: tuple[str, ...] = ()  # LOW HIGH: only ViRL39K rows whose pass rate lies there, both included
     pass_rate_of: str = "7b"  # whose pass rate: 7b (base, known for half of the rows) | 32b (trained)
     keep_unmeasured: bool = False  # with --pass_rate, also the rows whose rate is unknown
+    vlm_url: str = "http://localhost:8000/v1"  # bridge: OpenAI-compatible server of the VLM
+    vlm_model: str = ""       # bridge: its name there
+    reasoner_url: str = "http://localhost:8001/v1"  # bridge: server of the text reasoner
+    reasoner_model: str = ""  # bridge: its name there
+    show_gold: tuple[str, ...] = ("vlm",)  # bridge: who is told the answer: vlm, reasoner, both or nobody
+    temperature: float = 0.6  # bridge: of the reasoner (top_p 0.95); the VLM is greedy
+    max_new_tokens: int = 8192  # bridge: tokens of a reply at most; rows with a truncated one are left out
+    max_tokens: int = 16384   # bridge: rows with a longer call, prompt and reply, are left out
+    max_pixels: int = 1003520  # bridge: larger images are sent scaled down to this many pixels
+    concurrency: int = 16     # bridge: requests in flight at most
+    timeout: float = 1800.0   # bridge: seconds to wait for a reply
+    retries: int = 5          # bridge: further attempts per call, ever longer apart
     out: str = "data/mini"    # folder to write
 
 
@@ -1467,7 +1814,7 @@ def parse_config(cls, argv=None):
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()})
 
 
-CONVERTERS = {"records": convert_input, "reason_rft": convert_reason_rft}
+CONVERTERS = {"records": convert_input, "reason_rft": convert_reason_rft, "bridge": convert_bridge}
 
 
 def main(cfg: Config) -> None:

@@ -101,6 +101,22 @@ PROMPTS = {
     "board_answer": "{question} Give only the calls.",
     "transform_answer": SCENE_RULES + "\n\n{question}\n\nGive only the function calls, separated by commas.",
 }
+# Modality bridging (Vision-R1, arXiv 2503.06749): what data_prep.py asks a VLM twice, then a text reasoner
+BRIDGE = {
+    "thought": "{question}\n\n{gold}Look closely. Under the heading CAPTION, write down what the image shows"
+               " that bears on the question. Then, under the heading REASONING, go from there to the answer"
+               " in small steps.",
+    "description": "Somebody was asked this about the image:\n{question}\n\nAnd thought:\n{thought}\n\n"
+                   "Describe the image for a reader who cannot see it, yet must answer the question from your"
+                   " words alone. Leave out nothing that this takes: every object and how many there are,"
+                   " colours, shapes, sizes, places and relations, all numbers, labels and words, lines,"
+                   " angles, axes and marks. Where the thoughts misread the image, go by the image. Write the"
+                   " description only, neither a solution nor an answer.",
+    "reasoning": "{description}\n\nThis is what an image shows. Take it as if you looked at the image"
+                 " yourself, and answer:\n{question}\n\n{gold}Think step by step. Then write nothing but the"
+                 " answer, of options only the letter, between <answer> and </answer>.",
+    "gold": "(The answer is {answer}. Let it guide you, but reason as if nobody had told you.) ",
+}
 HAS_OPTIONS = re.compile(r"\(A\)[\s\S]*\(B\)|^\s*A\s*[.:)]|(?i:\b(?:choice|option)s?\s*:)", re.MULTILINE)
 
 
