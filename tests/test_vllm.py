@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import conftest
+import data_prep
 import grpo
-from data_prep import read_records
+from test_api import Server
+from test_bridge import Asked
 from test_methods import check_forced
 from test_stages import GRPO, SFT, environment, metrics, newest, start, weights, work  # noqa: F401
 from test_stages import launch as run
@@ -262,7 +265,7 @@ def test_three_engines_answer_alike(work, serve):  # noqa: F811
     url, _ = serve(newest(work / "taught"))
     command = ["eval.py", "--bench", "counting-id=data/counting_id.jsonl", "--max_new_tokens", "24"]
     answers, texts = [], []
-    record = read_records(work / "data/counting_id.jsonl")[0]
+    record = data_prep.read_records(work / "data/counting_id.jsonl")[0]
     questions = [["--image", *record["images"] * n, "--prompt", record["question"], "--task", "counting",
                   "--max_new_tokens", "16"] for n in (1, 2)]
     model = ["--model", str(newest(work / "taught"))]
@@ -291,6 +294,55 @@ def test_samples_of_a_row(work):  # noqa: F811
         path.unlink()
     assert runs[0] == runs[1] and all(len(samples) == 3 for samples in runs[0])
     assert any(len(set(samples)) > 1 for samples in runs[0])
+
+
+def test_bridging_fifty_images_through_kill_9(work, serve):  # noqa: F811
+    """One model as VLM and reasoner, which all but guesses: what counts is that every call is made once."""
+    run(work, *SFT, "--steps", "20", "--lr", "3e-3", "--out", "taught")  # an untrained model writes no text
+    url, _ = serve(newest(work / "taught"))
+    data_prep.make_mini(work / "fifty", 0, sizes={"train": 50})
+    records = data_prep.read_records(work / "fifty/counting_train.jsonl")
+    for i, record in enumerate(records):
+        del record["response"]
+        record |= {"id": f"row-{i}", "question": f"row-{i} {record['question']}"}
+    data_prep.write_records(work / "fifty/rows.jsonl", records)
+
+    def relay(call, n, server):
+        body = dict(zip(server.asked, server.bodies))[call]
+        request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return reply.read()
+
+    server, log = Server(relay), work / "cold/calls.jsonl"
+    server.RequestHandlerClass = Asked
+    model = str(newest(work / "taught"))
+    command = ["data_prep.py", "--source", "bridge", "--input", "fifty/rows.jsonl", "--out", "cold",
+               "--vlm_url", server.url, "--vlm_model", model, "--reasoner_url", server.url,
+               "--reasoner_model", model, "--max_new_tokens", "64", "--concurrency", "4"]
+    running, deadline = start(work, *command), time.time() + 120
+    while (not log.exists() or log.read_bytes().count(b"\n") < 40) and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(running.pid, signal.SIGKILL)
+    running.communicate()
+    whole = [json.loads(line) for line in log.read_bytes().splitlines(True) if line.endswith(b"\n")]
+    before = {(row["id"], row["stage"]) for row in whole}
+    assert 40 <= len(before) < 140
+    output, _ = (again := start(work, *command)).communicate(timeout=240)
+    manifest = json.loads((work / "cold/train_manifest.json").read_text())
+    assert again.returncode == (manifest["records"] == 0), output[-2000:]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    calls, asked = Counter((row["id"], row["stage"]) for row in lines), Counter(server.asked)
+    twice = {call for call, n in asked.items() if n > 1}
+    assert set(calls.values()) == {1} and calls.keys() == asked.keys() and len(twice) <= 4
+    assert not twice & before and max(asked.values()) <= 2
+    stages = {stage: sum(at == stage for _, at in calls) for stage in data_prep.STAGES}
+    assert {stage: count["calls"] for stage, count in manifest["stages"].items()} == stages
+    assert stages["thought"] == 50 >= stages["description"] >= stages["reasoning"] > 0
+    assert manifest["records"] + sum(manifest["left_out"].values()) == manifest["rows"] == 50
+    assert sum(manifest["left_out"].values()) == len(manifest["rejects"])
+    assert "no reply" not in manifest["left_out"] and "calls to make at most" in output
+    server.stop()
 
 
 if __name__ == "__main__":
