@@ -474,6 +474,7 @@ class Rollout:
     old_logps: torch.Tensor | None = None  # (len(response),) under the trainer, before this batch's updates
     ref_logps: torch.Tensor | None = None
     trigger: tuple[int, int] | None = None  # the forced tokens response[start:stop], if any
+    rewound: int = 0  # tokens of its first ending that were dropped before the trigger
 
 
 def build_engine(path, processor, cfg, device):
@@ -1031,7 +1032,7 @@ def force_rethink(engine, rollouts, prompts, records, tokenizer, step, cfg):
             forced = torch.full((len(trigger),), math.nan)  # nobody sampled these
             rollouts[place] = Rollout(
                 r.question, prefix + trigger + ids, torch.cat([r.sampler_logps[:cut], forced, logps]), False,
-                text, trigger=(cut, cut + len(trigger)))
+                text, trigger=(cut, cut + len(trigger)), rewound=len(r.response) - 1 - cut)
     sums["accepted"] = sum(accepted.values())
     return sums
 
@@ -1189,16 +1190,16 @@ def step_metrics(rollouts, batch, rewards, parts, totals, cfg):
     return metrics
 
 
-def extremes(rollouts, records, step, group_size):
-    """Best and worst rollout of the first three groups that differ inside: the ones worth reading."""
+def shown_groups(rollouts, records, tokenizer, step, group_size):
+    """All rollouts of the first three groups that differ inside, as rows: the ones worth reading."""
     groups = [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
-    for group in [g for g in groups if any(r.advantage for r in g)][:3]:
-        for r in (max(group, key=lambda r: r.reward), min(group, key=lambda r: r.reward)):
-            record = records[r.question]
-            yield {"step": step, "id": record["id"], "question": record["question"],
-                   "answer": record["answer"], "response": r.text, "forced": bool(r.trigger),
-                   "reward": r.reward, "advantage": r.advantage, "tokens": len(r.response),
-                   "truncated": r.truncated}
+    for r in itertools.chain(*[g for g in groups if any(r.advantage for r in g)][:3]):
+        record, trigger = records[r.question], None
+        if r.trigger:  # where its characters are
+            trigger = [len(tokenizer.decode(r.response[:n], skip_special_tokens=True)) for n in r.trigger]
+        yield {"step": step, "id": record["id"], "question": record["question"], "answer": record["answer"],
+               "response": r.text, "trigger": trigger, "rewound": r.rewound, "reward": r.reward,
+               "advantage": r.advantage, "tokens": len(r.response), "truncated": r.truncated}
 
 
 def evaluate(engine, records, processor, cfg):
@@ -1411,7 +1412,8 @@ def main(cfg):
                     "mem/peak_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
                     else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
         if step % cfg.samples_every == 0:
-            log.write("samples.jsonl", extremes(rollouts, records, step, cfg.group_size))
+            rows = shown_groups(rollouts, records, processor.tokenizer, step, cfg.group_size)
+            log.write("samples.jsonl", rows)
 
         # 10. evaluate and save
         if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
