@@ -1,4 +1,4 @@
-"""Evaluation: a checkpoint -> accuracy on benchmarks, or the answer to one question.
+"""Evaluation: a checkpoint -> accuracy on benchmarks, or the answer to one question; a run -> an HTML report.
 
 Greedy by default. Every row is graded by rewards.accuracy, the same function that training rewards. A row
 that could not be read or answered counts as wrong, stays in the denominator and is listed after the table;
@@ -13,6 +13,8 @@ one without an `answer` is answered, not graded.
     python eval.py --bench --n 8 --temperature 0.6 --top_p 0.95   # accuracy is pass@1 over 8 samples; maj@8
     python eval.py --image photo.jpg --prompt "What is unusual here?" --model Qwen/Qwen2.5-VL-7B-Instruct
     python eval.py --bench --engine vllm --model out/grpo
+    python eval.py --report out/grpo             # curves, rollouts, graded rows: out/grpo/report.html
+    python eval.py --report out/grpo out/sft     # and side by side what both answered
 
     vllm serve out/grpo/step_000040 --generation-config vllm   # sampling as asked, not as the model suggests
     python eval.py --engine api --base_url http://localhost:8000/v1 --bench counting-id
@@ -68,7 +70,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from data_prep import build_messages, load_image, read_records, resolve_model
+from data_prep import build_messages, json_row, load_image, read_records, resolve_model, write_text
 from rewards import PROMPTS, accuracy, build_prompt, extract_answer, functions
 
 class Bench(NamedTuple):
@@ -138,6 +140,7 @@ class Config:
     limit: int = 0  # first rows of each benchmark only, 0 = all
     image: tuple[str, ...] = ()  # answer one question about these images instead
     prompt: str = ""  # the question for --image
+    report: tuple[str, ...] = ()  # write RUN_DIR/report.html; RUN_DIR OTHER_DIR compares what both answered
     task: str = ""  # prompt of every question, one of rewards.PROMPTS, "" = a record's own (--prompt: plain)
     max_new_tokens: int = 1024  # response tokens at most
     n: int = 1  # samples per row: accuracy is their mean, maj@n that of the answer most of them agree on
@@ -676,6 +679,15 @@ def eval_folder(model):
     return (Path(model) if Path(model).is_dir() else own) / "eval"
 
 
+def complete_rows(path):
+    """Rows of a file of JSON lines, none without a file. Half a line, of a run at work or killed, is left."""
+    lines = path.read_text().splitlines(True) if path.exists() else []
+    try:
+        return [json_row(line, number) for number, line in enumerate(lines, 1) if line.endswith("\n")]
+    except ValueError as e:
+        raise ValueError(f"{path} {e}") from e
+
+
 def write_rows(path, rows):
     """Replace a file of JSON lines: complete or not at all, answers can be expensive."""
     unfinished = path.with_name(path.name + ".tmp")
@@ -689,10 +701,9 @@ def write_json(path, value):
 
 def answered(path, records, settings):
     """{id: row} of the records that BENCH.jsonl answers under the same settings, if they are unchanged."""
-    lines = path.read_text().splitlines(True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
     wanted = {(r["id"], r["question"], r.get("answer")) for r in records}
-    return {row["id"]: row for row in rows if row["settings"] == settings and "error" not in row
+    return {row["id"]: row for row in complete_rows(path)
+            if row["settings"] == settings and "error" not in row
             and (row["id"], row["question"], row["answer"]) in wanted}
 
 
@@ -894,6 +905,8 @@ def check(cfg):
     """Refuse flags that cannot work. Raises ValueError naming the flag."""
     if bool(cfg.image) != bool(cfg.prompt):
         raise ValueError("--image and --prompt go together")
+    if len(cfg.report) > 2:
+        raise ValueError("--report: one run directory, or two to compare")
     if cfg.task and cfg.task not in PROMPTS:
         raise ValueError(f"--task {cfg.task}: use {' | '.join(PROMPTS)}")
     if cfg.engine not in ("hf", "vllm", "api"):
@@ -922,6 +935,9 @@ def main(cfg):
     disable_progress_bar()
     try:
         check(cfg)
+        if cfg.report:
+            print(write_report(cfg.report))
+            return
         models = model_names(cfg)
         if cfg.image:
             record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text",
@@ -962,6 +978,457 @@ def main(cfg):
     if failed:
         print(f"\n{len(failed)} failed, counted as wrong; the same command asks them again:", *failed[:10],
               *([f"and {len(failed) - 10} more"] if len(failed) > 10 else []), sep="\n")
+
+
+# ----- report: a run directory -> one HTML page ------------------------------------------------------------
+
+PAGE_BYTES = 18_000_000  # of a page at most; images may take half of it
+THUMBNAIL = 200_000  # pixels of an image in the page
+GROUPS = 300  # of rollouts in the page at most, spread over the run
+VERDICTS = {(True,): "right", (False,): "wrong", (True, True): "both right", (True, False): "only first",
+            (False, True): "only second", (False, False): "both wrong"}
+TAGS = {"truncated": "truncated", "error": "failed", "trigger": "forced to rethink"}
+SHOWN = ("response", "trigger", "rewound", "reward", "advantage", "correct", "scores", "extracted", "tokens",
+         "truncated", "error")
+
+
+def as_case(rows, names, source, **more):
+    """What a page lists: a question with the responses of `rows`, and tags by which it can be found."""
+    return {"id": rows[0]["id"], "question": rows[0]["question"], "answer": rows[0]["answer"], "images": [],
+            "source": source, "facts": {},
+            "tags": [tag for key, tag in TAGS.items() if any(row.get(key) for row in rows)],
+            "responses": [{"name": name} | {key: sample[key] for key in SHOWN if key in sample}
+                          for row, name in zip(rows, names) for sample in row.get("samples", [row])], **more}
+
+
+def rollout_section(run, source):
+    """The groups in samples.jsonl, with their rollouts from the best to the worst."""
+    groups, cases = {}, []
+    for row in complete_rows(run / "samples.jsonl"):
+        groups.setdefault((row["step"], row["id"]), []).append(row)
+    for (step, _), rows in [*groups.items()][::math.ceil(len(groups) / GROUPS) or 1]:
+        rows.sort(key=lambda row: -row["reward"])
+        cases.append(as_case(rows, [""] * len(rows), source, facts={"step": step}))
+    return {"name": "Rollouts", "cases": cases, "results": []}
+
+
+def bench_section(name, runs):
+    """A benchmark's rows and summary; of two runs the rows that both answered, joined by id."""
+    tables = [{row["id"]: row for row in complete_rows(run / "eval" / f"{name}.jsonl")} for run in runs]
+    joined = [[table[key] for table in tables] for key, row in tables[0].items()
+              if all(key in table and table[key]["question"] == row["question"] for table in tables)]
+    results, cases = [], []
+    for run, rows in zip(runs, zip(*joined)):
+        path = run / "eval" / "summary.json"
+        known = [entry for entry in (json.loads(path.read_text()) if path.exists() else [])
+                 if (entry["bench"], entry["n"]) == (name, len(rows))]
+        results.append({"run": str(run), **(known or [summarise(name, Bench(""), rows, rows, 0)])[0]})
+    for rows in joined:
+        case = as_case(rows, map(str, runs), rows[0]["settings"].get("data"),
+                       correct=[row["correct"] for row in rows], read=[row["extracted"] for row in rows])
+        cases.append(case | {"tags": [VERDICTS[tuple(v == 1 for v in case["correct"])], *case["tags"]]})
+    return {"name": name, "cases": cases, "results": results}
+
+
+def add_records(cases):
+    """Add what only the data file has, images, options and categories; return notes of what is missing."""
+    os.environ["HF_DATASETS_OFFLINE"] = "1"  # what is not here is not fetched
+    tables, notes = {}, []
+    for source in filter(None, dict.fromkeys(case["source"] for case in cases)):
+        try:
+            tables[source] = {record["id"]: record for record in read_records(source, need=())}
+        except ValueError as e:
+            notes.append(f"Without images and categories: {e}")
+    for case in cases:
+        record = tables.get(case.pop("source"), {}).get(case["id"], {})
+        if record.get("question") == case["question"]:  # ids repeat when a file is made anew
+            facts = [(key, record.get(key)) for key in ("task", "source", "answer_type")]
+            case["facts"] |= {key: v for key, v in [*facts, *record.get("meta", {}).items()]
+                              if isinstance(v, (str, int, float))}
+            case |= {"images": record["images"], "choices": record.get("choices", [])}
+    return notes
+
+
+def embed_images(cases, room):
+    """The images of `cases` as [width, height, data URI], each once, until `room` bytes are full.
+
+    In the cases a reference becomes its place in this list, or None: unreadable, or no room left.
+    """
+    places, images = {}, []
+    for case in tqdm(cases, desc="images", dynamic_ncols=True):
+        keys = [ref["bytes"] if isinstance(ref, dict) else ref for ref in case["images"]]
+        for key, ref in zip(keys, case["images"]):
+            if key in places or room <= 0:
+                continue
+            try:
+                image = load_image(ref, THUMBNAIL)
+            except ValueError:
+                places[key] = None
+                continue
+            kind = "png" if image.width * image.height < 16_000 else "jpeg"
+            image.save(out := io.BytesIO(), kind, quality=80)
+            uri = f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+            places[key], room = len(images), room - len(uri)
+            images.append([*image.size, uri])
+        case["images"] = [places.get(key) for key in keys]
+    return images
+
+
+def shorten(text, keep):
+    """`text`, or its two ends of together `keep` characters."""
+    left_out = len(text) - keep
+    return text if left_out <= 0 else f"{text[:keep // 2]}\n[... {left_out} ...]\n{text[-(keep // 2):]}"
+
+
+def read_run(runs):
+    """What a page shows of runs[0]: config, metrics, and sections of cases. Raises ValueError if nothing."""
+    config = json.loads((runs[0] / "config.json").read_text()) if (runs[0] / "config.json").exists() else {}
+    metrics = [{key: v for key, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+               for row in complete_rows(runs[0] / "metrics.jsonl")]
+    benches = set.intersection(*({path.stem for path in run.glob("eval/*.jsonl")} for run in runs))
+    sections = [rollout_section(runs[0], config.get("config", {}).get("data")),
+                *(bench_section(name, runs) for name in sorted(benches))]
+    sections = [section for section in sections if section["cases"]]
+    if not metrics and not sections:
+        raise ValueError(f"--report {runs[0]}: no rows in metrics.jsonl, samples.jsonl or eval/*.jsonl")
+    if len(runs) > 1 and not any(section["results"] for section in sections):
+        raise ValueError(f"--report {runs[0]} {runs[1]}: no question of a benchmark that both answered")
+    return {"runs": [str(run) for run in runs], "config": config, "sections": sections,
+            "metrics": metrics[::math.ceil(len(metrics) / 2000) or 1]}
+
+
+def write_report(folders):
+    """Write folders[0]/report.html, a page that needs no other file; return its path. Raises ValueError."""
+    page = read_run([Path(folder) for folder in folders])
+    cases = [case for section in page["sections"] for case in section["cases"]]
+    responses = [r for case in cases for r in case["responses"]]
+    notes, whole = add_records(cases), [r["response"] for r in responses]
+    wrong_first = sorted(cases, key=lambda case: case["tags"][:1] in (["right"], ["both right"]))
+    page["images"] = embed_images(wrong_first, PAGE_BYTES // 2)
+    if lost := sum(None in case["images"] for case in cases):
+        notes.append(f"The images of {lost} of {len(cases)} questions are left out, for size or unreadable.")
+    for keep in (10**5, 10**4, 3000, 1000, 300):
+        for r, text in zip(responses, whole):  # becomes [all], or [before, trigger, after]
+            cuts = [0, *(r.get("trigger") or ()), len(text)]
+            r["response"] = [shorten(text[a:b], keep) for a, b in zip(cuts, cuts[1:])]
+        cut = any(len(text) > keep for text in whole)
+        page["notes"] = notes + [f"Of responses over {keep} characters the middle is left out."] * cut
+        data = json.dumps(page).replace("<", "\\u003c")  # no "</script>" of a response may end the script
+        if len(data) < PAGE_BYTES:
+            break
+    path = Path(folders[0], "report.html")
+    write_text(path, [REPORT.replace("@DATA@", data)])
+    return path
+
+
+REPORT = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>nanoVLR report</title>
+<style>
+:root { --paper: #fdfdfb; --ink: #1c1c1a; --soft: #68665f; --rule: #dedcd5; --wash: #f4f3ef; --good: #2a6a48;
+  --bad: #a5382a; --answer: #dcebdd; --trigger: #f8e3bf; --c0: #27598c; --c1: #b9582a; --c2: #3d7a55;
+  --c3: #80599b; --g0: #a5382a; --g1: #dd9a77; --g2: #e6dcc0; --g3: #8db8a0; --g4: #2a6a48; }
+@media (prefers-color-scheme: dark) { :root { --paper: #171715; --ink: #e5e3dc; --soft: #a3a097;
+  --rule: #393731; --wash: #21201d; --good: #7fc6a1; --bad: #f09482; --answer: #25402f; --trigger: #55401a;
+  --c0: #82b4e2; --c1: #e69a70; --c2: #86c39d; --c3: #c1a2dc; --g0: #c2594a; --g1: #a8694a; --g2: #6d664f;
+  --g3: #4d7d63; --g4: #67b189; } }
+* { box-sizing: border-box; }
+body { margin: auto; padding: 2.5rem 1.5rem 5rem; max-width: 74rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, "Helvetica Neue", Arial, sans-serif; overflow-wrap: anywhere; }
+h1, h2 { font: 600 1.4rem/1.2 Charter, "Iowan Old Style", Georgia, "Liberation Serif", serif; }
+h1 { font-size: 2rem; margin: 0 0 .5rem; }
+h2 { margin: 3.5rem 0 .8rem; padding-top: .8rem; border-top: 1px solid; }
+p, dl, .controls { margin: 0 0 .8rem; } dd, figure { margin: 0; } pre { white-space: pre-wrap; }
+dt, th, .soft, .key { color: var(--soft); font-weight: 400; font-size: .87em; }
+td, dd, span, .soft { font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; margin-bottom: 1.2rem; } table { border-collapse: collapse; white-space: nowrap; }
+th, td { text-align: left; padding: .25rem 1.4rem .25rem 0; border-bottom: 1px solid var(--rule); }
+.tiles, .key, .controls { display: flex; flex-wrap: wrap; gap: .3rem 2.6rem; }
+.tiles dd { font-size: 1.3rem; }
+.charts, .texts { display: grid; gap: 1.4rem 2rem; align-content: start; margin-bottom: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
+.texts { grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); }
+svg { display: block; width: 100%; touch-action: pan-y; } svg line { stroke: var(--rule); }
+svg text { font-size: 10px; fill: var(--soft); stroke: var(--paper); stroke-width: 5; paint-order: stroke; }
+svg .cursor { stroke: var(--ink); }
+.key { gap: 0 1rem; min-height: 3em; align-content: start; }
+.key b { display: inline-block; min-width: 6ch; color: var(--ink); font-weight: 600; }
+.key i { display: inline-block; width: .7em; height: .7em; margin-right: .4em; border-radius: 2px; }
+.controls { gap: .5rem .7rem; align-items: center; }
+.controls .soft { flex: 1 1 14rem; margin: 0; text-align: right; }
+select, input, button { font: inherit; font-size: .9em; color: inherit; background: var(--wash);
+  padding: .3rem .55rem; border: 1px solid var(--rule); border-radius: 4px; max-width: 100%; }
+button:disabled { opacity: .4; } :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
+summary { cursor: pointer; }
+.row { display: grid; grid-template-columns: 6.5rem minmax(0, 1fr) 7.5rem 8.5rem 8.5rem; gap: 0 1rem;
+  padding: .4rem .3rem; list-style: none; border-bottom: 1px solid var(--rule); }
+.head { padding: 0 .3rem .25rem; border-color: var(--ink); color: var(--soft); font-size: .87em; }
+.row > span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+summary.row:hover, [open] > .row { background: var(--wash); }
+.good { color: var(--good); } .bad, .cut { color: var(--bad); }
+.bar { display: inline-block; width: .62em; height: .95em; margin-right: 2px; vertical-align: -1px;
+  border: 1px solid var(--good);
+  background: linear-gradient(to top, var(--good) var(--fill), transparent 0); }
+.detail { display: grid; grid-template-columns: minmax(0, 16rem) minmax(0, 1fr); gap: 1.2rem 2rem;
+  padding: .9rem .3rem 1.8rem; }
+img { display: block; max-width: 100%; height: auto; margin-bottom: .6rem; border: 1px solid var(--rule); }
+.text { white-space: pre-wrap; max-height: 24em; overflow: auto; border-left: 2px solid var(--rule);
+  padding-left: .8rem; }
+.think { color: var(--soft); } .answer { background: var(--answer); } .trigger { background: var(--trigger); }
+.cut { font-size: .8em; border: 1px solid; border-radius: 3px; padding: 0 .3em; margin: 0 .3em; }
+@media (max-width: 46rem) { body { padding: 1.2rem 1rem 4rem; } .detail { display: block; }
+  .row { display: flex; flex-wrap: wrap; gap: 0 .9rem; } .row.head { display: none; }
+  .row > :nth-child(2) { flex: 1 0 100%; order: -1; white-space: normal; }
+  .row > :nth-child(n+3)::before { content: attr(data-name) " "; color: var(--soft); font-size: .85em; }
+  .controls .soft { flex-basis: 100%; text-align: left; } }
+@media print { .controls { display: none; } }
+</style>
+<body>
+<script type="application/json" id="data">@DATA@</script>
+<script>
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const h = (tag, props, ...children) => {  // strings become text nodes: what a model wrote is never markup
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children.flat(2).filter(child => child != null && child !== false));
+  return node;
+};
+const svg = (tag, attributes, text = "") => {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const name in attributes) node.setAttribute(name, attributes[name]);
+  node.textContent = text;
+  return node;
+};
+const table = (heads, rows) => h("div", {className: "wide", tabIndex: 0}, h("table", {},
+  h("tr", {}, heads.map(x => h("th", {}, x))),
+  rows.map(row => h("tr", {}, row.map(x => h("td", {}, String(x)))))));
+const folded = (title, ...children) => h("details", {}, h("summary", {}, title), ...children);
+const number = x => Number.isInteger(x) ? String(x) : Math.abs(x) < 1e-3 ? x.toExponential(1)
+  : Math.abs(x) < 1000 ? x.toPrecision(3) : x.toFixed(0);
+const percent = x => (100 * x).toFixed(1) + " %";
+const sum = xs => xs.reduce((a, b) => a + b, 0), mean = xs => sum(xs) / xs.length;
+const deviation = xs => Math.sqrt(sum(xs.map(x => (x - mean(xs)) ** 2)) / Math.max(1, xs.length - 1));
+const unique = xs => [...new Set(xs)];
+
+// ----- curves: [title, metrics, stacked?]
+const CURVES = [
+  ["Reward, and accuracy on held-out questions", ["reward/mean", "eval/accuracy"]],
+  ["Response length in tokens", ["len/mean", "eval/len"]],
+  ["Groups by their share of right answers",
+    ["groups/all_wrong", "groups/hard", "groups/medium", "groups/easy", "groups/all_right"], true],
+  ["Groups and rollouts with an advantage", ["groups/effective_frac", "groups/trained_frac", "replay/frac"]],
+  ["Standard deviation of rewards in a group", ["reward/std"]],
+  ["Negative log-likelihood per token", ["loss/nll", "eval/loss"]],
+  ["Forced rethinking, share of responses",
+    ["rethink/frac", "rethink/accepted", "rethink/fixed", "rethink/broke"]],
+  ["Gradient norm", ["optim/grad_norm"]],
+  ["Seconds of a step", ["time/gen", "time/score", "time/train", "time/sync"], true],
+];
+const steps = data.metrics.map(row => row.step), last = steps.at(-1), charts = [];
+const measured = key => data.metrics.filter(row => key in row).map(row => [row.step, row[key]]);
+const nonzero = key => data.metrics.some(row => row[key]);
+
+function ticks(low, high) {
+  const raw = (high - low) / 3 || 1, power = 10 ** Math.floor(Math.log10(raw)), found = [];
+  const size = power * [1, 2, 5, 10].find(m => m * power >= raw);
+  for (let v = Math.ceil(low / size) * size; v <= high + size / 1e6; v += size) found.push(+v.toPrecision(6));
+  return found;
+}
+
+function chart([title, keys, stacked]) {
+  const width = 340, height = 150, left = 42, right = 4, top = 8, bottom = 18, below = {};
+  const lines = keys.map(measured);
+  const edges = !stacked ? lines
+    : lines.map(line => line.map(([step, v]) => [step, below[step] = (below[step] || 0) + v]));
+  const all = edges.flat().map(point => point[1]), high = all.reduce((a, b) => Math.max(a, b));
+  const least = all.reduce((a, b) => Math.min(a, b));
+  const low = stacked || least > 0 && least < high / 2 ? 0 : least;
+  const x = step => left + (step - steps[0]) / (last - steps[0] || 1) * (width - left - right);
+  const y = v => height - bottom - (v - low) / (high - low || 1) * (height - top - bottom);
+  const points = line => line.map(([step, v]) => `${x(step).toFixed(1)},${y(v).toFixed(1)}`).join(" ");
+  const colour = i => `var(--${keys.length > 4 ? "g" : "c"}${i})`;
+  const shape = (line, i) => {
+    const floor = edges[i - 1] || [[line[0][0], 0], [last, 0]];
+    return stacked ? svg("polygon", {points: points([...line, ...floor.toReversed()]), fill: colour(i)})
+      : svg("polyline", {points: points(line), fill: "none", stroke: colour(i), "stroke-width": 1.6});
+  };
+  const plot = svg("svg", {viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "img",
+    "aria-label": `${title}, steps ${steps[0]} to ${last}; arrow keys move through them`});
+  const cursor = svg("line", {class: "cursor", y1: top, y2: height - bottom});
+  const label = svg("text", {y: height - 4, "text-anchor": "middle"}), values = keys.map(() => h("b"));
+  plot.append(...ticks(low, high).flatMap(v => [
+    svg("line", {x1: left, x2: width - right, y1: y(v), y2: y(v)}),
+    svg("text", {x: left - 6, y: y(v) + 3.5, "text-anchor": "end"}, v)]),
+    svg("text", {x: left, y: height - 4}, `step ${steps[0]}`), ...edges.map(shape), cursor, label);
+  let place;
+  const show = index => {
+    place = Math.max(0, Math.min(steps.length - 1, index));
+    const step = steps[place];
+    for (const name of ["x1", "x2"]) cursor.setAttribute(name, x(step));
+    label.setAttribute("x", Math.max(left + 18, Math.min(width - 22, x(step))));
+    label.textContent = `step ${step}`;
+    lines.forEach((line, i) => {  // not everything is measured at every step
+      const [at, v] = line.findLast(point => point[0] <= step) || [];
+      values[i].textContent = at === undefined ? "" : number(v) + (at < step ? ` @${at}` : "");
+    });
+  };
+  plot.onpointermove = plot.onpointerdown = event => {
+    const box = plot.getBoundingClientRect(), at = (event.clientX - box.left) / box.width * width;
+    const far = step => Math.abs(x(step) - at);
+    const index = steps.reduce((best, step, i) => far(step) < far(steps[best]) ? i : best, 0);
+    charts.forEach(show => show(index));
+  };
+  plot.onkeydown = event => {
+    const by = {ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity}[event.key];
+    if (by) { event.preventDefault(); const to = place + by; charts.forEach(show => show(to)); }
+  };
+  plot.onpointerleave = plot.onblur = () => charts.forEach(show => show(Infinity));
+  charts.push(show);
+  show(Infinity);
+  const names = keys.map((key, i) => h("span", {}, h("i", {style: `background: ${colour(i)}`}),
+    stacked ? key.split("/")[1] : key, " ", values[i]));
+  return h("figure", {}, h("figcaption", {}, title), plot, h("div", {className: "key"}, names));
+}
+
+function training() {
+  const curves = CURVES.map(([title, keys, stacked]) => [title, keys.filter(nonzero), stacked])
+    .filter(([, keys]) => keys.length);
+  const drawn = ["step", ...curves.flatMap(([, keys]) => keys)];
+  const others = unique(data.metrics.flatMap(Object.keys)).filter(key => !drawn.includes(key)).sort();
+  const tiles = ["eval/accuracy", "reward/mean", "len/mean", "eval/loss"].filter(nonzero).map(key => {
+    const line = measured(key), ends = `${number(line[0][1])} \u2192 ${number(line.at(-1)[1])}`;
+    return h("div", {}, h("dt", {}, key), h("dd", {}, ends));
+  });
+  return h("section", {}, h("h2", {}, "Training"), h("dl", {className: "tiles"}, tiles),
+    h("div", {className: "charts"}, curves.map(chart)), folded("All other metrics",
+      h("p", {className: "soft"}, "Always zero: ", others.filter(key => !nonzero(key)).join(", ") || "none"),
+      h("div", {className: "charts"}, others.filter(nonzero).map(key => chart([key, [key]])))));
+}
+
+// ----- cases: a question with its responses, those of a group or of one or two models
+const best = data.sections.flatMap(section => section.cases).flatMap(c => c.responses)
+  .reduce((most, r) => Math.max(most, r.reward || 0), 1);  // rewards are drawn as parts of this
+const TAGS = /(<\/?(?:think|answer)>|\\boxed\{(?:[^{}]|\{[^{}]*\})*\})/;
+
+function marked(r) {  // r.response: [all], or [before, trigger, after]
+  let kind = "";
+  return r.response.map((part, i) => [
+    i === 1 && r.rewound > 0 && h("span", {className: "cut"}, `${r.rewound} tokens rewound`),
+    ...part.split(TAGS).map(piece => {
+      const [, end, tag] = piece.match(/^<(\/?)(think|answer)>$/) || [];
+      const className = i === 1 ? "trigger" : piece.startsWith("\\boxed{") ? "answer" : tag || kind;
+      kind = end ? "" : tag || kind;
+      return h("span", {className}, piece);
+    })]);
+}
+
+function answer(r) {
+  const facts = [r.name, r.reward != null && `reward ${number(r.reward)}`,
+    r.advantage != null && `advantage ${r.advantage > 0 ? "+" : ""}${number(r.advantage)}`,
+    r.correct != null && (["wrong", "right"][r.correct] || `${number(r.correct)} right`),
+    r.extracted && `read as ${r.extracted}`, ...Object.entries(r.scores || {}).map(pair => pair.join(" ")),
+    r.tokens != null && `${number(r.tokens)} tokens`, r.truncated && "truncated",
+    r.trigger && "forced to rethink", r.error && `failed: ${r.error}`];
+  return h("div", {}, h("p", {className: "soft"}, facts.filter(Boolean).join(" \u00b7 ")),
+    h("div", {className: "text", tabIndex: 0}, marked(r)));
+}
+
+function detail(c) {
+  const images = c.images.map((place, i) => {
+    if (place === null) return h("p", {className: "soft"}, "(an image was left out)");
+    const [width, height, src] = data.images[place], zoom = Math.max(1, Math.min(3, 252 / width));
+    return h("img", {width: width * zoom, height: height * zoom, src, alt: `image ${i + 1} of ${c.id}`});
+  });
+  const facts = Object.entries({id: c.id, ...c.facts}).map(([name, v]) => `${name} ${v}`).join(" \u00b7 ");
+  return h("div", {className: "detail"}, h("div", {}, images, h("p", {}, c.question),
+    (c.choices || []).map((choice, i) => h("p", {}, `(${String.fromCharCode(65 + i)}) ${choice}`)),
+    h("p", {}, "Gold: ", h("b", {}, c.answer)), h("p", {className: "soft"}, facts)),
+  h("div", {className: "texts"}, c.responses.map(answer)));
+}
+
+function caseRow(c, heads) {
+  const rewards = c.responses.map(r => r.reward), [verdict] = c.tags;
+  const tone = {right: "good", wrong: "bad"}[String(verdict).split(" ").at(-1)];
+  const cells = heads[0] === "step"
+    ? [String(c.facts.step), c.question, c.answer,
+      rewards.map(v => h("i", {className: "bar", title: number(v), style: `--fill: ${100 * v / best}%`})),
+      `${number(mean(rewards))} \u00b1 ${number(deviation(rewards))}`]
+    : [h("span", {className: tone}, verdict), c.question, c.answer,
+      ...c.read.map(read => read ?? "none"), number(c.responses[0].tokens)].slice(0, heads.length);
+  const summary = h("summary", {className: "row"}, cells.map(cell => h("span", {}, cell)));
+  heads.forEach((head, i) => { summary.children[i].dataset.name = head; });
+  const node = h("details", {}, summary);
+  node.ontoggle = () => node.children.length > 1 || node.append(detail(c));
+  return node;
+}
+
+function explorer({name, cases, results}) {
+  const heads = [["step", "question", "gold", "rewards", "mean \u00b1 sd"],
+    ["verdict", "question", "gold", "answer", "tokens"],
+    ["verdict", "question", "gold", "first", "second"]][results.length];
+  const values = field => unique(cases.map(c => c.facts[field])).filter(v => v != null)
+    .sort((a, b) => a < b ? -1 : 1);
+  const fields = unique(cases.flatMap(c => Object.keys(c.facts)))
+    .filter(field => values(field).length > 1 && values(field).length <= 100);
+  const wanted = {tag: "", text: "", facts: {}}, size = 25, list = h("div");
+  const text = c => [c.id, c.question, c.answer, ...c.responses.flatMap(r => r.response)].join("\n");
+  const fits = c => (!wanted.tag || c.tags.includes(wanted.tag))
+    && Object.entries(wanted.facts).every(([field, v]) => !v || String(c.facts[field]) === v)
+    && (!wanted.text || text(c).toLowerCase().includes(wanted.text));
+  const score = found => !found.length ? "" : !results.length
+    ? `, mean reward ${number(mean(found.flatMap(c => c.responses.map(r => r.reward))))}`
+    : ", right " + results.map((_, i) => percent(mean(found.map(c => c.correct[i])))).join(" and ");
+  const status = h("p", {className: "soft", role: "status"});
+  const back = h("button", {}, "Previous"), next = h("button", {}, "Next");
+  const draw = start => {
+    const found = cases.filter(fits), end = Math.min(start + size, found.length);
+    list.replaceChildren(...found.slice(start, end).map(c => caseRow(c, heads)));
+    status.textContent = `${Math.min(start + 1, end)}\u2013${end} of ${found.length}${score(found)}`;
+    [back.onclick, next.onclick] = [() => draw(start - size), () => draw(start + size)];
+    [back.disabled, next.disabled] = [!start, end === found.length];
+  };
+  const choose = (label, options, set) => options.length > 0 && h("select",
+    {ariaLabel: label, onchange: event => { set(event.target.value); draw(0); }},
+    h("option", {value: ""}, `${label}: all`), options.map(v => h("option", {value: String(v)}, String(v))));
+  const search = h("input", {type: "search", placeholder: "Search", ariaLabel: `Search ${name}`,
+    oninput: event => { wanted.text = event.target.value.toLowerCase(); draw(0); }});
+  draw(0);
+  return h("section", {}, h("h2", {}, name), h("div", {className: "controls"},
+    choose("show", unique(cases.flatMap(c => c.tags)).sort(), v => { wanted.tag = v; }),
+    fields.map(field => choose(field, values(field), v => { wanted.facts[field] = v; })),
+    search, status, back, next),
+  h("div", {className: "row head"}, heads.map(head => h("span", {}, head))), list);
+}
+
+function evaluation(benches) {
+  const scores = r => Object.entries(r.scores).map(([name, v]) => `, ${name} ${percent(v)}`).join("");
+  const whole = benches.flatMap(({name, results}) => results.map(r => [name, r.run, r.n,
+    percent(r.accuracy) + scores(r), r.ci95.map(percent).join(" \u2013 "), percent(r.truncated),
+    number(r.tokens)]));
+  const parts = benches.flatMap(({name, results}) => Object.keys(results[0].by).map(field =>
+    folded(`${name} by ${field}`, table([field, "run", "rows", "right"], results.flatMap(r =>
+      Object.entries(r.by[field] || {}).map(([value, part]) =>
+        [value, r.run, part.n, percent(part.accuracy) + scores(part)]))))));
+  return h("section", {}, h("h2", {}, "Evaluation"),
+    table(["benchmark", "run", "rows", "right", "95 % interval", "truncated", "tokens"], whole), parts);
+}
+
+const {argv = []} = data.config, benches = data.sections.filter(section => section.results.length);
+document.title = data.runs.join(" and ");
+document.body.append(h("header", {}, h("p", {className: "soft"}, "nanoVLR report"),
+  h("h1", {}, document.title), h("p", {className: "soft"}, argv.join(" ").replace(/^\S*\//, "")),
+  data.notes.map(note => h("p", {}, note)),
+  argv.length > 0 && folded("Configuration", h("pre", {}, JSON.stringify(data.config, null, 1)))),
+h("main", {}, steps.length > 0 && training(),
+  data.sections.filter(section => !section.results.length).map(explorer),
+  benches.length > 0 && evaluation(benches), benches.map(explorer)));
+</script>
+"""
 
 
 if __name__ == "__main__":

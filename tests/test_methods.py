@@ -281,6 +281,14 @@ def test_rewind_cuts_before_the_last_answer(text, kept):
     assert TOK.decode(tokens[:cut]).rstrip() == kept
 
 
+def test_rewound_counts_the_dropped_tokens(group, monkeypatch):
+    rollouts = eight(0)
+    rethink(monkeypatch, rollouts, lambda text: LONG + "<answer> 4 </answer>", rethink_rewind=1.0)
+    dropped = len(ids("</think> <answer> 3 </answer>"))
+    assert [r.rewound for r in rollouts if r.trigger] == [dropped] * 2 and dropped > 3
+    assert not any(r.rewound for r in rollouts if not r.trigger)
+
+
 def test_truncated_and_long_responses_are_never_forced(group, monkeypatch):
     cut = [rollout(0, "one", truncated=True) for _ in range(8)]
     assert rethink(monkeypatch, cut, lambda text: None)[0]["frac"] == 0
