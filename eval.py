@@ -1083,7 +1083,8 @@ def shorten(text, keep):
 def read_run(runs):
     """What a page shows of runs[0]: config, metrics, and sections of cases. Raises ValueError if nothing."""
     config = json.loads((runs[0] / "config.json").read_text()) if (runs[0] / "config.json").exists() else {}
-    metrics = [{key: v for key, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    metrics = [{key: v if isinstance(v, int) else float(f"{v:.6g}") for key, v in row.items()
+                if isinstance(v, (int, float)) and math.isfinite(v)}
                for row in complete_rows(runs[0] / "metrics.jsonl")]
     benches = set.intersection(*({path.stem for path in run.glob("eval/*.jsonl")} for run in runs))
     sections = [rollout_section(runs[0], config.get("config", {}).get("data")),
@@ -1148,7 +1149,7 @@ dt, th, .soft, .key { color: var(--soft); font-weight: 400; font-size: .87em; }
 td, dd, span, .soft { font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; margin-bottom: 1.2rem; } table { border-collapse: collapse; white-space: nowrap; }
 th, td { text-align: left; padding: .25rem 1.4rem .25rem 0; border-bottom: 1px solid var(--rule); }
-.tiles, .key, .controls { display: flex; flex-wrap: wrap; gap: .3rem 2.6rem; }
+.tiles, .key, .controls, .pager { display: flex; flex-wrap: wrap; gap: .3rem 2.6rem; }
 .tiles dd { font-size: 1.3rem; }
 .charts, .texts { display: grid; gap: 1.4rem 2rem; align-content: start; margin-bottom: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
@@ -1159,8 +1160,8 @@ svg .cursor { stroke: var(--ink); }
 .key { gap: 0 1rem; min-height: 3em; align-content: start; }
 .key b { display: inline-block; min-width: 6ch; color: var(--ink); font-weight: 600; }
 .key i { display: inline-block; width: .7em; height: .7em; margin-right: .4em; border-radius: 2px; }
-.controls { gap: .5rem .7rem; align-items: center; }
-.controls .soft { flex: 1 1 14rem; margin: 0; text-align: right; }
+.controls, .pager { gap: .5rem .7rem; align-items: center; }
+.pager { flex: 1 1 22rem; justify-content: end; } .pager p { margin: 0; }
 select, input, button { font: inherit; font-size: .9em; color: inherit; background: var(--wash);
   padding: .3rem .55rem; border: 1px solid var(--rule); border-radius: 4px; max-width: 100%; }
 button:disabled { opacity: .4; } :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
@@ -1183,9 +1184,9 @@ img { display: block; max-width: 100%; height: auto; margin-bottom: .6rem; borde
 .cut { font-size: .8em; border: 1px solid; border-radius: 3px; padding: 0 .3em; margin: 0 .3em; }
 @media (max-width: 46rem) { body { padding: 1.2rem 1rem 4rem; } .detail { display: block; }
   .row { display: flex; flex-wrap: wrap; gap: 0 .9rem; } .row.head { display: none; }
-  .row > :nth-child(2) { flex: 1 0 100%; order: -1; white-space: normal; }
+  .row > :nth-child(2) { flex: 1 0 100%; order: -1; white-space: normal; max-height: 3em; }
   .row > :nth-child(n+3)::before { content: attr(data-name) " "; color: var(--soft); font-size: .85em; }
-  .controls .soft { flex-basis: 100%; text-align: left; } }
+  .pager { justify-content: start; } }
 @media print { .controls { display: none; } }
 </style>
 <body>
@@ -1247,7 +1248,7 @@ function chart([title, keys, stacked]) {
     : lines.map(line => line.map(([step, v]) => [step, below[step] = (below[step] || 0) + v]));
   const all = edges.flat().map(point => point[1]), high = all.reduce((a, b) => Math.max(a, b));
   const least = all.reduce((a, b) => Math.min(a, b));
-  const low = stacked || least > 0 && least < high / 2 ? 0 : least;
+  const low = stacked || least > 0 && (least < high / 2 || least === high) ? 0 : least;
   const x = step => left + (step - steps[0]) / (last - steps[0] || 1) * (width - left - right);
   const y = v => height - bottom - (v - low) / (high - low || 1) * (height - top - bottom);
   const points = line => line.map(([step, v]) => `${x(step).toFixed(1)},${y(v).toFixed(1)}`).join(" ");
@@ -1296,16 +1297,17 @@ function chart([title, keys, stacked]) {
 }
 
 function training() {
-  const curves = CURVES.map(([title, keys, stacked]) => [title, keys.filter(nonzero), stacked])
-    .filter(([, keys]) => keys.length);
+  const curves = CURVES.filter(([, keys]) => keys.some(nonzero)).map(([title, keys, stacked]) =>
+    [title, keys.filter(key => stacked ? measured(key).length : nonzero(key)), stacked]);
   const drawn = ["step", ...curves.flatMap(([, keys]) => keys)];
   const others = unique(data.metrics.flatMap(Object.keys)).filter(key => !drawn.includes(key)).sort();
   const tiles = ["eval/accuracy", "reward/mean", "len/mean", "eval/loss"].filter(nonzero).map(key => {
     const line = measured(key), ends = `${number(line[0][1])} \u2192 ${number(line.at(-1)[1])}`;
     return h("div", {}, h("dt", {}, key), h("dd", {}, ends));
   });
-  return h("section", {}, h("h2", {}, "Training"), h("dl", {className: "tiles"}, tiles),
-    h("div", {className: "charts"}, curves.map(chart)), folded("All other metrics",
+  return h("section", {}, h("h2", {}, "Training", data.runs.length > 1 && ` of ${data.runs[0]}`),
+    h("dl", {className: "tiles"}, tiles), h("div", {className: "charts"}, curves.map(chart)),
+    folded("All other metrics",
       h("p", {className: "soft"}, "Always zero: ", others.filter(key => !nonzero(key)).join(", ") || "none"),
       h("div", {className: "charts"}, others.filter(nonzero).map(key => chart([key, [key]])))));
 }
@@ -1401,7 +1403,7 @@ function explorer({name, cases, results}) {
   return h("section", {}, h("h2", {}, name), h("div", {className: "controls"},
     choose("show", unique(cases.flatMap(c => c.tags)).sort(), v => { wanted.tag = v; }),
     fields.map(field => choose(field, values(field), v => { wanted.facts[field] = v; })),
-    search, status, back, next),
+    search, h("div", {className: "pager"}, status, back, next)),
   h("div", {className: "row head"}, heads.map(head => h("span", {}, head))), list);
 }
 

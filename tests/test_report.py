@@ -46,7 +46,8 @@ def make_run(folder, metrics=True, samples=True, rows=()):
     if metrics:
         write_lines(folder / "metrics.jsonl", [{"step": 0, "eval/accuracy": 0.2}] + [
             {"step": s, "reward/mean": s / 10, "optim/grad_norm": float("inf" if s == 3 else s), "zero": 0.0,
-             **{f"groups/{name}": 0.2 for name in ("all_wrong", "hard", "medium", "easy", "all_right")}}
+             "optim/lr": 1e-4, "nearly": 1 - s % 2 * 2**-53, "groups/all_right": 0.0,
+             **{f"groups/{name}": 0.25 for name in ("all_wrong", "hard", "medium", "easy")}}
             for s in range(1, 6)])
     if samples:
         write_lines(folder / "samples.jsonl", [sample(reward=r) for r in (0.0, 1.0, 0.5)])
@@ -396,6 +397,10 @@ def test_hover_and_arrow_keys_show_the_values_of_a_step(tmp_path, browser):
     assert texts(browser, f"{figure} .key")[0].split() == ["reward/mean", "eval/accuracy", "0.200"]
     assert browser.js("all('figure').map(figure => figure.offsetHeight)") == heights  # nothing jumps
     assert browser.js("all('details p')[0].textContent") == "Always zero: zero"
+    ticks = browser.js("all('details figure').map(figure => [...figure.querySelectorAll('text')].slice(0, -2)"
+                       ".map(text => text.textContent))")
+    assert ticks == [["0", "0.5", "1"], ["0", "0.00005", "0.0001"]]  # a constant is drawn from 0
+    assert texts(browser, ".key")[1].split()[-1] == "all_right"  # a part of a whole, though always 0
 
 
 def test_filters_search_and_pages(tmp_path, browser):
