@@ -834,7 +834,7 @@ def run_model(model, name, loaded, cfg):
     folder.mkdir(parents=True, exist_ok=True)
     flags = ("max_new_tokens", "n", "temperature", "top_p", "top_k", "seed", "max_pixels", "task")
     shared = {"engine": cfg.engine, "model": model, **{name: getattr(cfg, name) for name in flags}}
-    settings = [shared | {"data": bench.path} for _, bench, _ in loaded]
+    settings = [shared | {"data": bench.path, "split": bench.split} for _, bench, _ in loaded]
     done = [answered(folder / f"{key}.jsonl", records, own)
             for (key, _, records), own in zip(loaded, settings)]
     todo = [[r for r in records if r["id"] not in own] for own, (_, _, records) in zip(done, loaded)]
@@ -1013,8 +1013,9 @@ def rollout_section(run, source):
 
 
 def bench_section(name, runs):
-    """A benchmark's rows and summary; of two runs the rows that both answered, joined by id."""
-    tables = [{row["id"]: row for row in complete_rows(run / "eval" / f"{name}.jsonl")} for run in runs]
+    """A benchmark's graded rows and summary; of two runs the rows that both answered, joined by id."""
+    tables = [{row["id"]: row | row.get("judge", {}) for row in complete_rows(run / "eval" / f"{name}.jsonl")
+               if row["answer"]} for run in runs]
     joined = [[table[key] for table in tables] for key, row in tables[0].items()
               if all(key in table and table[key]["question"] == row["question"] for table in tables)]
     results, cases = [], []
@@ -1024,7 +1025,8 @@ def bench_section(name, runs):
                  if (entry["bench"], entry["n"]) == (name, len(rows))]
         results.append({"run": str(run), **(known or [summarise(name, Bench(""), rows, rows, 0)])[0]})
     for rows in joined:
-        case = as_case(rows, map(str, runs), rows[0]["settings"].get("data"),
+        source = rows[0]["settings"].get("data"), rows[0]["settings"].get("split", "train")
+        case = as_case(rows, map(str, runs), source,
                        correct=[row["correct"] for row in rows], read=[row["extracted"] for row in rows])
         cases.append(case | {"tags": [VERDICTS[tuple(v == 1 for v in case["correct"])], *case["tags"]]})
     return {"name": name, "cases": cases, "results": results}
@@ -1034,9 +1036,9 @@ def add_records(cases):
     """Add what only the data file has, images, options and categories; return notes of what is missing."""
     os.environ["HF_DATASETS_OFFLINE"] = "1"  # what is not here is not fetched
     tables, notes = {}, []
-    for source in filter(None, dict.fromkeys(case["source"] for case in cases)):
+    for source in dict.fromkeys(case["source"] for case in cases if case["source"][0]):
         try:
-            tables[source] = {record["id"]: record for record in read_records(source, need=())}
+            tables[source] = {record["id"]: record for record in read_records(*source, need=())}
         except ValueError as e:
             notes.append(f"Without images and categories: {e}")
     for case in cases:
@@ -1087,7 +1089,7 @@ def read_run(runs):
                 if isinstance(v, (int, float)) and math.isfinite(v)}
                for row in complete_rows(runs[0] / "metrics.jsonl")]
     benches = set.intersection(*({path.stem for path in run.glob("eval/*.jsonl")} for run in runs))
-    sections = [rollout_section(runs[0], config.get("config", {}).get("data")),
+    sections = [rollout_section(runs[0], (config.get("config", {}).get("data"), "train")),
                 *(bench_section(name, runs) for name in sorted(benches))]
     sections = [section for section in sections if section["cases"]]
     if not metrics and not sections:

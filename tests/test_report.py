@@ -131,6 +131,16 @@ def test_all_samples_of_a_row_are_shown(tmp_path):
     assert case["correct"] == [2 / 3, 2 / 3] and case["tags"] == ["both wrong", "truncated"]
 
 
+def test_judged_rows_and_rows_without_a_gold_answer(tmp_path):
+    """What the judge read counts; without a gold answer there is no verdict to show."""
+    rows = [answered(0, False, judge={"model": "m", "extracted": "three", "correct": 1.0}),
+            answered(1, False), answered(2, answer=None, correct=None)]
+    _, data = page(make_run(tmp_path / "a", samples=False, rows=rows))
+    assert [(c["id"], c["tags"], c["read"]) for c in data["sections"][0]["cases"]] == [
+        ("q0", ["right"], ["three"]), ("q1", ["wrong"], ["4"])]
+    assert data["sections"][0]["results"][0]["accuracy"] == 0.5
+
+
 def test_the_summary_is_shown_if_it_is_about_these_rows(tmp_path):
     entry = {"bench": "maths", "n": 1, "accuracy": 0.7, "scores": {"maj@8": 0.9}, "ci95": [0.6, 0.8],
              "truncated": 0, "tokens": 5, "by": {"level": {"1": {"n": 1, "accuracy": 0.7, "scores": {}}}}}
@@ -376,6 +386,11 @@ def test_report_of_a_real_run(work, browser, monkeypatch):  # noqa: F811
     stage.write_report(["out/grpo", "out/sft"])
     browser.open(work / "out/grpo/report.html")
     assert not browser.faults() and texts(browser, "h1") == ["out/grpo and out/sft"]
+    assert browser.js("""new Promise(done => {  // nothing moved while it opened
+        new PerformanceObserver(list => done(list.getEntries().length)).observe(
+            {type: "layout-shift", buffered: true});
+        setTimeout(() => done(0), 300);
+    })""") == 0
 
 
 def test_hover_and_arrow_keys_show_the_values_of_a_step(tmp_path, browser):
