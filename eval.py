@@ -1188,7 +1188,7 @@ img { display: block; max-width: 100%; height: auto; margin-bottom: .6rem; borde
   .row { display: flex; flex-wrap: wrap; gap: 0 .9rem; } .row.head { display: none; }
   .row > :nth-child(2) { flex: 1 0 100%; order: -1; white-space: normal; max-height: 3em; }
   .row > :nth-child(n+3)::before { content: attr(data-name) " "; color: var(--soft); font-size: .85em; }
-  .pager { justify-content: start; } }
+  .pager { justify-content: start; } .pager p { flex-basis: 100%; } }
 @media print { .controls { display: none; } }
 </style>
 <body>
