@@ -1096,8 +1096,10 @@ def read_run(runs):
         raise ValueError(f"--report {runs[0]}: no rows in metrics.jsonl, samples.jsonl or eval/*.jsonl")
     if len(runs) > 1 and not any(section["results"] for section in sections):
         raise ValueError(f"--report {runs[0]} {runs[1]}: no question of a benchmark that both answered")
-    return {"runs": [str(run) for run in runs], "config": config, "sections": sections,
-            "metrics": metrics[::math.ceil(len(metrics) / 2000) or 1]}
+    every = math.ceil(len(metrics) / 2000)  # more points than that are not seen
+    metrics = [row for i, row in enumerate(metrics)
+               if i % every == 0 or any(key.startswith("eval/") for key in row)]
+    return {"runs": [str(run) for run in runs], "config": config, "sections": sections, "metrics": metrics}
 
 
 def write_report(folders):

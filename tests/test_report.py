@@ -105,6 +105,13 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
     assert len(data["metrics"]) == 6 and [len(s["cases"]) for s in data["sections"]] == [1, 1]
 
 
+def test_long_runs_are_thinned_but_for_evaluations(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": s, "reward/mean": 0.5} | (
+        {"eval/accuracy": 0.5} if s % 50 == 49 else {}) for s in range(5000)])
+    steps = [row["step"] for row in page(tmp_path)[1]["metrics"]]
+    assert len(steps) < 2000 and set(range(0, 5000, 3)) | set(range(49, 5000, 50)) == set(steps)
+
+
 def test_two_runs_are_joined_by_id_and_question(tmp_path):
     first = make_run(tmp_path / "a", rows=[answered(i, right) for i, right in enumerate((1, 1, 0, 0))]
                      + [answered(8), answered(9)])
