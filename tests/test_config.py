@@ -162,7 +162,7 @@ def readme_commands():
     text = (ROOT / "README.md").read_text()
     for block in re.findall(r"```\n(.*?)```", text, re.DOTALL):
         for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
-            found = re.search(r"\b(data_prep|sft|grpo|eval)\.py(.*)", line)
+            found = re.search(r"\b(data_prep|sft|grpo|rise|eval)\.py(.*)", line)
             if found:
                 yield found[1], shlex.split(found[2].split(" ...")[0], comments=True)
 
