@@ -4,8 +4,9 @@ Every reward is `(response: str, record: dict) -> float`. The response is hostil
 every hole: no reward raises, hangs (each call is bounded well under a second), or returns NaN, whatever the
 model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer (str),
 answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
-(picks a prompt of its own). The training loop adds what it knows of the response: truncated? (cut at the
-length limit), forced? (continued after a rethinking trigger); absent means False.
+(picks a prompt of its own), meta? ({"classes": [...]} of a distribution). The training loop adds what it
+knows of the response: truncated? (cut at the length limit), forced? (continued after a rethinking trigger);
+absent means False.
 
 How a response becomes a verdict:
   1. extract_answer: last <answer> tag, else last \boxed{}, else "the answer is ...", else the bare text.
@@ -13,7 +14,7 @@ How a response becomes a verdict:
      Prose is read for its conclusion, because untrained models only ever write prose.
   2. accuracy: choice compares option letters, number compares exact values, text compares normalised words,
      calls compares function calls. What the cheap comparisons leave open goes to math-verify, if it is small
-     enough to be safe.
+     enough to be safe. Boxes and distributions (RISE) are read from a tag or box alone.
 
 Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or
 "and" are one list); a tag beats a box outside it; units, degree signs and labels ("Area =") are ignored; a
@@ -26,17 +27,20 @@ numeral; calls come in any order, and their case, quotes, spaces and hyphens for
 import difflib
 import functools
 import itertools
+import json
 import logging
 import math
 import re
+import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from fractions import Fraction
 
 from math_verify import parse, verify
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
-ANSWER_TYPES = ("choice", "number", "math", "text", "calls")
+ANSWER_TYPES = ("choice", "number", "math", "text", "calls", "boxes", "distribution")
 LONGEST = 200  # characters of an answer: more in a tag or box is prose
 TAIL = 4000  # characters of a response that are read: answers come last, and it bounds the regexes
 
@@ -60,21 +64,21 @@ front_right: nearer and to the right
 behind_left: farther and to the left
 behind_right: farther and to the right"""
 
+FORMS = {
+    "choice": "the letter of the option you choose",
+    "number": "the resulting number",
+    "math": "the result, as a number or in LaTeX,",
+    "text": "the answer, in a few words,",
+    "calls": "the function calls, separated by commas,",
+    "boxes": "all boxes, as [[x1, y1, x2, y2], ...] on a scale from 0 to 1000,",
+    "ground": "one box, as [x1, y1, x2, y2] on a scale from 0 to 1000,",
+    "distribution": "the probabilities, as a JSON object whose values add up to 1,",
+}
 PROMPTS = {
     "plain": "{question}",
     "counting": "{question} Think inside <think> </think>, then give the number inside <answer> </answer>.",
-    "choice": "{question}\nWork it out step by step between <think> and </think>."
-              " Then write only the letter of "
-              "the option you choose between <answer> and </answer>.",
-    "number": "{question}\nWork it out step by step between <think> and </think>."
-              " Then write only the resulting "
-              "number between <answer> and </answer>.",
-    "math": "{question}\nWork it out step by step between <think> and </think>."
-              " Then write only the result, as a "
-            "number or in LaTeX, between <answer> and </answer>.",
-    "text": "{question}\nWork it out step by step between <think> and </think>."
-              " Then write only the answer, in a "
-            "few words, between <answer> and </answer>.",
+    **{name: "{question}\nWork it out step by step between <think> and </think>. Then write only " + form
+       + " between <answer> and </answer>." for name, form in FORMS.items()},
     "boxed": "{question}\n\nSolve this step by step and close with the result in \\boxed{}.",
     "rethink": "{question}\n\nGuidelines: go one step at a time. Every few steps, stop and doubt what you"
                " have: ask whether it can be right, check it against the question and the picture, and"
@@ -85,9 +89,6 @@ PROMPTS = {
     "pictured_choice": "The picture shows a question and its options. Work it out step by step between"
                        " <think> and </think>. Then write only the letter of the option you choose between"
                        " <answer> and </answer>.",
-    "calls": "{question}\nWork it out step by step between <think> and </think>."
-             " Then write only the function "
-             "calls, separated by commas, between <answer> and </answer>.",
     # Reason-RFT's tasks (arXiv 2503.20752), reasoned or answered at once (_answer)
     "counting_answer": "{question} Give only the number.",
     "structure": "{question} Think inside <think> </think>, then give the number inside <answer> </answer>.",
@@ -100,6 +101,12 @@ PROMPTS = {
     "board": "{question} Think inside <think> </think>, then give the calls inside <answer> </answer>.",
     "board_answer": "{question} Give only the calls.",
     "transform_answer": SCENE_RULES + "\n\n{question}\n\nGive only the function calls, separated by commas.",
+    # RISE's two hops (arXiv 2508.13229)
+    "cot": "{question}\n\nThe answer is known to be {answer}\nIn at most 100 words, tell what in the picture"
+           " shows it: things, shapes, textures, colors, surroundings. Somebody else has to find the answer"
+           " from your text, so do not give it away: no coordinates, no probabilities, no class names.",
+    "reconstruct": "{question}\n\nSomebody looked at the picture and wrote:\n{rationale}\n\nFrom this, write"
+                   " only {form} between <answer> and </answer>.",
 }
 # Modality bridging (Vision-R1, arXiv 2503.06749): what data_prep.py asks a VLM twice, then a text reasoner
 BRIDGE = {
@@ -160,10 +167,7 @@ def extract_answer(response: str) -> str | None:
 
 def _find_answer(response: str) -> tuple[str, str]:
     """(answer, the prose it is from). Prose is "" for a slot; an unclosed last box is a slot left empty."""
-    text = response[-TAIL:]
-    tags = ANSWER_TAG.findall(text)
-    boxed = _last_box(tags[-1] if tags else text)
-    slot = boxed if boxed is not None else tags[-1] if tags else None
+    text, slot = response[-TAIL:], _slot(response)
     if slot is not None and len(slot) <= LONGEST:
         return LABEL.sub("", slot).strip(), ""
     prose = (slot or text.rpartition("</think>")[2]).replace("</s>", "").strip()
@@ -171,6 +175,14 @@ def _find_answer(response: str) -> tuple[str, str]:
     tail = prose[cues[-1]:] if cues else prose
     end = SENTENCE_END.search(tail, 1) if cues else None
     return tail[:end.start() if end else None].strip(), prose
+
+
+def _slot(response: str) -> str | None:
+    """Content of the last answer tag, or of the last box in it, or without a tag anywhere; or None."""
+    text = response[-TAIL:]
+    tags = ANSWER_TAG.findall(text)
+    boxed = _last_box(tags[-1] if tags else text)
+    return boxed if boxed is not None else tags[-1] if tags else None
 
 
 def _last_box(text: str) -> str | None:
@@ -324,7 +336,13 @@ def _conclusion(answer: str, prose: str) -> tuple[Fraction, bool] | None:
 # ----- grading
 
 def accuracy(response: str, record: dict) -> float:
-    """1.0 if the response's answer equals the record's, else 0.0. Hedged and unreadable answers are wrong."""
+    """1.0 if the response's answer equals the record's, else 0.0. Hedged and unreadable answers are wrong.
+
+    Boxes are right if each gold one has its own at an IoU of 0.5 or more and there are no others, a
+    distribution if the likeliest class is the gold's.
+    """
+    if record["answer_type"] in ANNOTATIONS:
+        return float(ANNOTATIONS[record["answer_type"]](response, record))
     answer, prose = _find_answer(response)
     return float(bool(answer) and GRADERS[record["answer_type"]](answer, prose, _gold(record), record))
 
@@ -717,10 +735,361 @@ def length_bonus(lengths: list[int], right: list[bool]) -> list[float]:
     return [b if ok else min(0.0, b) for b, ok in zip(bonus, right)]
 
 
+# ----- RISE: boxes and distributions, and rationales that must not give them away
+
+MOST_BOXES = 100  # of an answer that are read, as in COCO's evaluation
+REAL = r"[-+]?(?:\d{1,12}(?:\.\d{0,18})?|\.\d{1,18})(?:[eE][-+]?\d{1,2})?"
+BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({REAL})"] * 4) + r"\s*\]")
+
+
+def parse_boxes(response: str) -> list[tuple]:
+    """Boxes (x1, y1, x2, y2) in the answer: each innermost list of four numbers; [] without any."""
+    return [tuple(map(float, box.groups())) for box in BOX.finditer(_slot(response) or "")][:MOST_BOXES]
+
+
+def parse_distribution(response: str, classes: Iterable[str]) -> dict | None:
+    """Probability of each class by the `name: number` pairs in the answer, 0 for those not mentioned.
+
+    Names in any case, with blanks, hyphens or underscores. None if a value is no number in [0, 1] or no class
+    has a positive one. Other names are ignored.
+    """
+    said = dict.fromkeys(classes, 0.0)
+    by_name = {_joined(name): name for name in classes}
+    pairs = re.findall(r"""(?:^|[^\w\s]|\n)[ \t]*([^"'“”:=,;{}\n]{1,80})["'”]?[ \t]*[:=]\s*"""
+                       r"""["'“]?([^\s,;}"'”]{1,40})""", _slot(response) or "")
+    for name, value in pairs:
+        if (name := by_name.get(_joined(name))) is None:
+            continue
+        if not re.fullmatch(REAL, value) or not 0 <= float(value) <= 1:
+            return None
+        said[name] = float(value)
+    return said if any(said.values()) else None
+
+
+def _joined(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).lower()
+
+
+def iou(a: tuple, b: tuple) -> float:
+    """Intersection over union of two boxes, from 0 to 1; empty and inverted ones have no intersection."""
+    shared = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    return shared / (_area(a) + _area(b) - shared) if shared else 0.0
+
+
+def _area(box: tuple) -> float:
+    return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
+
+
+def matched_ious(gold: list, boxes: list) -> list[float]:
+    """IoU of each pair of the one-to-one assignment with the largest sum, as many as the shorter list has.
+
+    The Hungarian method: rows join one by one along a shortest augmenting path, O(n^2 m). Index 0 of the
+    potentials and of `owner` (row of a column) is a free place outside the matrix.
+    """
+    rows, columns = sorted((gold, boxes), key=len)
+    cost = [[-iou(a, b) for b in columns] for a in rows]
+    row_price, price, owner = [0.0] * (len(rows) + 1), [0.0] * (len(columns) + 1), [0] * (len(columns) + 1)
+    for row in range(1, len(rows) + 1):
+        at, owner[0] = 0, row
+        slack, came_from, done = [math.inf] * len(owner), [0] * len(owner), set()
+        while owner[at]:
+            done.add(at)
+            here = owner[at]
+            for j in range(1, len(owner)):
+                if j not in done and (gap := cost[here - 1][j - 1] - row_price[here] - price[j]) < slack[j]:
+                    slack[j], came_from[j] = gap, at
+            step, nearest = min((slack[j], j) for j in range(1, len(owner)) if j not in done)
+            for j in range(len(owner)):
+                if j in done:
+                    row_price[owner[j]] += step
+                    price[j] -= step
+                else:
+                    slack[j] -= step
+            at = nearest
+        while at:
+            owner[at], at = owner[came_from[at]], came_from[at]
+    return [-cost[owner[j] - 1][j - 1] for j in range(1, len(owner)) if owner[j]]
+
+
+def gold_boxes(record: dict) -> list[list]:
+    """Boxes of a record's answer; [] if its answer is something else, so that rewards may meet any record."""
+    return json.loads(record["answer"]) if record["answer_type"] == "boxes" else []
+
+
+def gold_distribution(record: dict) -> dict:
+    """Probability of each class by a record's answer; {} if its answer is something else."""
+    if record["answer_type"] != "distribution":
+        return {}
+    return dict.fromkeys(record.get("meta", {}).get("classes", []), 0.0) | json.loads(record["answer"])
+
+
+def divergence(gold: dict, said: dict) -> tuple[float, float]:
+    """(KL(gold || said), both clipped at 1e-10 and normalised, mean squared error of the values as given)."""
+    def normal(values):
+        clipped = {name: max(value, 1e-10) for name, value in values.items()}
+        return {name: value / sum(clipped.values()) for name, value in clipped.items()}
+
+    p, q = normal(gold), normal(said)
+    kl = sum(p[name] * math.log(p[name] / q[name]) for name in gold)
+    return max(kl, 0.0), sum((gold[name] - said[name]) ** 2 for name in gold) / len(gold)
+
+
+def _boxes_are_right(response: str, record: dict) -> bool:
+    gold, boxes = gold_boxes(record), parse_boxes(response)
+    return len(gold) == len(boxes) and min(matched_ious(gold, boxes)) >= 0.5
+
+
+def _likeliest_is_right(response: str, record: dict) -> bool:
+    gold = gold_distribution(record)
+    said = parse_distribution(response, gold)
+    return bool(said) and _likeliest(said) <= _likeliest(gold)
+
+
+def _likeliest(distribution: dict) -> set[str]:
+    return {name for name, p in distribution.items() if p == max(distribution.values())}
+
+
+ANNOTATIONS = {"boxes": _boxes_are_right, "distribution": _likeliest_is_right}
+
+
+def agreement(response: str, record: dict) -> float:
+    """How well an answer reconstructs the annotation (RISE, arXiv 2508.13229), from 0.0 to 1.0.
+
+    Boxes: IoUs of the best assignment, summed, / the longer list's length, so that a missing box costs as
+    much as a spurious one; a single pair's IoU. Distributions: exp(-KL/2 - MSE/2). Else `accuracy`. An answer
+    that cannot be read earns nothing.
+    """
+    if record["answer_type"] == "boxes":
+        gold, boxes = gold_boxes(record), parse_boxes(response)
+        return sum(matched_ious(gold, boxes)) / max(len(gold), len(boxes))
+    if record["answer_type"] == "distribution":
+        gold = gold_distribution(record)
+        said = parse_distribution(response, gold)
+        return math.exp(-0.5 * sum(divergence(gold, said))) if said else 0.0
+    return accuracy(response, record)
+
+
+def rise(response: str, record: dict, penalty: float = 0.1) -> float:
+    """`agreement`, times `penalty` if what stands before the answer gives the annotation away."""
+    rationale = response[:max(response.rfind("<answer>"), response.rfind(r"\boxed"), 0)]
+    return agreement(response, record) * (penalty if leaks(rationale, record) else 1)
+
+
+# ----- what gives an annotation away
+
+LONGEST_RATIONALE = 8000  # characters that are read
+COUNT_WORDS = "|".join([*WORDS, *"""eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+    nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand point percent""".split()])
+PLAIN_NUMBER = r"(?<![^\W_])(?<!\d\.)[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?![^\W_]|\.\d)"
+BETWEEN = (r"(?:[\W_]|(?<![^\W_])(?:and|to|by|at|is|of|[xy](?:_?(?:min|max|[0-3]))?|left|top|right|bottom"
+           r"|width|height|[wh])(?![^\W_])){1,24}")
+TUPLE = re.compile(rf"[\[({{]{{,3}}(?:{PLAIN_NUMBER}(?:{BETWEEN}{PLAIN_NUMBER}){{3,}}"
+                   r"|(?<!\d)\d+(?:[._/:;,x-]\d+){3,})[\])}]{,3}", re.IGNORECASE)
+PROBABILITY = re.compile(r"(?<!\d)(?:\d*\.\d+(?:e[-+]?\d+)?(?:\s?%)?|\d+e[-+]?\d+"
+                         r"|\d+\s?(?:%|percent\b)|\d+\s?[/⁄]\s?\d+|0,\d+)", re.IGNORECASE)
+SPELLED_NUMBER = re.compile(rf"\b(?:{COUNT_WORDS})(?:(?:[\s-]| and )+(?:{COUNT_WORDS}))+\b", re.IGNORECASE)
+MARKUP = re.compile(r"<[^<>\s]{1,40}>")  # <image>, <|im_end|> or <answer> would act in the next prompt
+SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+
+
+def leaks(text: str, record: dict) -> list[str]:
+    """What in a rationale gives the annotation away, as written there; [] if nothing does.
+
+    Lists of four numbers in any notation, always. For boxes also two coordinates of one of them, from 10 up.
+    For distributions also class names and numbers that can be probabilities, else the gold answer. Names
+    count as whole words in any case ("Joy", not "enjoy"), spaced out or not.
+    """
+    text, kind = _visible(text), record["answer_type"]
+    found = [m[0] for m in TUPLE.finditer(text)] + [m[0] for m in _names(record).finditer(text)]
+    if kind == "distribution":
+        found += [m[0] for m in PROBABILITY.finditer(text)]
+    elif kind == "boxes":
+        said = set(re.findall(r"(?<!\d)\d{2,4}(?!\d)", text))
+        for box in gold_boxes(record):
+            told = said & {str(round(side)) for side in box}
+            found += sorted(told) if len(told) > 1 else []
+    return list(dict.fromkeys(found))
+
+
+def scrub(text: str, record: dict) -> str:
+    """A rationale without anything that states the annotation; "" if nothing is left. Idempotent.
+
+    Sentences that name a class or the gold answer go as a whole. Of the numbers go lists of four, and for
+    boxes and distributions fractions and spelled-out ones; for boxes also all from 10 to 1000, since near
+    misses would do as coordinates. "2020." stays, markup does not.
+    """
+    text = _visible(text)
+    for _ in range(8):  # what is cut out can bring the parts of a name or list together
+        if (shorter := _scrub_once(text, record)) == text:
+            return text
+        text = shorter
+    return ""
+
+
+def _scrub_once(text: str, record: dict) -> str:
+    marked = _names(record).sub("\0", MARKUP.sub(" ", text))
+    text = TUPLE.sub(" ", " ".join(part for part in SENTENCES.split(marked) if "\0" not in part))
+    if record["answer_type"] in ANNOTATIONS:
+        text = SPELLED_NUMBER.sub(" ", PROBABILITY.sub(" ", text))
+    if record["answer_type"] == "boxes":
+        text = re.sub(r"\w+", lambda word: " " if _on_scale(word[0]) else word[0], text)
+    return " ".join(text.split()) if re.search(r"\w", text) else ""
+
+
+def _on_scale(word: str) -> bool:
+    return any(10 <= int(number) <= 1000 for number in re.findall(r"(?<!\d)\d{2,4}(?!\d)", word))
+
+
+def _visible(text: str) -> str:
+    """Text as it looks: no control or zero-width characters, one form of each letter and digit."""
+    text = "".join(c for c in text[:LONGEST_RATIONALE] if c.isspace() or unicodedata.category(c)[0] != "C")
+    return unicodedata.normalize("NFKC", text)[:LONGEST_RATIONALE]
+
+
+def _names(record: dict) -> re.Pattern:
+    """Finds the words that are the annotation: class names, or the gold answer, a choice as text or letter."""
+    kind, gold = record["answer_type"], record["answer"]
+    names, found = record.get("meta", {}).get("classes", []), []
+    if kind in ANNOTATIONS:
+        names = list(gold_distribution(record))
+    elif kind == "choice":
+        found = [rf"\(\s*{gold}\s*\)", rf"\b(?:option|choice|answer|letter)\W{{,3}}(?:is\W{{,3}})?{gold}\b"]
+        names = [*names, record["choices"][ord(gold) - 65]]
+    else:
+        names = [*names, gold]
+    for letters in sorted((_joined(_visible(name)) for name in names), key=len, reverse=True):
+        if letters:
+            name = r"[\s_*.-]{,2}".join(map(re.escape, letters))
+            found.append(rf"(?<![^\W_]){name}(?![^\W_])")
+    return re.compile("|".join(found) or r"(?!)", re.IGNORECASE)
+
+
+def cot_prompt(record: dict) -> str:
+    """RISE's first hop: shows the annotation and asks for a rationale that does not state it.
+
+    A data set's own wording, in meta["cot_prompt"], comes first.
+    """
+    answer = record["answer"]
+    if record["answer_type"] == "choice":
+        answer = f"({answer}) {record['choices'][ord(answer) - 65]}"
+    own = record.get("meta", {}).get("cot_prompt")
+    return own or build_prompt(record | {"task": "cot"}).replace("{answer}", answer)
+
+
+def reconstruct_prompt(record: dict, rationale: str) -> str:
+    """RISE's second hop: asks for the annotation, given a scrubbed rationale in place of the annotation."""
+    form = FORMS.get(record.get("task")) or FORMS[record["answer_type"]]
+    prompt = build_prompt(record | {"task": "reconstruct"}).replace("{form}", form)
+    return prompt.replace("{rationale}", rationale)
+
+
+# ----- rewards of RISE as released, and of Visual-RFT, which it descends from
+
+def detection_legacy(response: str, record: dict) -> float:
+    """RISE's box reward as released, 0.0 to 1.0: divided by the boxes given, so that a missing one is free.
+
+    Times 0.1 if the think block is a list of numbers and nothing else: a box within prose goes unpunished.
+    """
+    boxes = parse_boxes(response)
+    listed = re.fullmatch(r"\s*\[[\d\s.,\[\]-]*\]\s*", _legacy_think(response))
+    score = sum(matched_ious(gold_boxes(record), boxes)) / max(len(boxes), 1)
+    return score * (0.1 if listed else 1)
+
+
+def distribution_legacy(response: str, record: dict) -> float:
+    """RISE's distribution reward as released, 0.0 to 1.0; a missing answer earns what all zeros would.
+
+    Only lower-case one-word names are found, exponents and ".5" are misread, values above 1 are zeros. Times
+    0.1 for a decimal in the think block, which is the whole response if that has a newline.
+    """
+    tags = re.findall("<answer>(.*?)</answer>", response[-TAIL:])
+    classes = dict.fromkeys(gold_distribution(record), 0.0)
+    if not classes:
+        return 0.0
+    gold, said = (classes | _legacy_pairs(t, classes) for t in (record["answer"], tags[-1] if tags else ""))
+    leaked = re.search(r"\d\.\d", _legacy_think(response))
+    return math.exp(-0.5 * sum(divergence(gold, said))) * (0.1 if leaked else 1)
+
+
+def _legacy_think(response: str) -> str:
+    think = re.search("<think>(.*?)</think>", response[:LONGEST_RATIONALE])
+    return think[1] if think else response[:LONGEST_RATIONALE]
+
+
+def _legacy_pairs(text: str, classes: dict) -> dict:
+    pairs = re.findall(r"""(\w+)["']?:["']?(\d+(?:\.\d+)?)""", re.sub(r"[\s_]", "", text.lower()))
+    return {name: float(p) for name, p in pairs if name in classes and float(p) <= 1}
+
+
+def distribution_format(response: str, record: dict) -> float:
+    """RISE's format reward of distributions: exp(-|sum - 1|) within think and answer blocks, else 0.0."""
+    said = parse_distribution(response, gold_distribution(record))
+    return math.exp(-abs(sum(said.values()) - 1)) * format_think_answer(response, record) if said else 0.0
+
+
+def grounding_format(response: str, record: dict) -> float:
+    """RISE's format reward of single boxes: 1.0 if the answer is one flat, non-negative box, else 0.0."""
+    box = BOX.fullmatch((_slot(response) or "").strip())
+    return float(bool(box) and min(map(float, box.groups())) >= 0) * format_think_answer(response, record)
+
+
+def grounding_giou(response: str, record: dict) -> float:
+    """Visual-RFT's reward of single boxes (arXiv 2503.01785): generalised IoU + 1, from 0.0 to 2.0."""
+    pair = *gold_boxes(record)[:1], *parse_boxes(response)[:1]
+    if len(pair) < 2 or not _area(pair[1]):
+        return 0.0
+    (gold, box), overlap = pair, iou(*pair)
+    union = (_area(gold) + _area(box)) / (1 + overlap)
+    hull = _area((*map(min, gold[:2], box[:2]), *map(max, gold[2:], box[2:])))
+    return overlap + union / hull
+
+
+def visual_rft_iou(response: str, record: dict) -> float:
+    """Visual-RFT's IoU reward (arXiv 2503.01785): IoUs of hits / the longer list's length, 0.0 to 1.0."""
+    hits = _hits(response, record)
+    return sum(overlap for overlap, _ in hits) / max(len(gold_boxes(record)), len(hits), 1)
+
+
+def visual_rft_conf(response: str, record: dict) -> float:
+    """Visual-RFT's confidence reward: mean confidence of hits, 1 - confidence of misses, from 0.0 to 1.0."""
+    hits = _hits(response, record)
+    return sum(sure if overlap else 1 - sure for overlap, sure in hits) / max(len(hits), 1)
+
+
+def _hits(response: str, record: dict) -> list[tuple[float, float]]:
+    """(IoU or 0 for a miss, confidence) of each {"Position": box, "Confidence": number} in the answer.
+
+    The surest goes first and takes the free gold box it overlaps most, if by more than half. Repeated boxes
+    count once, objects that were cut off not at all.
+    """
+    said = {}
+    for part in re.findall(r"\{[^{}]*\}", _slot(response) or "")[:MOST_BOXES]:
+        box, sure = BOX.search(part), re.search(rf"confidence\W{{1,4}}?({REAL})", part, re.IGNORECASE)
+        if box and sure:
+            said.setdefault(tuple(map(float, box.groups())), min(max(float(sure[1]), 0.0), 1.0))
+    free, hits = gold_boxes(record), []
+    for box, sure in sorted(said.items(), key=lambda item: -item[1]):
+        overlap, best = max(((iou(gold, box), gold) for gold in free), default=(0.0, None))
+        hits.append((overlap if overlap > 0.5 else 0.0, sure))
+        if overlap > 0.5:
+            free.remove(best)
+    return hits
+
+
+def contains(response: str, record: dict) -> float:
+    """Visual-RFT's classification reward: 1.0 if answer or gold contains the other, so "A or B" passes."""
+    said, gold = (_joined(text) for text in (_slot(response) or "", _gold(record)))
+    return float(bool(said) and (said in gold or gold in said))
+
+
 REWARDS = {"accuracy": accuracy, "format": format_think_answer, "hfrrf": hfrrf, "boxed": boxed,
            "vl_rethinker": vl_rethinker, "format_legacy": format_legacy, "discrete": discrete,
            "numeric": numeric, "functions": functions, "functions_full": functions_full,
-           "functions_penalty": functions_penalty, "steps": steps}
+           "functions_penalty": functions_penalty, "steps": steps, "agreement": agreement, "rise": rise,
+           "detection_legacy": detection_legacy, "distribution_legacy": distribution_legacy,
+           "distribution_format": distribution_format, "grounding_format": grounding_format,
+           "grounding_giou": grounding_giou, "visual_rft_iou": visual_rft_iou,
+           "visual_rft_conf": visual_rft_conf, "contains": contains}
 
 
 def parse_reward_spec(spec: str) -> dict[str, float]:

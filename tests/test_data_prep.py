@@ -508,7 +508,7 @@ def test_rows_are_chosen_by_pass_rate(virl39k, tmp_path, capsys, flags, kept, li
     ({"pass_rate": ("0", "x")}, "--pass_rate 0 x: give LOW HIGH"),
     ({"pass_rate": ("nan", "1")}, "--pass_rate nan 1"), ({"pass_rate": ("30", "90")}, "--pass_rate 30 90"),
     ({"pass_rate_of": "72b"}, "--pass_rate_of 72b: use 7b | 32b"),
-    ({"task": "boxes"}, "--task boxes: use plain | "),
+    ({"task": "box"}, "--task box: use plain | "),
     ({"pass_rate": ("0.1", "0.2")}, "hub without its rows left out (5 with pass_rate_7b outside 0.1 .. 0.2, "
                                     "2 with pass_rate_7b unknown, 0 unreadable): no records"),
 ])

@@ -242,7 +242,7 @@ def test_lines_of_json_do_too(tmp_path):
 @pytest.mark.parametrize("flags, message", [
     ({"form": "sft"}, "--form sft: use ans_sft | cot_sft | rl | stage1 | stage2 | sharegpt"),
     ({"form": ""}, "--form : use"), ({"stage2": "some"}, "--stage2 some: use rest | full"),
-    ({"stage1_n": 0}, "--stage1_n 0: must be at least 1"), ({"task": "boxes"}, "--task boxes: use plain | "),
+    ({"stage1_n": 0}, "--stage1_n 0: must be at least 1"), ({"task": "box"}, "--task box: use plain | "),
     ({"form": "stage2"}, "no row is fit for --form stage2"), ({"image_root": "gone"}, "image a.png: "),
 ])
 def test_flags(tmp_path, flags, message):

@@ -688,7 +688,9 @@ BOMBS = [
     "</think> " * 20_000, "\n1." * 20_000,
 ]
 RANGES = {"vl_rethinker": (-0.1, 1.1), "functions": (0, 1), "functions_penalty": (-0.5, 1), "numeric": (0, 1),
-          "functions_full": (0, 1), "steps": (0, 1)}
+          "functions_full": (0, 1), "steps": (0, 1), "agreement": (0, 1), "rise": (0, 1),
+          "detection_legacy": (0, 1), "distribution_legacy": (0, 1), "distribution_format": (0, 1),
+          "grounding_giou": (0, 2), "visual_rft_iou": (0, 1), "visual_rft_conf": (0, 1)}
 
 
 def hostile(rng):
@@ -705,7 +707,8 @@ def hostile(rng):
 def test_hostile_text_is_graded_in_bounded_time():
     rng = random.Random(0)
     golds = [record("3", "number"), record("x^2+1"), record("\\sqrt{3}"), record("(1,2)"), record("x<3"),
-             record("cat", "text"), record("A", "choice", choices=["3", "4"]), record("B", "choice"),
+             record("cat", "text"), record("A", "choice", choices=["3", "4"]),
+             record("[[0, 0, 9, 9], [2, 0, 500, 70.5]]", "boxes"), record('{"joy": 1}', "distribution"),
              calls("change_color(2, red), change_color(3, red), change_color(2, blue), change_size(0, x)")]
     texts = [wrap.format(bomb) for bomb in BOMBS for wrap in ("{}", "\\boxed{{{}}}")]
     texts += [hostile(rng) for _ in range(2000)]
