@@ -5,15 +5,18 @@ A record is one JSON line, or the same dict in memory:
     question     str   may hold one `<image>` per image; without any, all images come before the text
     images       list  paths relative to the file (absolute once read), PIL images, or {"bytes", "path"} dicts
                        as `datasets` stores them; may be empty
-    answer       str   the gold answer: an option's letter (several: "A, C"), function calls, else bare text
-                       or LaTeX without $ or \boxed
+    answer       str   the gold answer: an option's letter (several: "A, C"), function calls, JSON (boxes
+                       [[x1, y1, x2, y2], ..] on a scale from 0 to 1000, probabilities {name: p}), else bare
+                       text or LaTeX without $ or \boxed
     answer_type  str   one of rewards.ANSWER_TYPES: how a response is prompted for and graded
     choices      list  optional: option texts in order, the first one is A
     precision    int   optional: decimals to which a number is compared
     response     str   optional: a full target response, what sft.py learns
     system       str   optional: a system turn before the question
     task, source str   optional: `task` may pick a prompt, both group metrics
-    meta         dict  optional: anything else worth keeping; `accepted` lists further answers that are right
+    meta         dict  optional: anything else worth keeping; `accepted` lists further answers that are right,
+                       `classes` those of a distribution; RISE's `target` and `cot_prompt` (its first hop, in
+                       the data set's own words)
 RL needs `answer`, SFT needs `response`. An absent `answer_type` is inferred on reading.
 
 A .jsonl, .json, .parquet, .arrow or .tsv file, a folder of them or a Hub id is read if its columns are of
@@ -25,7 +28,12 @@ A .jsonl, .json, .parquet, .arrow or .tsv file, a folder of them or a Hub id is 
     MEGA-Bench    task_name, query_text, query_media, answer, metric_info, ..
                   (some metrics; data.zip must have been unpacked beside the file)
     Geometry3K    annotat_text, choices, answer: ID/data.json and ID/img_diagram.png, as first published
-    RISE          problem, image, image_path, target, and answer or solution
+    RISE          problem, image, image_path, target, and answer or solution (boxes or probabilities)
+    boxes         image, target, bbox (one box or a list; x1, y1, x2, y2 from 0 to 1000, or in pixels with the
+                  columns width and height; x, y, width, height if the column box_format is xywh)
+    COCO          an instances JSON, one record per image and category; crowds are left out
+    distribution  image, distribution ({name: p})
+    classes       a folder that holds a folder of images for each class
     EasyR1        images, problem, answer (Geometry3K on the Hub; its letters in `ground_truth` are ignored)
     ViRL39K       question, answer, image, qid, category, source, PassRate_32BTrained, PassRate_7BBase
                   (39Krelease.parquet, or its folder; images.zip must have been unpacked beside it)
@@ -39,6 +47,7 @@ A Hub id may name a configuration, `MMMU/MMMU:Art`, or with `MMMU/MMMU:*` all of
     python data_prep.py --source records --input hiyouga/geometry3k --split test --out data/geometry3k
     python data_prep.py --source records --input downloads/test.parquet --out data/mathvision
     python data_prep.py --source records --input downloads/ViRL39K --pass_rate 0.1 0.9 --out data/virl39k
+    python data_prep.py --source records --input instances_train2017.json --image_root DIR --out data/coco
     python data_prep.py --source reason_rft --input META.json --form stage1 --image_root images --out data/rft
 
 --source reason_rft builds one of the training sets of Reason-RFT (arXiv 2503.20752) from its meta-JSON:
@@ -132,6 +141,11 @@ def check_record(record: dict, where: str, need: tuple = ("answer",)) -> dict:
     kind, choices = record["answer_type"], record.get("choices", [])
     if kind not in rewards.ANSWER_TYPES:
         refuse("answer_type", f"is {kind!r}, not one of {', '.join(rewards.ANSWER_TYPES)}")
+    if kind in rewards.ANNOTATIONS and "answer" in record:
+        try:
+            check_annotation(kind, json.loads(record["answer"]), record.get("meta", {}).get("classes"))
+        except ValueError as error:
+            refuse("answer", f"of type {kind!r} {error}")
     if kind == "choice" and not choices:
         refuse("choices", "is missing, and answer_type is 'choice'")
     letters = LETTERS[:len(choices)]
@@ -141,6 +155,25 @@ def check_record(record: dict, where: str, need: tuple = ("answer",)) -> dict:
     if places not in (0, len(record["images"])):
         refuse("images", f"has {len(record['images'])} entries for {places} <image> placeholders")
     return record
+
+
+def check_annotation(kind: str, value, classes: list[str] | None) -> None:
+    """Raises ValueError unless `value` is boxes on the scale, or probabilities of known `classes`."""
+    def is_box(box):
+        return (isinstance(box, list) and len(box) == 4
+                and all(isinstance(side, (int, float)) and 0 <= side <= 1000 for side in box))
+
+    if kind == "boxes":
+        if not isinstance(value, list) or not value or not all(map(is_box, value)):
+            raise ValueError("must be a JSON list of boxes [x1, y1, x2, y2] from 0 to 1000")
+        if wrong := [box for box in value if box[0] >= box[2] or box[1] >= box[3]]:
+            raise ValueError(f"holds {wrong[0]}, which is not x1 < x2, y1 < y2")
+    elif not isinstance(value, dict) or not all(isinstance(p, (int, float)) for p in value.values()):
+        raise ValueError("must be a JSON object of probabilities")
+    elif unknown := [name for name in value if classes and name not in classes]:
+        raise ValueError(f"holds {unknown[0]!r}, which is not in meta['classes']")
+    elif not all(0 <= p <= 1 for p in value.values()) or abs(sum(value.values()) - 1) > 0.02:
+        raise ValueError(f"must add up to 1, not {sum(value.values()):g}")
 
 
 def check_records(records: list[dict], source: str, need: tuple = ("answer",)) -> list[dict]:
@@ -371,9 +404,68 @@ def from_mathvision(row: dict, index: int) -> dict:
 
 
 def from_rise(row: dict, index: int) -> dict:
-    """RISE stage 1: the problem states the annotation on purpose; `target` is the class to reconstruct."""
-    return {"id": str(row.get("id", index)), "question": row["problem"], "images": row_images(row),
-            **answer_fields(pick(row, "answer")), "source": "rise", "meta": {"target": row["target"]}}
+    """RISE (arXiv 2508.13229): its problem states the annotation, so it is kept for the first hop alone."""
+    gold = pick(row, "answer")
+    try:
+        if isinstance(gold, str):
+            gold = json.loads(clean_answer(gold).replace("'", '"'))
+    except ValueError as error:
+        raise ValueError(f"answer {gold[:60]!r} is neither boxes nor probabilities") from error
+    row = {"id": index, **row, "bbox": gold, "distribution": gold}
+    record = from_distribution(row, index) if isinstance(gold, dict) else from_boxes(row, index)
+    meta = {**record["meta"], "target": row["target"], "cot_prompt": row["problem"]}
+    return record | {"source": "rise", "meta": meta}
+
+
+def from_boxes(row: dict, index: int) -> dict:
+    """Boxes of what `target` says: one is asked for as in LISA, a list as in COCO."""
+    bbox, size = row["bbox"], (row.get("width", 1000), row.get("height", 1000))
+    if not isinstance(bbox, list) or not bbox:
+        raise ValueError(f"bbox {bbox!r} is neither a box nor a list of boxes")
+    single = not isinstance(bbox[0], list)
+    boxes = [scaled_box(box, size, row.get("box_format", "xyxy")) for box in ([bbox] if single else bbox)]
+    asked = "Which part of the picture is meant: {}?" if single else "Find every {} in the picture."
+    return {"id": str(row.get("id", index)), "question": asked.format(row["target"]),
+            "images": row_images(row), "answer": json.dumps(boxes), "answer_type": "boxes",
+            "task": "ground" if single else "detect", "meta": {"target": row["target"]}}
+
+
+def scaled_box(box: list, size: tuple[int, int], box_format: str) -> list[int]:
+    """[x1, y1, x2, y2] from 0 to 1000 of a box in pixels, xyxy or xywh. Raises ValueError if it is no such.
+
+    The conventions cannot be told apart in general, so what a box says must at least be possible.
+    """
+    if box_format not in ("xyxy", "xywh"):
+        raise ValueError(f"box_format is {box_format!r}, not xyxy or xywh")
+    if not isinstance(box, list) or [*map(isinstance, box, [(int, float)] * 9)] != [True] * 4:
+        raise ValueError(f"bbox {box!r} is not four numbers")
+    x, y, right, bottom = box
+    if box_format == "xywh":
+        right, bottom = x + right, y + bottom
+    if not (-1 <= x < right <= size[0] + 1 and -1 <= y < bottom <= size[1] + 1):
+        raise ValueError(f"bbox {box} is no {box_format} box within {size[0]}x{size[1]}")
+    (x1, x2), (y1, y2) = ([min(max(round(1000 * value / side), 0), 1000) for value in pair]
+                          for pair, side in zip(((x, right), (y, bottom)), size))
+    return [min(x1, 999), min(y1, 999), max(x2, x1 + 1), max(y2, y1 + 1)]  # an object is never empty
+
+
+def from_distribution(row: dict, index: int) -> dict:
+    """Probabilities by name, as in EMO6."""
+    classes = list(row["distribution"])
+    return {"id": str(row.get("id", index)), "question": distribution_question(classes),
+            "images": row_images(row), "answer": json.dumps(row["distribution"]),
+            "answer_type": "distribution", "meta": {"classes": classes}}
+
+
+def distribution_question(classes: list[str]) -> str:
+    return f"How likely is each of these: {', '.join(classes)}?"
+
+
+def from_class(row: dict, index: int) -> dict:
+    """An image of one of several classes, as class_rows finds them."""
+    return {"id": row["id"], "question": f"Which of these is in the picture: {', '.join(row['classes'])}?",
+            "images": row_images(row), "answer": row["class"], "answer_type": "text", "task": "classify",
+            "meta": {"classes": row["classes"]}}
 
 
 def from_easyr1(row: dict, index: int) -> dict:
@@ -664,6 +756,9 @@ FORMATS = [
     ({"task_name", "query_text", "query_media", "answer", "metric_info"}, from_mega_bench),
     ({"id", "annotat_text", "choices", "answer"}, from_geometry3k),
     ({"problem", "image", "image_path", "target"}, from_rise),
+    ({"image", "target", "bbox"}, from_boxes),
+    ({"image", "distribution"}, from_distribution),
+    ({"image", "class", "classes"}, from_class),
     ({"problem", "cot"}, from_reason_rft),
     ({"images", "problem", "answer"}, from_easyr1),
     ({"question", "answer", "image", "qid", "PassRate_32BTrained"}, from_virl39k),
@@ -688,12 +783,13 @@ HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::(.+))?")
 
 
 def read_records(source: str | Path, split: str = "train", need: tuple = ("answer",),
-                 limit: int = 0) -> list[dict]:
+                 limit: int = 0, image_root: str = "") -> list[dict]:
     """All records (the first `limit`; 0 for all) of a file, folder or Hub id in a format named at the top.
 
     A folder comes from save_to_disk or is a copy of a Hub repository; `split` is for folders and Hub ids.
     Images are not decoded: paths come back absolute, embedded images as their compressed bytes. `need` is
-    ("answer",) for RL and evaluation, ("response",) for SFT.
+    ("answer",) for RL and evaluation, ("response",) for SFT. Paths are relative to `image_root`, else to the
+    file.
     Raises ValueError: unreadable source, unknown format, or a row that check_record refuses.
     """
     try:
@@ -702,7 +798,7 @@ def read_records(source: str | Path, split: str = "train", need: tuple = ("answe
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
     path = Path(source).absolute()
-    folder = path if path.is_dir() else path.parent
+    folder = Path(image_root).absolute() if image_root else path if path.is_dir() else path.parent
     records, left_out = [], Counter()
     for index, row in ((index, part) for index, row in enumerate(rows) for part in questions(row)):
         try:
@@ -745,6 +841,9 @@ def stored_rows(source: str, split: str) -> Iterator[dict]:
             yield from (json_row(line, number) for number, line in enumerate(lines, 1) if line.strip())
     elif path.suffix == ".json":
         table = json.loads(path.read_text(encoding="utf-8"))
+        if "annotations" in table:
+            yield from coco_rows(table)
+            return
         rows = list(table.values()) if isinstance(table, dict) else table
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("expected a list of rows, or an object that holds rows under their ids")
@@ -753,6 +852,8 @@ def stored_rows(source: str, split: str) -> Iterator[dict]:
         from pyarrow.parquet import ParquetFile  # as `datasets` does, after it has copied the file to a cache
         for batch in ParquetFile(path).iter_batches(batch_size=64):
             yield from batch.to_pylist()
+    elif path.is_dir() and (folders := class_folders(path)):
+        yield from class_rows(folders)
     else:
         # arrow format gives images as stored, {"bytes", "path"}: memory holds compressed bytes, not pixels
         for batch in open_dataset(source, split).with_format("arrow").iter(batch_size=64):
@@ -780,6 +881,45 @@ def tsv_rows(path: Path) -> Iterator[dict]:
                 raise ValueError(f"index {row.get('index')}: image is neither base64 nor a row's index"
                                  ) from error
         yield {column: value or None for column, value in row.items()}
+
+
+def coco_rows(table: dict) -> Iterator[dict]:
+    """Rows of from_boxes from COCO's instances: x, y, width, height in pixels. Raises ValueError."""
+    try:
+        names = {category["id"]: category["name"] for category in table["categories"]}
+        images, boxes = {image["id"]: image for image in table["images"]}, {}
+        for annotation in table["annotations"]:
+            if not annotation.get("iscrowd"):
+                key = annotation["image_id"], annotation["category_id"]
+                boxes.setdefault(key, []).append(annotation["bbox"])
+        for (image_id, category_id), found in boxes.items():
+            image, name = images[image_id], names[category_id]
+            yield {"id": f"{image_id}-{name}", "image": image["file_name"], "target": name, "bbox": found,
+                   "box_format": "xywh", "width": image["width"], "height": image["height"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no COCO instances file: it lacks {error}") from error
+
+
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+
+
+def class_folders(root: Path) -> dict[str, list[Path]]:
+    """Images of each class folder by its name, sorted; none if `root` holds anything but such folders."""
+    folders = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    if len(folders) < 2 or not all(folder.is_dir() for folder in folders):
+        return {}
+    inside = {folder.name.replace("_", " "): sorted(folder.iterdir()) for folder in folders}
+    pictures = all(path.suffix.lower() in IMAGES for paths in inside.values() for path in paths)
+    return inside if pictures and all(inside.values()) else {}
+
+
+def class_rows(folders: dict[str, list[Path]]) -> Iterator[dict]:
+    """Rows of from_class: first images of all classes, then second ones, so that any part is balanced."""
+    for paths in itertools.zip_longest(*folders.values()):
+        for name, path in zip(folders, paths):
+            if path:
+                yield {"id": f"{name}/{path.stem}", "image": str(path.absolute()), "class": name,
+                       "classes": list(folders)}
 
 
 def json_row(line: str, number: int) -> dict:
@@ -899,7 +1039,8 @@ def convert_input(cfg) -> None:
         raise ValueError(f"--form {cfg.form}: use {' | '.join(LAYOUTS)}")
     refuse, need = pass_rate_filter(cfg), ("response",) if cfg.form else ("answer",)
     kept, skipped, filtered = [], [], Counter()
-    for record in tqdm(read_records(cfg.input, cfg.split, need, cfg.n), desc=cfg.input):
+    records = read_records(cfg.input, cfg.split, need, cfg.n, cfg.image_root)
+    for record in tqdm(records, desc=cfg.input):
         if reason := refuse(record):
             filtered[reason] += 1
             continue
@@ -1501,6 +1642,16 @@ def draw_object(pen, x: int, y: int, cell: tuple[str, str], style: str) -> None:
     (pen.ellipse if shape in ("round", "sphere") else pen.rectangle)(box, fill=COLOURS[colour], outline=INK)
 
 
+def draw_kinds(rng: random.Random, attribute: str, count: int, total: int) -> list:
+    """(colour, shape) or None for each cell: `total` objects, `count` of them with the attribute."""
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    cells = [rng.choice([k for k in kinds if attribute in k]) for _ in range(count)]
+    cells += [rng.choice([k for k in kinds if attribute not in k]) for _ in range(total - count)]
+    cells += [None] * (len(CELLS) - total)
+    rng.shuffle(cells)
+    return cells
+
+
 def counting_example(rng: random.Random, i: int, split: str) -> dict:
     """A scene of 4..9 objects, i % 6 of which have the asked attribute.
 
@@ -1508,12 +1659,7 @@ def counting_example(rng: random.Random, i: int, split: str) -> dict:
     so far.
     """
     attribute, count = rng.choice([*COLOURS, *SHAPES]), i % 6
-    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    total = rng.randint(max(count, 4), len(CELLS))
-    cells = [rng.choice([k for k in kinds if attribute in k]) for _ in range(count)]
-    cells += [rng.choice([k for k in kinds if attribute not in k]) for _ in range(total - count)]
-    cells += [None] * (len(CELLS) - total)
-    rng.shuffle(cells)
+    cells = draw_kinds(rng, attribute, count, rng.randint(max(count, 4), len(CELLS)))
     words, seen = [], 0
     for name, cell in zip(CELLS, cells):
         if cell is None:
@@ -1636,10 +1782,97 @@ def transform_example(rng: random.Random, i: int, split: str) -> dict:
             "meta": {"objects": start, "steps": len(calls)}}
 
 
+def draw_block(pen, x: int, y: int, cell: tuple[str, str], style: str) -> None:
+    """(colour, shape) that touches all sides of its cell; style "ood" leaves it hollow."""
+    colour, shape = cell
+    ink = {"outline": COLOURS[colour], "width": 5} if style == "ood" else {"fill": COLOURS[colour]}
+    (pen.ellipse if shape == "round" else pen.rectangle)((x, y, x + CELL - 1, y + CELL - 1), **ink)
+
+
+def detect_example(rng: random.Random, i: int, split: str) -> dict:
+    """Boxes of the 1 + i % 4 of 4..7 objects that have the asked attribute, in the cells' order.
+
+    An object fills its cell, so its box is the cell's, on the scale from 0 to 1000. The thought is that of
+    counting with the cells found in place of their number, which alone are RISE's rationale.
+    """
+    attribute, count = rng.choice([*COLOURS, *SHAPES]), 1 + i % 4
+    cells = draw_kinds(rng, attribute, count, rng.randint(max(count, 4), 7))
+    words, found, boxes = [], [], []
+    for k, (name, cell) in enumerate(zip(CELLS, cells)):
+        words += [name, *(cell or ("none",))]
+        if cell and attribute in cell:
+            words, found = [*words, "yes"], [*found, name]
+            boxes.append([round(1000 * side / 3) for side in (k % 3, k // 3, k % 3 + 1, k // 3 + 1)])
+    return {"question": f"Find every {attribute} object.", "answer": json.dumps(boxes),
+            "answer_type": "boxes", "thought": " ".join([*words, "found", *found]),
+            "pictures": [draw_board(cells, split, draw_block)],
+            "meta": {"target": f"{attribute} object", "rationale": " ".join(["seen at", *found])}}
+
+
+EMOTIONS = ("anger", "disgust", "fear", "joy", "sadness", "surprise", "neutral")
+FACES = {  # what a part of the face can look like -> the emotion it speaks for
+    "mouth": {"smile": "joy", "frown": "sadness", "round": "surprise", "wave": "disgust", "flat": "neutral",
+              "teeth": "anger", "open": "fear"},
+    "brows": {"low": "anger", "steep": "sadness", "high": "surprise", "level": "neutral"},
+    "eyes": {"wide": "fear", "dots": "neutral", "closed": "joy", "narrow": "disgust"}}
+WEIGHTS = {"mouth": 0.5, "brows": 0.3, "eyes": 0.2}
+
+
+def draw_face(parts: dict, skin: tuple, style: str) -> Image.Image:
+    """A face on 3 x 3 cells: brows in the upper corners, eyes below them, the mouth in the last row's middle.
+
+    Style "ood": thick lines, on grey.
+    """
+    image = Image.new("RGB", (3 * CELL, 3 * CELL), GREY if style == "ood" else PLAIN)
+    pen, line = ImageDraw.Draw(image), {"fill": INK, "width": 3 if style == "ood" else 2}
+    pen.ellipse((0, 0, 3 * CELL - 1, 3 * CELL - 1), skin, INK)
+    brows, eyes, mouth = parts["brows"], parts["eyes"], parts["mouth"]
+    for x, inward in ((14, 1), (56, -1)):  # left end of brow and eye, and on which side of it the nose is
+        y, drop = {"high": 15, "level": 24}.get(brows, 20), {"low": 5, "steep": -5}.get(brows, 0) * inward
+        pen.line((x, y - drop, x + 13, y + drop), **line)
+        if eyes == "dots":
+            pen.ellipse((x + 4, 38, x + 9, 43), INK)
+        else:
+            half = {"wide": 7, "narrow": 3, "closed": 0}[eyes]
+            pen.ellipse((x, 40 - half, x + 13, 40 + half), "white", INK, line["width"])
+    if mouth == "smile":
+        pen.arc((31, 54, 53, 74), 20, 160, **line)
+    elif mouth == "frown":
+        pen.arc((31, 62, 53, 82), 200, 340, **line)
+    elif mouth in ("flat", "wave"):
+        low = 68 if mouth == "flat" else 74
+        pen.line([(31, 68), (36, low), (42, 68), (48, low), (53, 68)], **line)
+    elif mouth == "teeth":
+        pen.rectangle((31, 61, 53, 75), "white", INK, line["width"])
+        pen.line([(x, y) for x in (37, 42, 47) for y in (61, 75, 61)], INK)
+    else:
+        pen.ellipse((36, 60, 48, 76) if mouth == "round" else (31, 60, 53, 76), (90, 20, 30))
+    return image
+
+
+def mood_example(rng: random.Random, i: int, split: str) -> dict:
+    """A drawn face whose parts each give their weight to one emotion, all parts' looks equally frequent.
+
+    The thought names the parts and what they speak for, RISE's rationale the parts alone.
+    """
+    parts = {part: rng.choice([*looks]) for part, looks in FACES.items()}
+    told = dict.fromkeys(EMOTIONS, 0.0)
+    for part, look in parts.items():
+        told[FACES[part][look]] = round(told[FACES[part][look]] + WEIGHTS[part], 1)
+    skin = tuple(rng.randint(low, 255) for low in (200, 170, 140))
+    words = [(part, look, FACES[part][look]) for part, look in parts.items()]
+    return {"question": distribution_question(EMOTIONS), "answer": json.dumps(told),
+            "answer_type": "distribution", "thought": " ".join(itertools.chain(*words)),
+            "pictures": [draw_face(parts, skin, split)],
+            "meta": {"classes": [*EMOTIONS], "rationale": " ".join(itertools.chain(*parts.items()))}}
+
+
 # task -> (examples, splits, prompt)
 MINI = {"counting": (counting_example, ("train", "id", "ood"), "counting"),
         "structure": (structure_example, ("train", "id", "ood"), "structure"),
-        "transform": (transform_example, ("train", "id", "left", "right"), "board")}
+        "transform": (transform_example, ("train", "id", "left", "right"), "board"),
+        "detect": (detect_example, ("train", "id", "ood"), "detect"),
+        "mood": (mood_example, ("train", "id", "ood"), "mood")}
 
 
 def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
@@ -1647,7 +1880,7 @@ def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
 
     No example occurs twice, within or across splits. The same seed gives the same bytes. In training a share
     GLANCE of the responses names the answer at first sight, without looking. TASK_meta.json holds the same
-    rows as Reason-RFT publishes its own, each with its thought.
+    rows as Reason-RFT publishes its own, each with its thought (not for RISE's tasks).
     """
     for task, (example, splits, prompt) in MINI.items():
         seen = set()
@@ -1675,7 +1908,7 @@ def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
             # Rows of equal answers would otherwise sit at a fixed stride.
             rng.shuffle(records)
             write_records(out / f"{task}_{split}.jsonl", records)
-            if split == "train":
+            if split == "train" and not {r["answer_type"] for r in records} & {*rewards.ANNOTATIONS}:
                 write_text(out / f"{task}_meta.json", json_list(rows))
 
 
@@ -1759,7 +1992,7 @@ class Config:
     source: str = "mini"      # records: convert --input, in any format above | reason_rft | bridge | mini
     input: str = ""           # records, bridge: a file, a folder or a Hub id; reason_rft: its meta-JSON
     form: str = ""            # reason_rft: see above; records: as ShareGPT, sharegpt | llava_cot | mulberry
-    image_root: str = ""      # reason_rft: folder of the image paths, "" = that of --input
+    image_root: str = ""      # folder of the image paths, "" = that of --input
     stage1_n: int = 1600      # reason_rft: stage 1 is this many rows from the start of the file
     stage2: str = "rest"      # reason_rft: stage 2 is rest (the rows after them) | full (as for structure)
     split: str = "train"      # records, bridge: split of a folder or Hub id, and name of the file written
@@ -1822,6 +2055,8 @@ def main(cfg: Config) -> None:
         make_mini(Path(cfg.out), cfg.seed)
         rows = [r for path in sorted(Path(cfg.out).glob("*_train.jsonl")) for r in read_records(path)]
         texts = [text for r in rows for text in (rewards.build_prompt(r), r["response"])]
+        texts += [text for r in rows if (rationale := r["meta"].get("rationale"))  # RISE's two hops
+                  for text in (rewards.cot_prompt(r), rationale, rewards.reconstruct_prompt(r, rationale))]
         make_tiny(Path("out/tiny"), texts, cfg.seed)
     elif cfg.source not in CONVERTERS:
         raise ValueError(f"--source {cfg.source}: use mini | {' | '.join(CONVERTERS)}")

@@ -947,7 +947,7 @@ def _visible(text: str) -> str:
 
 
 def _names(record: dict) -> re.Pattern:
-    """Finds the words that are the annotation: class names, or the gold answer, a choice as text or letter."""
+    """Finds words that are the annotation: class names, or the gold answer, a choice by text or letter."""
     kind, gold = record["answer_type"], record["answer"]
     names, found = record.get("meta", {}).get("classes", []), []
     if kind in ANNOTATIONS:

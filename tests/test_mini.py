@@ -125,7 +125,7 @@ def test_no_scene_and_question_occur_twice(tiny, task):
     assert len(keys) == len(set(keys)) > 40
 
 
-@pytest.mark.parametrize("task", data_prep.MINI)
+@pytest.mark.parametrize("task", ["counting", "structure", "transform"])
 @pytest.mark.parametrize("form", ["ans_sft", "cot_sft", "rl", "stage1", "stage2"])
 def test_the_training_sets_of_a_mini_task_round_trip(tiny, tmp_path, task, form):
     board = "board" if task == "transform" else ""
