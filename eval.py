@@ -12,6 +12,7 @@ one without an `answer` is answered, not graded.
     python eval.py --bench my_records.jsonl  # any file that data_prep can read
     python eval.py --bench --n 8 --temperature 0.6 --top_p 0.95   # accuracy is pass@1 over 8 samples; maj@8
     python eval.py --image photo.jpg --prompt "What is unusual here?" --model Qwen/Qwen2.5-VL-7B-Instruct
+    python eval.py --image photo.jpg --prompt "Find every cup." --task boxes --save_image boxes.png
     python eval.py --bench --engine vllm --model out/grpo
     python eval.py --report out/grpo             # curves, rollouts, graded rows: out/grpo/report.html
     python eval.py --report out/grpo out/sft     # and side by side what both answered
@@ -39,6 +40,7 @@ Shapes: B rows generated together, T padded length, V vocabulary.
 """
 import argparse
 import base64
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -66,12 +68,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import transformers
+from PIL import ImageDraw
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep import build_messages, json_row, load_image, read_records, resolve_model, write_text
-from rewards import PROMPTS, accuracy, build_prompt, extract_answer, functions
+from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
+                     gold_distribution, leaks, matched_ious, parse_boxes, parse_distribution, rationale_of)
 
 class Bench(NamedTuple):
     path: str  # where its records are looked for: a file named after the split
@@ -90,6 +94,10 @@ BENCHES = {
     "transform-id": Bench("data/mini/transform_id.jsonl", by=("steps",)),
     "transform-left": Bench("data/mini/transform_left.jsonl", by=("steps",)),
     "transform-right": Bench("data/mini/transform_right.jsonl", by=("steps",)),
+    "detect-id": Bench("data/mini/detect_id.jsonl"),
+    "detect-ood": Bench("data/mini/detect_ood.jsonl"),
+    "mood-id": Bench("data/mini/mood_id.jsonl"),
+    "mood-ood": Bench("data/mini/mood_ood.jsonl"),
     "mathvision": Bench("data/mathvision/test.jsonl", 3040, ("level", "subject"), "MathLLMs/MathVision"),
     "mathvision-mini": Bench("data/mathvision/testmini.jsonl", 304, ("level", "subject"),
                              "MathLLMs/MathVision"),
@@ -116,10 +124,41 @@ AVERAGES = {
     "counting": ("counting-id", "counting-ood"),
     "structure": ("structure-id", "structure-ood"),
     "transform": ("transform-id", "transform-left", "transform-right"),
+    "detect": ("detect-id", "detect-ood"),
+    "mood": ("mood-id", "mood-ood"),
     "mmmu-pro": ("mmmu-pro-standard-10", "mmmu-pro-vision"),
 }
-# What is measured beside accuracy, by answer type: a reward, averaged over the rows of that type.
-SCORES = {"calls": {"partial": functions}}
+
+
+def call_scores(response, record):
+    return {"partial": functions(response, record)}
+
+
+def box_scores(response, record):
+    """Mean IoU of the gold boxes in the best assignment; precision, recall and F1 of pairs at 0.5 or more.
+
+    Beside them whether any box could be read, and whether the rationale gives a box away.
+    """
+    gold, said = gold_boxes(record), parse_boxes(response)
+    ious = matched_ious(gold, said)
+    hits = sum(overlap >= 0.5 for overlap in ious)
+    return {"iou": sum(ious) / len(gold), "precision": hits / max(len(said), 1), "recall": hits / len(gold),
+            "f1": 2 * hits / (len(gold) + len(said)), "valid": float(bool(said)),
+            "leaks": float(bool(leaks(rationale_of(response), record)))}
+
+
+def distribution_scores(response, record):
+    """Divergence from the gold; an answer that cannot be read is as bad as being sure of the least likely."""
+    gold = gold_distribution(record)
+    said = parse_distribution(response, gold)
+    kl, mse = divergence(gold, said or {name: float(name == min(gold, key=gold.get)) for name in gold})
+    return {"kl": kl, "mse": mse, "valid": float(bool(said)),
+            "leaks": float(bool(leaks(rationale_of(response), record)))}
+
+
+# What is measured beside accuracy, by answer type, and averaged over the rows of that type.
+SCORES = {"calls": call_scores, "boxes": box_scores, "distribution": distribution_scores}
+NOT_SHARES = ("kl", "mse")  # scores that are no share of one, hence no percentage
 JUDGE = """Below are a question and somebody's response to it. Do not solve the question and do not correct
 the response. Only copy out the final answer that the response comes to, as short as it can be: the letter if
 the question has options, else the number, formula, list or words, without a sentence around it. If the
@@ -140,6 +179,7 @@ class Config:
     limit: int = 0  # first rows of each benchmark only, 0 = all
     image: tuple[str, ...] = ()  # answer one question about these images instead
     prompt: str = ""  # the question for --image
+    save_image: str = ""  # with --image: write the first of them to this file, with the boxes of the answer
     report: tuple[str, ...] = ()  # write RUN_DIR/report.html; RUN_DIR OTHER_DIR compares what both answered
     task: str = ""  # prompt of every question, one of rewards.PROMPTS, "" = a record's own (--prompt: plain)
     max_new_tokens: int = 1024  # response tokens at most
@@ -731,10 +771,10 @@ def graded(record, replies, settings):
     samples = [reply | {"extracted": extract_answer(reply["response"]),
                         "correct": grade(reply["response"], record)} for reply in replies]
     best, gold = majority(samples, record), record.get("answer")
-    scores = SCORES.get(record["answer_type"], {}) if gold else {}
+    score = SCORES.get(record["answer_type"]) if gold else None
+    each = [score(reply["response"], record) for reply in replies] if score else [{}]
     row = {"id": record["id"], "question": record["question"], "answer": gold, **best,
-           "scores": {name: mean(score(reply["response"], record) for reply in replies)
-                      for name, score in scores.items()}, "settings": settings}
+           "scores": {name: mean(scores[name] for scores in each) for name in each[0]}, "settings": settings}
     if settings["n"] > 1:
         keys = ("tokens", "truncated", "correct") if gold else ("tokens", "truncated")
         row |= {"samples": samples, **{key: mean(sample[key] for sample in samples) for key in keys}}
@@ -817,12 +857,45 @@ def summarise(name, bench, records, rows, seconds):
     if bench.macro:
         each = [group["accuracy"] for group in scores_by(bench.macro, records, rows).values()]
         whole["accuracy"] = round(sum(each) / len(each), 4)
+    boxes = [pair for pair in zip(records, rows) if pair[0]["answer_type"] == "boxes"]
     return {"bench": name, **whole, "ci95": wilson(whole["accuracy"], n),
             "by": {field: scores_by(field, records, rows) for field in bench.by},
+            **({"coco": coco_ap(boxes)} if boxes else {}),
             "truncated": round(sum(row["truncated"] for row in rows) / n, 4),
             "parse_failed": round(sum(row["extracted"] is None for row in rows) / n, 4),
             "failed": sum("error" in row for row in rows),
             "tokens": round(sum(row["tokens"] for row in rows) / n, 1), "seconds": round(seconds, 1)}
+
+
+def coco_ap(pairs):
+    """{"AP", "AP50", "AP75"} of [(record, row)] with boxes by pycocotools, or None if it is not installed.
+
+    A record's `target` is the category. All boxes have the same score, because answers state none. Sides are
+    on the scale from 0 to 1000, which changes no IoU.
+    """
+    if not importlib.util.find_spec("pycocotools"):
+        return None
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    boxes, images, names = {"gold": [], "said": []}, {}, {}
+    for record, row in pairs:
+        image = images.setdefault(str(record["images"][:1]), len(images) + 1)
+        name = names.setdefault(record.get("meta", {}).get("target"), len(names) + 1)
+        for kind, found in (("gold", gold_boxes(record)), ("said", parse_boxes(row["response"]))):
+            boxes[kind] += [{"id": len(boxes[kind]) + 1 + i, "image_id": image, "category_id": name,
+                             "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
+                             "iscrowd": 0, "score": 1.0} for i, (x1, y1, x2, y2) in enumerate(found)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        gold, said = COCO(), COCO()
+        for kind, table in (("gold", gold), ("said", said)):
+            table.dataset = {"images": [{"id": i} for i in images.values()], "annotations": boxes[kind],
+                             "categories": [{"id": i} for i in names.values()]}
+            table.createIndex()
+        result = COCOeval(gold, said, "bbox")
+        result.evaluate()
+        result.accumulate()
+        result.summarize()
+    return {key: round(float(value), 4) for key, value in zip(("AP", "AP50", "AP75"), result.stats)}
 
 
 def run_model(model, name, loaded, cfg):
@@ -877,8 +950,10 @@ def comparison(found):
     A cell is the accuracy in percent, and behind it the further scores.
     """
     def cell(entry):
+        scores = (f"{value:.3f}" if name in NOT_SHARES else f"{100 * value:.1f}"
+                  for name, value in entry["scores"].items())
         return " ".join([f"{100 * entry['accuracy']:.1f}",
-                         *(f"({name} {100 * value:.1f})" for name, value in entry["scores"].items())])
+                         *(f"({name} {score})" for name, score in zip(entry["scores"], scores))])
 
     lines = [f"| benchmark | n | {' | '.join(found)} |", "|---|---|" + "---|" * len(found)]
     for entries in zip(*found.values()):
@@ -898,13 +973,37 @@ def details(summary):
              "|---|---|---|---|---|---|"]
     return lines + [f"| {s['bench']} | {100 * s['ci95'][0]:.1f} - {100 * s['ci95'][1]:.1f} "
                     f"| {100 * s['truncated']:.1f} % | {100 * s['parse_failed']:.1f} % "
-                    f"| {s['tokens']} | {s['seconds']} |" for s in summary]
+                    f"| {s['tokens']} | {s['seconds']} |" for s in summary] + [
+                    f"\n{s['bench']}: COCO {shown(s['coco'])}" for s in summary if "coco" in s]
+
+
+def shown(ap):
+    return ", ".join(f"{k} {100 * v:.1f}" for k, v in ap.items()) if ap else "AP n/a (needs pycocotools)"
+
+
+def draw_boxes(path, response, max_pixels):
+    """The image with the boxes of a response. Raises ValueError if there are none, BadImage."""
+    image, boxes = load_image(path, max_pixels), parse_boxes(response)
+    if not boxes:
+        raise ValueError("--save_image: the answer holds no boxes; --task boxes or ground asks for them")
+    pen = ImageDraw.Draw(image)
+    for box in boxes:
+        x1, y1, x2, y2 = on_image(box, image.size)
+        pen.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline="red", width=3)
+    return image
+
+
+def on_image(box, size):
+    """A box on the scale from 0 to 1000 in the pixels of an image of this size, cut at its edges."""
+    return tuple(min(max(value, 0), 1000) * side / 1000 for value, side in zip(box, (*size, *size)))
 
 
 def check(cfg):
     """Refuse flags that cannot work. Raises ValueError naming the flag."""
     if bool(cfg.image) != bool(cfg.prompt):
         raise ValueError("--image and --prompt go together")
+    if cfg.save_image and not cfg.image:
+        raise ValueError("--save_image goes with --image")
     if len(cfg.report) > 2:
         raise ValueError("--report: one run directory, or two to compare")
     if cfg.task and cfg.task not in PROMPTS:
@@ -945,6 +1044,8 @@ def main(cfg):
             (_, replies), = open_engine(models[0], cfg)([record])
             for reply in replies:
                 sys.exit(f"eval.py: {reply['error']}") if "error" in reply else print(reply["response"])
+            if cfg.save_image:
+                draw_boxes(cfg.image[0], replies[0]["response"], cfg.max_pixels).save(cfg.save_image)
             return
         if cfg.judge == "api":
             cfg = dataclasses.replace(cfg, judge_model=cfg.judge_model or served_model(judge_server(cfg)))

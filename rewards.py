@@ -871,8 +871,12 @@ def agreement(response: str, record: dict) -> float:
 
 def rise(response: str, record: dict, penalty: float = 0.1) -> float:
     """`agreement`, times `penalty` if what stands before the answer gives the annotation away."""
-    rationale = response[:max(response.rfind("<answer>"), response.rfind(r"\boxed"), 0)]
-    return agreement(response, record) * (penalty if leaks(rationale, record) else 1)
+    return agreement(response, record) * (penalty if leaks(rationale_of(response), record) else 1)
+
+
+def rationale_of(response: str) -> str:
+    """What stands before the answer; "" if there is none."""
+    return response[:max(response.rfind("<answer>"), response.rfind(r"\boxed"), 0)]
 
 
 # ----- what gives an annotation away

@@ -1,9 +1,11 @@
 """Tables of eval.py: further scores, breakdowns, averages by a named rule, several models side by side."""
 import json
+import math
 import re
 import shutil
 
 import pytest
+from PIL import Image
 
 import eval as evaluation
 import rewards
@@ -97,3 +99,92 @@ def test_task_sets_the_prompt_of_every_row(tiny, tmp_path, monkeypatch):
         evaluation.main(evaluation.parse_config(evaluation.Config, argv + flags))
     assert len(asked) == 12 and all("<think>" in prompt for prompt in asked[:6])
     assert all(re.search(r"Give only the (number|letter of the right option)\.$", p) for p in asked[6:])
+
+
+# ----- boxes and distributions
+
+CUP = {"id": "0", "question": "Find every cup.", "images": [], "answer_type": "boxes",
+       "meta": {"target": "cup"}, "answer": "[[0, 0, 100, 100], [200, 200, 300, 300]]"}
+MOOD = {"id": "0", "question": "q", "images": [], "answer_type": "distribution",
+        "answer": '{"joy": 0.6, "fear": 0.3, "anger": 0.1}'}
+DETECT, FACES = evaluation.Bench("detect"), evaluation.Bench("mood")
+
+
+def summary_of(bench, record, responses):
+    records = [record | {"id": str(i), "images": [f"{i}.png"]} for i, _ in enumerate(responses)]
+    return evaluation.summarise("b", bench, records, rows_of(records, responses), 1.0)
+
+
+def test_scores_of_detection():
+    """One row is right, one finds a box (IoU .5), misses one and invents one, one is unreadable."""
+    entry = summary_of(DETECT, CUP, [
+        "<think> two </think><answer>[[200, 200, 300, 300], [0, 0, 100, 100]]</answer>",
+        "<think> at 0 0 100 50 </think><answer>[[0, 0, 100, 50], [600, 600, 700, 700]]</answer>", "none"])
+    assert entry["accuracy"] == 0.3333 and entry["scores"] == {
+        "iou": 0.4167, "precision": 0.5, "recall": 0.5, "f1": 0.5, "valid": 0.6667, "leaks": 0.3333}
+
+
+def test_scores_of_grounding():
+    """One box each: accuracy is that at an IoU of 0.5, iou the mean IoU."""
+    lisa = CUP | {"answer": "[[100, 100, 300, 300]]", "task": "ground"}
+    entry = summary_of(DETECT, lisa, [f"<answer>[{box}]</answer>" for box in
+                                      ("150, 150, 350, 350", "100, 100, 300, 250", "5, 5")])
+    assert entry["accuracy"] == 0.3333 and entry["scores"]["iou"] == 0.3804  # (.391304 + .75 + 0) / 3
+    assert entry["scores"]["valid"] == 0.6667
+
+
+def test_scores_of_distributions():
+    entry = summary_of(FACES, MOOD, ['<answer>{"joy": 0.6, "fear": 0.3, "anger": 0.1}</answer>',
+                                     '<think>Joy!</think><answer>{"fear": 1}</answer>', "joy: 1"])
+    kl = [0.0, sum(p * math.log(p / q) for p, q in ((.6, 1e-10), (.3, 1), (.1, 1e-10))),
+          sum(p * math.log(p / q) for p, q in ((.6, 1e-10), (.3, 1e-10), (.1, 1)))]
+    mse = [0.0, (.36 + .49 + .01) / 3, (.36 + .09 + .81) / 3]
+    assert entry["accuracy"] == 0.3333 and "coco" not in entry
+    assert entry["scores"] == {"kl": pytest.approx(sum(kl) / 3, abs=1e-4), "valid": 0.6667, "leaks": 0.3333,
+                               "mse": pytest.approx(sum(mse) / 3, abs=1e-4)}
+    shown = evaluation.comparison({"m": [entry]})[2]
+    assert f"(kl {sum(kl) / 3:.3f})" in shown and "(valid 66.7)" in shown
+
+
+def test_coco_ap(monkeypatch):
+    """AP 1 for perfect boxes; 0.505 at full precision for half of the boxes, by COCO's 101 recall points."""
+    right = "<answer>[[0, 0, 100, 100], [200, 200, 300, 300]]</answer>"
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda _: None)
+    entry = summary_of(DETECT, CUP, [right])
+    assert entry["coco"] is None and "b: COCO AP n/a (needs pycocotools)" in evaluation.details([entry])[-1]
+    monkeypatch.undo()
+    pytest.importorskip("pycocotools")
+    assert summary_of(DETECT, CUP, [right, right])["coco"] == {"AP": 1.0, "AP50": 1.0, "AP75": 1.0}
+    half = summary_of(DETECT, CUP, [right, "nothing"])
+    assert half["coco"] == {"AP": 0.505, "AP50": 0.505, "AP75": 0.505}
+    assert "COCO AP 50.5, AP50 50.5" in evaluation.details([half])[-1]
+    shifted = "<answer>[[0, 0, 100, 60], [200, 200, 300, 260]]</answer>"
+    assert summary_of(DETECT, CUP, [shifted])["coco"] == {"AP": 0.3, "AP50": 1.0, "AP75": 0.0}
+    assert summary_of(DETECT, CUP, ["nothing"])["coco"]["AP"] == 0
+
+
+def test_boxes_on_the_image(tmp_path):
+    assert evaluation.on_image((0, 500, 1000, 1000), (640, 480)) == (0, 240, 640, 480)
+    Image.new("RGB", (640, 480), "white").save(tmp_path / "a.png")
+    answer = "<answer>[[0, 500, 500, 1000], [900, 900, 800, -1e12]]</answer>"
+    drawn = evaluation.draw_boxes(tmp_path / "a.png", answer, 10**6)
+    assert drawn.size == (640, 480)
+    assert drawn.getpixel((160, 240)) == drawn.getpixel((320, 300)) == (255, 0, 0)
+    assert drawn.getpixel((160, 230)) == drawn.getpixel((160, 300)) == (255, 255, 255)
+    with pytest.raises(ValueError, match="--save_image: the answer holds no boxes"):
+        evaluation.draw_boxes(tmp_path / "a.png", "none", 10**6)
+
+
+def test_save_image_draws_what_the_model_answers(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    record = read_records(tiny.mini / "detect_id.jsonl")[0]
+    argv = ["--model", tiny.model, "--image", record["images"][0], "--prompt", record["question"],
+            "--task", "boxes", "--save_image", "out.png", "--max_new_tokens", "4"]
+    reply = {"response": f"<answer>{record['answer']}</answer>", "tokens": 1, "truncated": False}
+    monkeypatch.setattr(evaluation, "open_engine", lambda *_: lambda records: [(records[0], reply)])
+    evaluation.main(evaluation.parse_config(evaluation.Config, argv))
+    x1, y1, *_ = evaluation.on_image(json.loads(record["answer"])[0], (84, 84))
+    assert Image.open("out.png").getpixel((round(x1) + 1, round(y1) + 1)) == (255, 0, 0)
+    for wrong in (["--save_image", "out.png"], [*argv, "--save_image", "out.nothing"]):
+        with pytest.raises(SystemExit, match="--save_image goes with|unknown file extension"):
+            evaluation.main(evaluation.parse_config(evaluation.Config, wrong))
