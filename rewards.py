@@ -739,6 +739,9 @@ def length_bonus(lengths: list[int], right: list[bool]) -> list[float]:
 
 MOST_BOXES = 100  # of an answer that are read, as in COCO's evaluation
 REAL = r"[-+]?(?:\d{1,12}(?:\.\d{0,18})?|\.\d{1,18})(?:[eE][-+]?\d{1,2})?"
+PAIR = re.compile(r"""(?:"([^"\n]{1,80})"|'([^'\n]{1,80})'"""
+                  r"""|(?:^|[^\w\s]|\n)[ \t]*([^\W_][^:=,;{}"“”\n]{,79}))”?"""
+                  r"""[ \t]*[:=]\s*["'“]?([^\s,;}"'”]{1,40})""")
 BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({REAL})"] * 4) + r"\s*\]")
 
 
@@ -750,15 +753,14 @@ def parse_boxes(response: str) -> list[tuple]:
 def parse_distribution(response: str, classes: Iterable[str]) -> dict | None:
     """Probability of each class by the `name: number` pairs in the answer, 0 for those not mentioned.
 
-    Names in any case, with blanks, hyphens or underscores. None if a value is no number in [0, 1] or no class
-    has a positive one. Other names are ignored.
+    Names quoted or not, in any case, with blanks, hyphens or underscores. None if a value is no number in
+    [0, 1] or no class has a positive one. Other names are ignored.
     """
     said = dict.fromkeys(classes, 0.0)
     by_name = {_joined(name): name for name in classes}
-    pairs = re.findall(r"""(?:^|[^\w\s]|\n)[ \t]*([^"'“”:=,;{}\n]{1,80})["'”]?[ \t]*[:=]\s*"""
-                       r"""["'“]?([^\s,;}"'”]{1,40})""", _slot(response) or "")
-    for name, value in pairs:
-        if (name := by_name.get(_joined(name))) is None:
+    for *names, value in PAIR.findall(_slot(response) or ""):
+        name = by_name.get(_joined("".join(names)))
+        if name is None:
             continue
         if not re.fullmatch(REAL, value) or not 0 <= float(value) <= 1:
             return None
