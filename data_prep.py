@@ -1816,12 +1816,13 @@ FACES = {  # what a part of the face can look like -> the emotion it speaks for
     "brows": {"low": "anger", "steep": "sadness", "high": "surprise", "level": "neutral"},
     "eyes": {"wide": "fear", "dots": "neutral", "closed": "joy", "narrow": "disgust"}}
 WEIGHTS = {"mouth": 0.5, "brows": 0.3, "eyes": 0.2}
+TILT = 12  # degrees
 
 
 def draw_face(parts: dict, skin: tuple, style: str) -> Image.Image:
     """A face on 3 x 3 cells: brows in the upper corners, eyes below them, the mouth in the last row's middle.
 
-    Style "ood": thick lines, on grey.
+    Style "ood": thick lines on grey, the head tilted.
     """
     image = Image.new("RGB", (3 * CELL, 3 * CELL), GREY if style == "ood" else PLAIN)
     pen, line = ImageDraw.Draw(image), {"fill": INK, "width": 3 if style == "ood" else 2}
@@ -1847,7 +1848,7 @@ def draw_face(parts: dict, skin: tuple, style: str) -> Image.Image:
         pen.line([(x, y) for x in (37, 42, 47) for y in (61, 75, 61)], INK)
     else:
         pen.ellipse((36, 60, 48, 76) if mouth == "round" else (31, 60, 53, 76), (90, 20, 30))
-    return image
+    return image.rotate(TILT, Image.Resampling.BICUBIC, fillcolor=GREY) if style == "ood" else image
 
 
 def mood_example(rng: random.Random, i: int, split: str) -> dict:
@@ -1859,7 +1860,7 @@ def mood_example(rng: random.Random, i: int, split: str) -> dict:
     told = dict.fromkeys(EMOTIONS, 0.0)
     for part, look in parts.items():
         told[FACES[part][look]] = round(told[FACES[part][look]] + WEIGHTS[part], 1)
-    skin = tuple(rng.randint(low, 255) for low in (200, 170, 140))
+    skin = tuple(rng.randint(low, low + 55) for low in (200, 170, 140))
     words = [(part, look, FACES[part][look]) for part, look in parts.items()]
     return {"question": distribution_question(EMOTIONS), "answer": json.dumps(told),
             "answer_type": "distribution", "thought": " ".join(itertools.chain(*words)),
