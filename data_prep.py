@@ -453,7 +453,7 @@ def from_distribution(row: dict, index: int) -> dict:
     """Probabilities by name, as in EMO6."""
     classes = list(row["distribution"])
     return {"id": str(row.get("id", index)), "question": distribution_question(classes),
-            "images": row_images(row), "answer": json.dumps(row["distribution"]),
+            "images": row_images(row), "answer": json.dumps(row["distribution"], ensure_ascii=False),
             "answer_type": "distribution", "meta": {"classes": classes}}
 
 

@@ -27,7 +27,6 @@ numeral; calls come in any order, and their case, quotes, spaces and hyphens for
 import difflib
 import functools
 import itertools
-import json
 import logging
 import math
 import re
@@ -739,15 +738,19 @@ def length_bonus(lengths: list[int], right: list[bool]) -> list[float]:
 
 MOST_BOXES = 100  # of an answer that are read, as in COCO's evaluation
 REAL = r"[-+]?(?:\d{1,12}(?:\.\d{0,18})?|\.\d{1,18})(?:[eE][-+]?\d{1,2})?"
-PAIR = re.compile(r"""(?:"([^"\n]{1,80})"|'([^'\n]{1,80})'"""
-                  r"""|(?:^|[^\w\s]|\n)[ \t]*([^\W_][^:=,;{}"“”\n]{,79}))”?"""
+PAIR = re.compile(r"""(?:"([^"\n]{1,120})"|'([^'\n]{1,120})'"""
+                  r"""|(?:^|[^\w\s]|\n)[ \t]*([^\W_][^:=,;{}"“”\n]{,119}))”?"""
                   r"""[ \t]*[:=]\s*["'“]?([^\s,;}"'”]{1,40})""")
 BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([f"({REAL})"] * 4) + r"\s*\]")
 
 
 def parse_boxes(response: str) -> list[tuple]:
     """Boxes (x1, y1, x2, y2) in the answer: each innermost list of four numbers; [] without any."""
-    return [tuple(map(float, box.groups())) for box in BOX.finditer(_slot(response) or "")][:MOST_BOXES]
+    return _boxes(_slot(response) or "")[:MOST_BOXES]
+
+
+def _boxes(text: str) -> list[tuple]:
+    return [tuple(map(float, box.groups())) for box in BOX.finditer(text)]
 
 
 def parse_distribution(response: str, classes: Iterable[str]) -> dict | None:
@@ -756,9 +759,13 @@ def parse_distribution(response: str, classes: Iterable[str]) -> dict | None:
     Names quoted or not, in any case, with blanks, hyphens or underscores. None if a value is no number in
     [0, 1] or no class has a positive one. Other names are ignored.
     """
+    return _distribution(_slot(response) or "", classes)
+
+
+def _distribution(text: str, classes: Iterable[str]) -> dict | None:
     said = dict.fromkeys(classes, 0.0)
     by_name = {_joined(name): name for name in classes}
-    for *names, value in PAIR.findall(_slot(response) or ""):
+    for *names, value in PAIR.findall(text):
         name = by_name.get(_joined("".join(names)))
         if name is None:
             continue
@@ -813,16 +820,18 @@ def matched_ious(gold: list, boxes: list) -> list[float]:
     return [-cost[owner[j] - 1][j - 1] for j in range(1, len(owner)) if owner[j]]
 
 
-def gold_boxes(record: dict) -> list[list]:
+def gold_boxes(record: dict) -> list[tuple]:
     """Boxes of a record's answer; [] if its answer is something else, so that rewards may meet any record."""
-    return json.loads(record["answer"]) if record["answer_type"] == "boxes" else []
+    return _boxes(record["answer"]) if record["answer_type"] == "boxes" else []
 
 
 def gold_distribution(record: dict) -> dict:
-    """Probability of each class by a record's answer; {} if its answer is something else."""
+    """Probability of each class (all that are named, unless meta["classes"] lists them), or {} likewise."""
     if record["answer_type"] != "distribution":
         return {}
-    return dict.fromkeys(record.get("meta", {}).get("classes", []), 0.0) | json.loads(record["answer"])
+    named = ("".join(names) for *names, _ in PAIR.findall(record["answer"]))
+    classes = record.get("meta", {}).get("classes") or list(named)
+    return _distribution(record["answer"], classes) or {}
 
 
 def divergence(gold: dict, said: dict) -> tuple[float, float]:
@@ -838,7 +847,7 @@ def divergence(gold: dict, said: dict) -> tuple[float, float]:
 
 def _boxes_are_right(response: str, record: dict) -> bool:
     gold, boxes = gold_boxes(record), parse_boxes(response)
-    return len(gold) == len(boxes) and min(matched_ious(gold, boxes)) >= 0.5
+    return len(gold) == len(boxes) and min(matched_ious(gold, boxes), default=0) >= 0.5
 
 
 def _likeliest_is_right(response: str, record: dict) -> bool:
@@ -863,7 +872,7 @@ def agreement(response: str, record: dict) -> float:
     """
     if record["answer_type"] == "boxes":
         gold, boxes = gold_boxes(record), parse_boxes(response)
-        return sum(matched_ious(gold, boxes)) / max(len(gold), len(boxes))
+        return sum(matched_ious(gold, boxes)) / max(len(gold), len(boxes), 1)
     if record["answer_type"] == "distribution":
         gold = gold_distribution(record)
         said = parse_distribution(response, gold)
@@ -1009,8 +1018,8 @@ def distribution_legacy(response: str, record: dict) -> float:
     0.1 for a decimal in the think block, which is the whole response if that has a newline.
     """
     tags = re.findall("<answer>(.*?)</answer>", response[-TAIL:])
-    classes = dict.fromkeys(gold_distribution(record), 0.0)
-    if not classes:
+    classes = dict.fromkeys(record.get("meta", {}).get("classes") or gold_distribution(record), 0.0)
+    if record["answer_type"] != "distribution" or not classes:
         return 0.0
     gold, said = (classes | _legacy_pairs(t, classes) for t in (record["answer"], tags[-1] if tags else ""))
     leaked = re.search(r"\d\.\d", _legacy_think(response))

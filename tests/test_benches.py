@@ -106,7 +106,7 @@ def test_task_sets_the_prompt_of_every_row(tiny, tmp_path, monkeypatch):
 CUP = {"id": "0", "question": "Find every cup.", "images": [], "answer_type": "boxes",
        "meta": {"target": "cup"}, "answer": "[[0, 0, 100, 100], [200, 200, 300, 300]]"}
 MOOD = {"id": "0", "question": "q", "images": [], "answer_type": "distribution",
-        "answer": '{"joy": 0.6, "fear": 0.3, "anger": 0.1}'}
+        "answer": '{"joy": 0.6, "fear": 0.3, "anger": 0.1}', "meta": {"classes": ["joy", "fear", "anger"]}}
 DETECT, FACES = evaluation.Bench("detect"), evaluation.Bench("mood")
 
 
@@ -181,10 +181,20 @@ def test_save_image_draws_what_the_model_answers(tiny, tmp_path, monkeypatch, ca
     argv = ["--model", tiny.model, "--image", record["images"][0], "--prompt", record["question"],
             "--task", "boxes", "--save_image", "out.png", "--max_new_tokens", "4"]
     reply = {"response": f"<answer>{record['answer']}</answer>", "tokens": 1, "truncated": False}
-    monkeypatch.setattr(evaluation, "open_engine", lambda *_: lambda records: [(records[0], reply)])
+    monkeypatch.setattr(evaluation, "open_engine", lambda *_: lambda records: [(records[0], [reply])])
     evaluation.main(evaluation.parse_config(evaluation.Config, argv))
     x1, y1, *_ = evaluation.on_image(json.loads(record["answer"])[0], (84, 84))
     assert Image.open("out.png").getpixel((round(x1) + 1, round(y1) + 1)) == (255, 0, 0)
     for wrong in (["--save_image", "out.png"], [*argv, "--save_image", "out.nothing"]):
         with pytest.raises(SystemExit, match="--save_image goes with|unknown file extension"):
             evaluation.main(evaluation.parse_config(evaluation.Config, wrong))
+
+
+@pytest.mark.parametrize("record, right, wrong", [
+    (CUP, "[[200, 200, 300, 300], [0, 0, 100, 100]]", "[[0, 0, 9, 9], [5, 5, 6, 6]]"),
+    (MOOD, '{"joy": 0.9, "fear": 0.1}', '{"fear": 1}')])
+def test_boxes_and_distributions_can_be_voted_on(record, right, wrong):
+    replies = [{"response": f"<answer>{answer}</answer>", "tokens": 1, "truncated": False}
+               for answer in (wrong, right, right)]
+    row = evaluation.graded(record, [*replies, replies[0] | {"response": "none"}], SETTINGS | {"n": 4})
+    assert row["correct"] == 0.5 and row["scores"]["maj@4"] == 1 and row["scores"]["valid"] == 0.75

@@ -94,6 +94,8 @@ def test_distributions(folder):
     assert record["question"] == "How likely is each of these: joy, fear, neutral?"
     assert record["meta"] == {"classes": ["joy", "fear", "neutral"]}
     assert rewards.agreement(f"<answer>{record['answer']}</answer>", record) == 1
+    (cafe,) = read_records(write(folder, [emo | {"distribution": {"Café, bar": 1.0, "joy": 0.0}}]))
+    assert "Café" in cafe["answer"] and rewards.accuracy(f"<answer>{cafe['answer']}</answer>", cafe) == 1
     for change, message in (({"joy": 2}, "must add up to 1, not 2.4"), ({"joy": "much"}, "probabilities"),
                             ({"joy": -0.6}, "add up"), ({"joy": 0.5}, "must add up to 1, not 0.9")):
         rows = [emo, emo | {"distribution": emo["distribution"] | change}]

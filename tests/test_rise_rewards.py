@@ -92,6 +92,8 @@ def test_names_of_several_words_and_unknown_names():
     kit = mood({"carpenter's kit": .5, "mouse, computer mouse": .5}, [])
     for answer in (kit["answer"], str(json.loads(kit["answer"]))):  # JSON, and as Python writes it
         assert rewards.agreement(said(answer), kit) == 1
+    cafe = record('{"Café": 1, "pub": 0}', "distribution")
+    assert rewards.agreement("<answer>{'CAFÉ': 1}</answer>", cafe) == 1
     band = mood({"Band Aid": 1}, ["Band Aid", "band"])
     assert rewards.agreement(said({"Band Aid": 1}), band) == 1
     assert rewards.accuracy(said({"band aid": 1}), band) == 1
@@ -242,6 +244,16 @@ def test_the_gold_answer_is_right(gold):
     response = said(gold["answer"], "looks so")
     for reward in (rewards.accuracy, rewards.agreement, rewards.rise, rewards.format_think_answer):
         assert reward(response, gold) == 1
+
+
+@pytest.mark.parametrize("kind", ["boxes", "distribution"])
+@pytest.mark.parametrize("answer", ["", "none", "[[1, 2", '{"joy": 2}', "{}", "3"])
+def test_another_response_may_stand_in_for_the_gold(kind, answer):
+    """As in a vote of several responses: nothing raises, what cannot be read agrees with nothing."""
+    for response in (said([[1, 2, 3, 4]]), said({"joy": 1}), said(answer), ""):
+        assert {reward(response, record(answer, kind)) for reward in rewards.REWARDS.values()
+                if reward.__name__[:6] != "format"} <= {0.0, 0.1, 1.0}
+        assert rewards.accuracy(response, record(answer, kind)) == 0
 
 
 # ----- leaks
