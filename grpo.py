@@ -477,6 +477,11 @@ class Rollout:
     rewound: int = 0  # tokens of its first ending that were dropped before the trigger
 
 
+def rollout_seed(cfg, step, question, sample):
+    """The random stream of one rollout, independent of rank and batch."""
+    return random.Random(f"{cfg.seed}/{step}/{question}/{sample}").getrandbits(62)
+
+
 def build_engine(path, processor, cfg, device):
     """What samples: a plain copy of the model outside FSDP (--engine hf), or vLLM in this process (vllm)."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -787,6 +792,20 @@ def truncate(logits, cfg):
 # ----- twins: objective (identical in grpo.py, rise.py) ----------------------------------------------------
 
 
+def all_logprobs(policy, rollouts, prompts, dummy, cfg):
+    """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
+    out, device = [None] * len(rollouts), policy.banned.device
+    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
+    with torch.no_grad():
+        for group in micro_batches(lengths, cfg.token_budget):
+            rows = [(prompts[rollouts[i].question], rollouts[i].response) for i in group]
+            inputs, mask = collate(rows, dummy, 0, device)
+            logps = policy.token_logprobs(inputs, mask, cfg.temperature)
+            for i, row in zip(group, logps[mask].cpu().split([len(rollouts[i].response) for i in group])):
+                out[i] = row
+    return out
+
+
 def group_advantages(rewards, std=True, eps=1e-4):
     """(Q, G) rewards -> advantages r - mean, over the sample std + eps if `std`; equal rewards give 0."""
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -880,7 +899,7 @@ def load_checkpoint(path, policy, optimizer):
 
 
 class RunLog:
-    """Writes config.json, metrics.jsonl, samples.jsonl and the progress bar, on rank 0.
+    """Writes config.json, the JSON lines of a run and the progress bar, on rank 0.
 
     A new run moves an existing directory aside; a resumed one drops the lines written after its checkpoint.
     """
@@ -894,9 +913,9 @@ class RunLog:
                 self.out.rename(aside)
                 print(f"{self.out} existed: moved to {aside}")
             self.out.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                path = self.out / name
-                lines = path.read_text().splitlines(True) if path.exists() else []
+            written = ("metrics.jsonl", "samples.jsonl", "rationales.jsonl")
+            for path in filter(Path.exists, map(self.out.joinpath, written)):
+                lines = path.read_text().splitlines(True)
                 kept = [x for x in lines if start and x.endswith("\n") and json.loads(x)["step"] <= start]
                 path.write_text("".join(kept))
             git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
@@ -931,11 +950,6 @@ class RunLog:
 
 
 # ----- this stage ------------------------------------------------------------------------------------------
-
-
-def rollout_seed(cfg, step, question, sample):
-    """The random stream of one rollout, independent of rank and batch."""
-    return random.Random(f"{cfg.seed}/{step}/{question}/{sample}").getrandbits(62)
 
 
 def parse_ptst(text):
@@ -1099,20 +1113,6 @@ def select(rollouts, questions, buffer, step, cfg):
 def imitated(r):
     """Whether the NLL of forced rethinking counts a rollout."""
     return r.trigger is not None and r.advantage > 0
-
-
-def all_logprobs(policy, rollouts, prompts, dummy, cfg):
-    """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
-    out, device = [None] * len(rollouts), policy.banned.device
-    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
-    with torch.no_grad():
-        for group in micro_batches(lengths, cfg.token_budget):
-            rows = [(prompts[rollouts[i].question], rollouts[i].response) for i in group]
-            inputs, mask = collate(rows, dummy, 0, device)
-            logps = policy.token_logprobs(inputs, mask, cfg.temperature)
-            for i, row in zip(group, logps[mask].cpu().split([len(rollouts[i].response) for i in group])):
-                out[i] = row
-    return out
 
 
 def update(policy, optimizer, rollouts, denominator, forced_tokens, prompts, dummy, cfg):

@@ -460,7 +460,7 @@ def load_checkpoint(path, policy, optimizer):
 
 
 class RunLog:
-    """Writes config.json, metrics.jsonl, samples.jsonl and the progress bar, on rank 0.
+    """Writes config.json, the JSON lines of a run and the progress bar, on rank 0.
 
     A new run moves an existing directory aside; a resumed one drops the lines written after its checkpoint.
     """
@@ -474,9 +474,9 @@ class RunLog:
                 self.out.rename(aside)
                 print(f"{self.out} existed: moved to {aside}")
             self.out.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                path = self.out / name
-                lines = path.read_text().splitlines(True) if path.exists() else []
+            written = ("metrics.jsonl", "samples.jsonl", "rationales.jsonl")
+            for path in filter(Path.exists, map(self.out.joinpath, written)):
+                lines = path.read_text().splitlines(True)
                 kept = [x for x in lines if start and x.endswith("\n") and json.loads(x)["step"] <= start]
                 path.write_text("".join(kept))
             git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,

@@ -18,13 +18,13 @@ TWINS = {
     "encode_prompt": EVERY, "schedule": TRAINERS, "prepared": TRAINERS, "micro_batches": TRAINERS,
     "collate": EVERY,
     "ResponseLogprob": TRAINERS, "token_logprobs": TRAINERS,
-    "Rollout": RL, "build_engine": SAMPLERS, "VLLM": SAMPLERS, "sync_weights": RL, "repack_heads": RL,
-    "sleep_engine": RL, "chat_messages": SAMPLERS, "Server": RL, "generate": SAMPLERS, "decode": SAMPLERS,
+    "Rollout": RL, "rollout_seed": RL, "build_engine": SAMPLERS, "VLLM": SAMPLERS, "sync_weights": RL,
+    "repack_heads": RL, "sleep_engine": RL, "chat_messages": SAMPLERS, "Server": RL, "generate": SAMPLERS, "decode": SAMPLERS,
     "prefill": SAMPLERS, "truncate": SAMPLERS,
-    "group_advantages": RL, "grpo_loss": RL,
+    "all_logprobs": RL, "group_advantages": RL, "grpo_loss": RL,
     "save_checkpoint": TRAINERS, "load_checkpoint": TRAINERS, "RunLog": TRAINERS,
 }
-OWN = {"Config", "main", "check", "evaluate"}  # same name, but each stage has its own
+OWN = {"Config", "main", "check", "evaluate", "update", "step_metrics"}  # same name, each stage has its own
 TOP_LEVEL = {"rewards.py", "data_prep.py", "sft.py", "grpo.py", "rise.py", "eval.py", "tests", "README.md",
              "requirements.txt", "requirements-gpu.txt", "LICENSE", ".gitignore", ".ci", ".git"}
 
