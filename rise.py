@@ -1218,6 +1218,8 @@ def annotate(cfg, rank, world, device):
         path = Path(cfg.out) / "sft.jsonl"
         write_records(path, check_records(kept, f"{source} ({counts})", need=("answer", "response")))
         print(f"{path}: {counts}")
+    if cfg.engine != "vllm":  # vLLM takes the process group down itself when Python exits
+        dist.destroy_process_group()
 
 
 def check(cfg):

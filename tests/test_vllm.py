@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ import grpo
 from test_api import Server
 from test_bridge import Asked
 from test_methods import check_forced
+from test_rise import RISE, rationales, world  # noqa: F401
 from test_stages import GRPO, SFT, environment, metrics, newest, start, weights, work  # noqa: F401
 from test_stages import launch as run
 
@@ -199,6 +201,17 @@ def test_an_engine_that_dies_ends_all_ranks_and_resume_goes_on(work, driver):  #
     run(work, *driver(), *steps, "--out", "cut", "--resume", torchrun=ranks)
     run(work, *driver(), *steps, "--out", "whole", torchrun=ranks)
     assert metrics(work / "cut") == metrics(work / "whole")
+
+
+def test_both_hops_of_rise(world, tmp_path):  # noqa: F811
+    """The second hop's prompts come from the first's responses: both are scored as they were sampled."""
+    for name in ("world", "warm"):
+        shutil.copytree(world / name, tmp_path / name)
+    run(tmp_path, *RISE, "--engine", "vllm", "--graded", "both", "--kl_beta", "0.01", "--steps", "2",
+        "--out", "rise")
+    assert all(row["mismatch/max"] < TOLERANCE for row in metrics(tmp_path / "rise") if row["step"])
+    rows = rationales(tmp_path / "rise")
+    assert len(rows) == 32 and all(row["reconstruction"] for row in rows)
 
 
 # ----- servers
