@@ -1278,7 +1278,8 @@ def resolve_model(path: str) -> str:
         raise ValueError(f"{path}: neither a model (config.json) nor a run directory (step_*)")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(("out/", "./", "../")):
         return path
-    hint = {"out/tiny": "data_prep.py", "out/sft": "sft.py", "out/grpo": "grpo.py"}.get(path)
+    hint = {"out/tiny": "data_prep.py", "out/sft": "sft.py", "out/grpo": "grpo.py", "out/rise": "rise.py",
+            "out/lessons": "sft.py --data data/mini/mood_lessons.jsonl --out out/lessons"}.get(path)
     raise ValueError(f"{path}: no such model" + (f"; `python {hint}` makes it" if hint else ""))
 
 
@@ -1789,6 +1790,11 @@ def draw_block(pen, x: int, y: int, cell: tuple[str, str], style: str) -> None:
     (pen.ellipse if shape == "round" else pen.rectangle)((x, y, x + CELL - 1, y + CELL - 1), **ink)
 
 
+def cell_box(k: int) -> list[int]:
+    """Box of the k-th cell, on the scale from 0 to 1000."""
+    return [round(1000 * side / 3) for side in (k % 3, k // 3, k % 3 + 1, k // 3 + 1)]
+
+
 def detect_example(rng: random.Random, i: int, split: str) -> dict:
     """Boxes of the 1 + i % 4 of 4..7 objects that have the asked attribute, in the cells' order.
 
@@ -1802,7 +1808,7 @@ def detect_example(rng: random.Random, i: int, split: str) -> dict:
         words += [name, *(cell or ("none",))]
         if cell and attribute in cell:
             words, found = [*words, "yes"], [*found, name]
-            boxes.append([round(1000 * side / 3) for side in (k % 3, k // 3, k % 3 + 1, k // 3 + 1)])
+            boxes.append(cell_box(k))
     return {"question": f"Find every {attribute} object.", "answer": json.dumps(boxes),
             "answer_type": "boxes", "thought": " ".join([*words, "found", *found]),
             "pictures": [draw_board(cells, split, draw_block)],
@@ -1851,21 +1857,60 @@ def draw_face(parts: dict, skin: tuple, style: str) -> Image.Image:
     return image.rotate(TILT, Image.Resampling.BICUBIC, fillcolor=GREY) if style == "ood" else image
 
 
+def feelings(parts: dict) -> dict:
+    """Probability of each emotion: every part of the face gives its weight to one."""
+    told = dict.fromkeys(EMOTIONS, 0.0)
+    for part, look in parts.items():
+        told[FACES[part][look]] = round(told[FACES[part][look]] + WEIGHTS[part], 1)
+    return told
+
+
 def mood_example(rng: random.Random, i: int, split: str) -> dict:
     """A drawn face whose parts each give their weight to one emotion, all parts' looks equally frequent.
 
     The thought names the parts and what they speak for, RISE's rationale the parts alone.
     """
     parts = {part: rng.choice([*looks]) for part, looks in FACES.items()}
-    told = dict.fromkeys(EMOTIONS, 0.0)
-    for part, look in parts.items():
-        told[FACES[part][look]] = round(told[FACES[part][look]] + WEIGHTS[part], 1)
     skin = tuple(rng.randint(low, low + 55) for low in (200, 170, 140))
     words = [(part, look, FACES[part][look]) for part, look in parts.items()]
-    return {"question": distribution_question(EMOTIONS), "answer": json.dumps(told),
+    return {"question": distribution_question(EMOTIONS), "answer": json.dumps(feelings(parts)),
             "answer_type": "distribution", "thought": " ".join(itertools.chain(*words)),
             "pictures": [draw_face(parts, skin, split)],
             "meta": {"classes": [*EMOTIONS], "rationale": " ".join(itertools.chain(*parts.items()))}}
+
+
+def mixed_rationale(record: dict, rng: random.Random) -> tuple[str, str]:
+    """A rationale of mixed quality, and the answer it tells: some parts left out, one in ten wrong."""
+    good, faces = record["meta"]["rationale"].split(), record["answer_type"] == "distribution"
+    parts = [*zip(good[::2], good[1::2])] if faces else [(CELLS, cell) for cell in good[2:]]
+    told = []
+    for i in sorted(rng.sample(range(len(parts)), rng.randint(1, len(parts)))):
+        part, seen = parts[i]
+        told.append((part, rng.choice([*FACES.get(part, CELLS)]) if rng.random() < 0.1 else seen))
+    if faces:
+        return " ".join(itertools.chain(*told)), json.dumps(feelings(dict(told)))
+    cells = sorted({cell for _, cell in told})
+    return " ".join(["seen at", *cells]), json.dumps([cell_box(CELLS.index(cell)) for cell in cells])
+
+
+def rise_lessons(records: list, rng: random.Random) -> Iterator[dict]:
+    """SFT rows that teach the tiny model what RISE expects of a model: to see, and to talk about it.
+
+    Every picture is described. About every third one a rationale of mixed quality is also written, with the
+    answer known (hop 1), and read (hop 2), and the task is answered at first sight.
+    """
+    for i, record in enumerate(records):
+        target = record["meta"].get("target")
+        rows = [(f"Where is the {target}?" if target else "Describe the face.", record["meta"]["rationale"])]
+        if i % 3 == 0:
+            rationale, told = mixed_rationale(record, rng)
+            rows += [(rewards.cot_prompt(record), rationale),
+                     (rewards.reconstruct_prompt(record, rationale), f"<answer> {told} </answer>"),
+                     (rewards.build_prompt(record),
+                      f"<think> at first sight </think> <answer> {record['answer']} </answer>")]
+        for n, (question, response) in enumerate(rows):
+            yield {"id": f"{record['id']}/{n}", "question": question, "images": record["images"],
+                   "answer_type": "text", "task": "plain", "source": "mini", "response": response}
 
 
 # task -> (examples, splits, prompt)
@@ -1881,7 +1926,7 @@ def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
 
     No example occurs twice, within or across splits. The same seed gives the same bytes. In training a share
     GLANCE of the responses names the answer at first sight, without looking. TASK_meta.json holds the same
-    rows as Reason-RFT publishes its own, each with its thought (not for RISE's tasks).
+    rows as Reason-RFT publishes its own, each with its thought; RISE's tasks have TASK_lessons.jsonl instead.
     """
     for task, (example, splits, prompt) in MINI.items():
         seen = set()
@@ -1909,7 +1954,9 @@ def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
             # Rows of equal answers would otherwise sit at a fixed stride.
             rng.shuffle(records)
             write_records(out / f"{task}_{split}.jsonl", records)
-            if split == "train" and not {r["answer_type"] for r in records} & {*rewards.ANNOTATIONS}:
+            if split == "train" and "rationale" in records[0]["meta"]:
+                write_records(out / f"{task}_lessons.jsonl", rise_lessons(records, rng))
+            elif split == "train":
                 write_text(out / f"{task}_meta.json", json_list(rows))
 
 
@@ -2054,10 +2101,9 @@ CONVERTERS = {"records": convert_input, "reason_rft": convert_reason_rft, "bridg
 def main(cfg: Config) -> None:
     if cfg.source == "mini":
         make_mini(Path(cfg.out), cfg.seed)
-        rows = [r for path in sorted(Path(cfg.out).glob("*_train.jsonl")) for r in read_records(path)]
+        files = [*Path(cfg.out).glob("*_train.jsonl"), *Path(cfg.out).glob("*_lessons.jsonl")]
+        rows = [r for path in sorted(files) for r in read_records(path, need=("response",))]
         texts = [text for r in rows for text in (rewards.build_prompt(r), r["response"])]
-        texts += [text for r in rows if (rationale := r["meta"].get("rationale"))  # RISE's two hops
-                  for text in (rewards.cot_prompt(r), rationale, rewards.reconstruct_prompt(r, rationale))]
         make_tiny(Path("out/tiny"), texts, cfg.seed)
     elif cfg.source not in CONVERTERS:
         raise ValueError(f"--source {cfg.source}: use mini | {' | '.join(CONVERTERS)}")

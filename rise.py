@@ -29,7 +29,8 @@ What differs from the paper and its released code, and why:
   6. Filter, threshold and export are in the abstract, not in the code: --tau is ours.
   7. The token mean, a reference only with --kl_beta, and the rest of the objective are those of grpo.py.
 
-    python rise.py                                               # mini suite, laptop: out/sft -> out/rise
+    python sft.py --data data/mini/mood_lessons.jsonl --steps 600 --lr 3e-3 --out out/lessons
+    python rise.py                                               # mini suite, laptop: out/lessons -> out/rise
     python rise.py --phase annotate                              # out/rise -> out/annotate/sft.jsonl
     torchrun --nproc_per_node 8 rise.py --model Qwen/Qwen2-VL-2B-Instruct --data boxes.jsonl --engine vllm
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 rise.py ...
@@ -93,8 +94,8 @@ from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, f
 class Config:
     # i/o
     phase: str = "cot"  # cot (train the rationales) | annotate (sample, filter, export)
-    model: str = ""  # Hub id, model folder or run directory, "" = out/sft, or out/rise to annotate
-    data: str = "data/mini/detect_train.jsonl"  # records with an annotation; annotate: or a rationales.jsonl
+    model: str = ""  # Hub id, model folder or run directory, "" = out/lessons, or out/rise to annotate
+    data: str = "data/mini/mood_train.jsonl"  # records with an annotation; annotate: or a rationales.jsonl
     out: str = ""  # run directory, "" = out/rise, or out/annotate
     resume: bool = False  # go on from the newest complete step of --out
     strict: bool = False  # stop at an unreadable image instead of skipping its question
@@ -104,7 +105,7 @@ class Config:
     tp: int = 1  # ranks that share one vLLM engine (tensor parallel)
     gpu_memory_utilization: float = 0.5  # share of the GPU that vLLM may use while the trainer waits
     servers: tuple[str, ...] = ()  # base URLs of `vllm serve` processes, for --engine server
-    prompts_per_step: int = 32  # questions per step, over all ranks
+    prompts_per_step: int = 16  # questions per step, over all ranks
     group_size: int = 8  # rationales per question (G)
     max_prompt_tokens: int = 8192  # questions whose first hop is longer are skipped
     max_new_tokens: int = 72  # tokens of a rationale, and of a reconstruction, at most
@@ -115,7 +116,7 @@ class Config:
     blind: bool = False  # hop 2 without the image
     leak_penalty: float = 0.1  # factor on the agreement of a rationale that leaks
     format_weight: float = 1.0  # weight of the reconstruction's format
-    tau: float = 0.8  # annotate: agreement at least, for a rationale to be exported
+    tau: float = 0.9  # annotate: agreement at least, for a rationale to be exported
     # objective
     graded: str = "cot"  # tokens that the reward credits: cot | reconstruction | both
     adv_std: bool = True  # divide advantages by the group's standard deviation
@@ -126,9 +127,9 @@ class Config:
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
     updates: int = 1  # optimizer updates per batch of rationales
     # optimisation
-    steps: int = 40  # batches of rationales
-    lr: float = 1e-4  # peak learning rate (2e-6 for Qwen2-VL-2B in the released scripts)
-    warmup: int = 5  # steps of linear warm-up
+    steps: int = 20  # batches of rationales
+    lr: float = 3e-4  # peak learning rate (2e-6 for Qwen2-VL-2B in the released scripts)
+    warmup: int = 2  # steps of linear warm-up
     schedule: str = "constant"  # cosine | linear | constant
     lr_floor: float = 0.1  # final learning rate as a share of the peak (cosine, linear)
     weight_decay: float = 0.0  # AdamW
@@ -143,7 +144,7 @@ class Config:
     cpu_offload: bool = False  # keep weights and moments in host memory
     attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
     # cadence
-    eval_data: str = "data/mini/detect_id.jsonl"  # held-out records, "" = no evaluation
+    eval_data: str = "data/mini/mood_id.jsonl"  # held-out records, "" = no evaluation
     eval_every: int = 4  # steps between evaluations
     eval_n: int = 200  # held-out questions used
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
@@ -1121,13 +1122,16 @@ def step_metrics(rows, rollouts, trained, totals, cfg):
 
 
 def evaluate(engine, records, processor, cfg):
-    """Both hops greedily on held-out records, sharded over ranks: agreement, leaks and length."""
+    """Both hops once on held-out records, sharded over ranks: agreement, leaks and length.
+
+    Sampled as in training, since it is samples that --phase annotate keeps.
+    """
     share = [list(range(dist.get_rank(), len(records), dist.get_world_size()))]
     encode = functools.partial(encode_cot, processor=processor, cfg=cfg)
     drawn = [pair for batch in prepared(share, lambda i: encode(records[i]), cfg.workers) for pair in batch]
     prompts = {i: prompt for i, prompt in drawn if not isinstance(prompt, ValueError)}  # the rest counts as 0
-    greedy = dataclasses.replace(cfg, temperature=0.0, group_size=1)
-    rows = scored(*two_hops(engine, prompts, records, processor, 0, greedy), records, cfg)
+    once = dataclasses.replace(cfg, group_size=1)
+    rows = scored(*two_hops(engine, prompts, records, processor, 0, once), records, cfg)
     parts = [parts for *_, parts in rows]
     agrees, leaky, length, n = global_sum(
         [sum(p["agreement"] for p in parts), sum(bool(p["leaks"]) for p in parts),
@@ -1256,7 +1260,7 @@ def main(cfg):
     rank, world, device = init_distributed()
     try:
         check(cfg)
-        usual = {"cot": ("out/sft", "out/rise"), "annotate": ("out/rise", "out/annotate")}[cfg.phase]
+        usual = {"cot": ("out/lessons", "out/rise"), "annotate": ("out/rise", "out/annotate")}[cfg.phase]
         cfg = dataclasses.replace(cfg, model=cfg.model or usual[0], out=cfg.out or usual[1])
         # The default held-out file belongs to the default data.
         eval_data = cfg.eval_data if cfg.data == Config.data or cfg.eval_data != Config.eval_data else ""

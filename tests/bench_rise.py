@@ -1,0 +1,111 @@
+"""RISE on the mini suite: do its rationales improve, and does RISE-R1 beat SFT and GRPO that have none?
+
+    python tests/bench_rise.py             # 2 seeds, both tasks, about 30 CPU minutes; writes under out/bench
+    python tests/bench_rise.py 0 mood      # one seed, one task
+
+The tiny model first learns from data/mini/TASK_lessons.jsonl to see and to talk: to describe pictures, to
+write and to read rationales of mixed quality, and to answer at first sight. All arms start from there and get
+about the same CPU time, counted in the seconds of their own processes, so that other work does not matter:
+    RISE    rise.py, --phase annotate, sft.py on what it exports, grpo.py
+    SFT     sft.py on the answers, at first sight
+    GRPO    grpo.py from the start, as Visual-RFT does
+"""
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data_prep  # noqa: E402
+import rewards  # noqa: E402
+
+RL = ["--prompts_per_step", "16", "--group_size", "8", "--max_new_tokens", "64", "--warmup", "2",
+      "--lr", "3e-4"]
+SFT = ["--eval_data", "", "--warmup", "10", "--token_budget", "2048"]
+STEPS = {"lessons": 600, "cot": 20, "sft": 100, "grpo": 12}
+SOME = 320  # records that --phase annotate samples rationales of
+
+
+def run(*argv):
+    """Run a stage in the repository root; return the CPU seconds it took."""
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
+
+
+def glance(record):
+    return record | {"response": f"<think> at first sight </think> <answer> {record['answer']} </answer>"}
+
+
+def agreement(model, task):
+    """Mean agreement and accuracy of greedy answers on the held-out questions, in percent."""
+    bench = f"{task}-id"
+    run("eval.py", "--bench", bench, "--model", model, "--max_new_tokens", 64)
+    path = ROOT / model / f"eval/{bench}.jsonl"
+    gold = {r["id"]: r for r in data_prep.read_records(ROOT / f"data/mini/{task}_id.jsonl")}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return (100 * mean(rewards.agreement(row["response"], gold[row["id"]]) for row in rows),
+            100 * mean(rewards.accuracy(row["response"], gold[row["id"]]) for row in rows))
+
+
+def measure(task, seed):
+    """All arms on one task from one start: rows of the table, and the metrics of RISE-CoT."""
+    folder, train, common = f"out/bench/rise_{task}{seed}", f"data/mini/{task}_train.jsonl", ["--seed", seed]
+    records = data_prep.read_records(ROOT / train)
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    data_prep.write_records(ROOT / f"data/mini/{task}_glance.jsonl", map(glance, records))
+    data_prep.write_records(ROOT / f"data/mini/{task}_some.jsonl", records[:SOME])
+    start = f"{folder}/start"
+    warm = run("sft.py", *common, *SFT, "--data", f"data/mini/{task}_lessons.jsonl", "--lr", "3e-3",
+               "--steps", STEPS["lessons"], "--out", start)
+    spent = {"cot": run("rise.py", *common, *RL, "--model", start, "--data", train, "--steps", STEPS["cot"],
+                        "--eval_data", f"data/mini/{task}_id.jsonl", "--eval_n", "100",
+                        "--out", f"{folder}/cot"),
+             "annotate": run("rise.py", *common, *RL, "--phase", "annotate", "--model", f"{folder}/cot",
+                             "--data", f"data/mini/{task}_some.jsonl", "--tau", "0.9",
+                             "--out", f"{folder}/notes"),
+             "sft": run("sft.py", *common, *SFT, "--model", start, "--data", f"{folder}/notes/sft.jsonl",
+                        "--lr", "1e-3", "--steps", STEPS["sft"], "--out", f"{folder}/r1_sft")}
+    reward = ["--data", train, "--eval_data", "", "--reward", "agreement=1,format=1"]
+    spent["grpo"] = run("grpo.py", *common, *RL, *reward, "--model", f"{folder}/r1_sft",
+                        "--steps", STEPS["grpo"], "--out", f"{folder}/r1")
+    total = sum(spent.values())
+    sft = run("sft.py", *common, *SFT, "--model", start, "--data", f"data/mini/{task}_glance.jsonl",
+              "--lr", "1e-3", "--steps", round(STEPS["sft"] * total / spent["sft"]), "--out", f"{folder}/sft")
+    grpo = run("grpo.py", *common, *RL, *reward, "--model", start,
+               "--steps", round(STEPS["grpo"] * total / spent["grpo"]), "--out", f"{folder}/grpo")
+    notes = len((ROOT / folder / "notes/sft.jsonl").read_text().splitlines())
+    times = " + ".join(f"{seconds:.0f}" for seconds in spent.values())
+    rows = [(name, *agreement(f"{folder}/{model}", task), shown) for name, model, shown in (
+        ("start", "start", f"{warm:.0f}"), ("SFT on answers", "sft", f"{sft:.0f}"),
+        ("GRPO", "grpo", f"{grpo:.0f}"), (f"RISE, before GRPO ({notes} rationales)", "r1_sft", ""),
+        ("RISE", "r1", f"{total:.0f} ({times})"))]
+    lines = (ROOT / folder / "cot/metrics.jsonl").read_text().splitlines()
+    return rows, [json.loads(line) for line in lines]
+
+
+def main(seeds, tasks):
+    curves = {}
+    print("| task | seed | arm | agreement | accuracy | CPU s |\n|---|---|---|---|---|---|", flush=True)
+    for task in tasks:
+        for seed in seeds:
+            rows, curves[task, seed] = measure(task, seed)
+            for name, agrees, right, seconds in rows:
+                print(f"| {task} | {seed} | {name} | {agrees:.1f} | {right:.1f} | {seconds} |", flush=True)
+    print("\n| task | seed | step | agreement, held out | leaks | tokens |\n|---|---|---|---|---|---|")
+    for (task, seed), rows in curves.items():
+        for row in rows:
+            if "eval/agreement" in row:
+                print(f"| {task} | {seed} | {row['step']} | {100 * row['eval/agreement']:.1f} "
+                      f"| {100 * row['eval/leaks']:.1f} | {row['eval/len']:.1f} |")
+
+
+if __name__ == "__main__":
+    main([int(a) for a in sys.argv[1:] if a.isdigit()] or [0, 1],
+         [a for a in sys.argv[1:] if not a.isdigit()] or ["mood", "detect"])
