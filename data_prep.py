@@ -1897,7 +1897,8 @@ def rise_lessons(records: list, rng: random.Random) -> Iterator[dict]:
     """SFT rows that teach the tiny model what RISE expects of a model: to see, and to talk about it.
 
     Every picture is described. About every third one a rationale of mixed quality is also written, with the
-    answer known (hop 1), and read (hop 2), and the task is answered at first sight.
+    answer known (hop 1), and read (hop 2). The task itself is answered at first sight, with the answer of
+    some other picture: its form is taught, not its content.
     """
     for i, record in enumerate(records):
         target = record["meta"].get("target")
@@ -1907,7 +1908,7 @@ def rise_lessons(records: list, rng: random.Random) -> Iterator[dict]:
             rows += [(rewards.cot_prompt(record), rationale),
                      (rewards.reconstruct_prompt(record, rationale), f"<answer> {told} </answer>"),
                      (rewards.build_prompt(record),
-                      f"<think> at first sight </think> <answer> {record['answer']} </answer>")]
+                      f"<think> at first sight </think> <answer> {rng.choice(records)['answer']} </answer>")]
         for n, (question, response) in enumerate(rows):
             yield {"id": f"{record['id']}/{n}", "question": question, "images": record["images"],
                    "answer_type": "text", "task": "plain", "source": "mini", "response": response}

@@ -4,8 +4,9 @@
     python tests/bench_rise.py 0 mood      # one seed, one task
 
 The tiny model first learns from data/mini/TASK_lessons.jsonl to see and to talk: to describe pictures, to
-write and to read rationales of mixed quality, and to answer at first sight. All arms start from there and get
-about the same CPU time, counted in the seconds of their own processes, so that other work does not matter:
+write and to read rationales of mixed quality, and to answer at first sight, which is to guess. All arms start
+from there, know the same few annotations, as in the paper's smallest sets, and get about the same CPU time,
+counted in the seconds of their own processes, so that other work does not matter:
     RISE    rise.py, --phase annotate, sft.py on what it exports, grpo.py
     SFT     sft.py on the answers, at first sight
     GRPO    grpo.py from the start, as Visual-RFT does
@@ -26,8 +27,8 @@ import rewards  # noqa: E402
 RL = ["--prompts_per_step", "16", "--group_size", "8", "--max_new_tokens", "64", "--warmup", "2",
       "--lr", "3e-4"]
 SFT = ["--eval_data", "", "--warmup", "10", "--token_budget", "2048"]
-STEPS = {"lessons": 600, "cot": 20, "sft": 100, "grpo": 12}
-SOME = 320  # records that --phase annotate samples rationales of
+STEPS = {"lessons": 600, "cot": 20, "sft": 60, "grpo": 20}
+KNOWN = 64  # annotated records, for all arms
 
 
 def run(*argv):
@@ -56,36 +57,35 @@ def agreement(model, task):
 
 def measure(task, seed):
     """All arms on one task from one start: rows of the table, and the metrics of RISE-CoT."""
-    folder, train, common = f"out/bench/rise_{task}{seed}", f"data/mini/{task}_train.jsonl", ["--seed", seed]
-    records = data_prep.read_records(ROOT / train)
-    (ROOT / folder).mkdir(parents=True, exist_ok=True)
-    data_prep.write_records(ROOT / f"data/mini/{task}_glance.jsonl", map(glance, records))
-    data_prep.write_records(ROOT / f"data/mini/{task}_some.jsonl", records[:SOME])
-    start = f"{folder}/start"
+    folder, common = f"out/bench/rise_{task}{seed}", ["--seed", seed]
+    known, glances, start = f"data/mini/{task}_known.jsonl", f"data/mini/{task}_glance.jsonl", f"{folder}/start"
+    records = data_prep.read_records(ROOT / f"data/mini/{task}_train.jsonl", limit=KNOWN)
+    data_prep.write_records(ROOT / known, records)
+    data_prep.write_records(ROOT / glances, map(glance, records))
     warm = run("sft.py", *common, *SFT, "--data", f"data/mini/{task}_lessons.jsonl", "--lr", "3e-3",
                "--steps", STEPS["lessons"], "--out", start)
-    spent = {"cot": run("rise.py", *common, *RL, "--model", start, "--data", train, "--steps", STEPS["cot"],
-                        "--eval_data", f"data/mini/{task}_id.jsonl", "--eval_n", "100",
-                        "--out", f"{folder}/cot"),
-             "annotate": run("rise.py", *common, *RL, "--phase", "annotate", "--model", f"{folder}/cot",
-                             "--data", f"data/mini/{task}_some.jsonl", "--tau", "0.9",
-                             "--out", f"{folder}/notes"),
-             "sft": run("sft.py", *common, *SFT, "--model", start, "--data", f"{folder}/notes/sft.jsonl",
-                        "--lr", "1e-3", "--steps", STEPS["sft"], "--out", f"{folder}/r1_sft")}
-    reward = ["--data", train, "--eval_data", "", "--reward", "agreement=1,format=1"]
+    spent = {
+        "cot": run("rise.py", *common, *RL, "--model", start, "--data", known, "--steps", STEPS["cot"],
+                   "--eval_data", f"data/mini/{task}_id.jsonl", "--eval_n", "100", "--eval_every", "5",
+                   "--out", f"{folder}/cot"),
+        "annotate": run("rise.py", *common, *RL, "--phase", "annotate", "--model", f"{folder}/cot",
+                        "--data", known, "--out", f"{folder}/notes"),
+        "sft": run("sft.py", *common, *SFT, "--model", start, "--data", f"{folder}/notes/sft.jsonl",
+                   "--lr", "1e-3", "--steps", STEPS["sft"], "--out", f"{folder}/r1_sft")}
+    reward = ["--data", known, "--eval_data", "", "--reward", "agreement=1,format=1"]
     spent["grpo"] = run("grpo.py", *common, *RL, *reward, "--model", f"{folder}/r1_sft",
                         "--steps", STEPS["grpo"], "--out", f"{folder}/r1")
     total = sum(spent.values())
-    sft = run("sft.py", *common, *SFT, "--model", start, "--data", f"data/mini/{task}_glance.jsonl",
-              "--lr", "1e-3", "--steps", round(STEPS["sft"] * total / spent["sft"]), "--out", f"{folder}/sft")
+    sft = run("sft.py", *common, *SFT, "--model", start, "--data", glances, "--lr", "1e-3",
+              "--steps", round(STEPS["sft"] * total / spent["sft"]), "--out", f"{folder}/sft")
     grpo = run("grpo.py", *common, *RL, *reward, "--model", start,
                "--steps", round(STEPS["grpo"] * total / spent["grpo"]), "--out", f"{folder}/grpo")
     notes = len((ROOT / folder / "notes/sft.jsonl").read_text().splitlines())
     times = " + ".join(f"{seconds:.0f}" for seconds in spent.values())
     rows = [(name, *agreement(f"{folder}/{model}", task), shown) for name, model, shown in (
         ("start", "start", f"{warm:.0f}"), ("SFT on answers", "sft", f"{sft:.0f}"),
-        ("GRPO", "grpo", f"{grpo:.0f}"), (f"RISE, before GRPO ({notes} rationales)", "r1_sft", ""),
-        ("RISE", "r1", f"{total:.0f} ({times})"))]
+        ("GRPO", "grpo", f"{grpo:.0f}"), (f"RISE without its GRPO, {notes} rationales", "r1_sft", ""),
+        ("RISE", "r1", f"{total:.0f} = {times}"))]
     lines = (ROOT / folder / "cot/metrics.jsonl").read_text().splitlines()
     return rows, [json.loads(line) for line in lines]
 
