@@ -469,6 +469,7 @@ class Rollout:
     old_logps: torch.Tensor | None = None  # (len(response),) under the trainer, before this batch's updates
     ref_logps: torch.Tensor | None = None
     trigger: tuple[int, int] | None = None  # the forced tokens response[start:stop], if any
+    rewound: int = 0  # tokens of its first ending that were dropped before the trigger
 
 
 def rollout_seed(cfg, step, question, sample):
