@@ -1680,19 +1680,19 @@ ROWS = ("top", "middle", "bottom")
 
 
 def draw_piece(pen, x: int, y: int, piece: tuple[str, int], style: str) -> None:
-    """A unit square, or what a diagonal leaves of it without one corner; style "ood": orange, thick lines."""
+    """A unit square, or what a diagonal leaves of it without one corner; style "ood": violet, thick lines."""
     kind, corner = piece
     outline = [(x, y), (x + CELL - 1, y), (x + CELL - 1, y + CELL - 1), (x, y + CELL - 1)]
     if kind == "half":
         del outline[corner]
-    fill, width = ((230, 150, 60), 3) if style == "ood" else ((150, 190, 235), 1)
+    fill, width = ((190, 170, 235), 2) if style == "ood" else ((150, 190, 235), 1)
     pen.polygon(outline, fill, INK, width)
 
 
 def structure_example(rng: random.Random, i: int, split: str) -> dict:
     """A figure of unit squares and their halves: how large is it (1 to 4.5), or which of its rows is largest?
 
-    Answers of a kind are equally frequent, options come in any order.
+    Answers of a kind are equally frequent.
     """
     while True:
         kinds = [rng.choice(list(PIECES)) for _ in CELLS]
@@ -1709,10 +1709,9 @@ def structure_example(rng: random.Random, i: int, split: str) -> dict:
     fields = {"question": "How large is the area of the figure?", "answer": f"{sum(areas):g}",
               "answer_type": "number"}
     if i % 2 == 0:
-        choices = rng.sample(ROWS, 3)
-        options = " ".join(f"({letter}) {choice}" for letter, choice in zip("ABC", choices))
-        fields = {"question": f"Which row of the figure is largest? {options}", "choices": choices,
-                  "answer": "ABC"[choices.index(largest[0])], "answer_type": "choice"}
+        options = " ".join(f"({letter}) {row}" for letter, row in zip("ABC", ROWS))
+        fields = {"question": f"Which row of the figure is largest? {options}", "choices": list(ROWS),
+                  "answer": "ABC"[ROWS.index(largest[0])], "answer_type": "choice"}
         words += ["largest", largest[0]]
     cells = [None if kind == "none" else (kind, rng.randrange(4)) for kind in kinds]
     return {**fields, "thought": " ".join(words), "pictures": [draw_board(cells, split, draw_piece)],
