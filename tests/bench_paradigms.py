@@ -4,10 +4,10 @@
     python tests/bench_paradigms.py 0      # one seed; finished runs under out/paradigms are not repeated
 
 All arms of a task and seed start from one base, taught by sft.py on TASK_train.jsonl: it sees, and could go
-through the board, but answers at first sight. Then, with BUDGET seconds or so for each arm:
+through the board, but answers at first sight. Then, for about as long each:
     ANS-SFT     answers alone                CoT-SFT     thoughts and answers
-    RFT-Zero    GRPO on the base             Reason-RFT  thoughts of the first 400 rows, then GRPO
-Cells are greedy accuracy in percent on 500 rows (transform: the mean partial score, exact in brackets), seed
+    RFT-Zero    GRPO on the base             Reason-RFT  thoughts of the first 800 rows, then GRPO
+Cells are greedy accuracy in percent on 300 rows (transform: the mean partial score, exact in brackets), seed
 by seed. Floor: the best constant answer that the training rows suggest, chosen for each kind of question.
 """
 import json
@@ -25,12 +25,14 @@ import rewards  # noqa: E402
 from data_prep import read_records  # noqa: E402
 
 ROOM = ROOT / "out/paradigms"
-STAGE1 = 400  # rows of stage 1
-SFT = {"ans_sft": 400, "cot_sft": 250, "stage1": 50}  # steps of 32 rows
-TASKS = {  # base steps, response tokens at most, GRPO steps, reward
-    "counting": (400, 80, 40, "accuracy=1,format=1"),
-    "structure": (400, 80, 40, "accuracy=1,format=1"),
-    "transform": (700, 96, 40, "functions=1,format=1"),
+STAGE1 = 800  # rows of stage 1
+SFT = {"ans_sft": 500, "cot_sft": 300, "stage1": 75}  # steps of 32 rows
+RL_STEPS = 40  # of 32 questions x 8
+ROWS = 300  # of each split
+TASKS = {  # base steps, response tokens at most, reward
+    "counting": (400, 80, "accuracy=1,format=1"),
+    "structure": (400, 80, "accuracy=1,format=1"),
+    "transform": (600, 96, "functions=1,format=1"),
 }
 SPLITS = {"counting": ("id", "ood"), "structure": ("id", "ood"), "transform": ("id", "left", "right")}
 ARMS = {"base": (), "ANS-SFT": ("ans_sft",), "CoT-SFT": ("cot_sft",), "RFT-Zero": ("rl",),
@@ -50,11 +52,11 @@ def run(*argv):
 def train(task, arm, seed, base):
     """Train one arm from the base, stage by stage; return the run that holds the result and the seconds."""
     model, spent = base, 0.0
-    _, tokens, steps, reward = TASKS[task]
+    _, tokens, reward = TASKS[task]
     for form in ARMS[arm]:
         out, clock = ROOM / f"{task}_{form}_{seed}", ROOM / f"{task}_{form}_{seed}/seconds"
-        stage = ["sft.py", "--steps", SFT[form], "--lr", 1e-3] if form in SFT else [
-            "grpo.py", "--steps", steps, "--reward", reward, "--prompts_per_step", 32,
+        stage = ["sft.py", "--steps", SFT[form], "--warmup", 10] if form in SFT else [
+            "grpo.py", "--steps", RL_STEPS, "--reward", reward, "--prompts_per_step", 32,
             "--max_new_tokens", tokens]
         if not clock.exists():
             took = run(*stage, "--model", model, "--data", ROOM / f"data/{task}_meta_{form}.jsonl",
@@ -75,7 +77,7 @@ def measure(task, seed):
         prompt = "board_answer" if task == "transform" else f"{task}_answer"
         asked = ["--task", prompt] if arm == "ANS-SFT" else []  # as it was taught, for the answer alone
         run("eval.py", "--bench", *(f"{task}-{split}" for split in SPLITS[task]), "--model", model, *asked,
-            "--max_new_tokens", TASKS[task][1])
+            "--max_new_tokens", TASKS[task][1], "--limit", ROWS)
         entries = json.loads((model / "eval/summary.json").read_text())
         found[arm] = seconds, dict(zip(SPLITS[task], entries))
         print(f"{task} seed {seed} {arm}: {seconds:.0f} s", *(
@@ -103,7 +105,7 @@ def floor(task, split):
     """Score of the best constant answer, per answer type, among the most frequent of the training rows."""
     reward = rewards.functions if task == "transform" else rewards.accuracy
     training = read_records(ROOT / f"data/mini/{task}_train.jsonl")
-    rows, total = read_records(ROOT / f"data/mini/{task}_{split}.jsonl"), 0.0
+    rows, total = read_records(ROOT / f"data/mini/{task}_{split}.jsonl", limit=ROWS), 0.0
     for kind in {row["answer_type"] for row in rows}:
         guesses = Counter(row["answer"] for row in training if row["answer_type"] == kind).most_common(40)
         own = [row for row in rows if row["answer_type"] == kind]
