@@ -47,6 +47,7 @@ import hashlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -857,7 +858,7 @@ def summarise(name, bench, records, rows, seconds):
     if bench.macro:
         each = [group["accuracy"] for group in scores_by(bench.macro, records, rows).values()]
         whole["accuracy"] = round(sum(each) / len(each), 4)
-    boxes = [pair for pair in zip(records, rows) if pair[0]["answer_type"] == "boxes"]
+    boxes = [pair for pair in zip(records, rows) if pair[0].get("answer_type") == "boxes"]
     return {"bench": name, **whole, "ci95": wilson(whole["accuracy"], n),
             "by": {field: scores_by(field, records, rows) for field in bench.by},
             **({"coco": coco_ap(boxes)} if boxes else {}),
@@ -1103,9 +1104,11 @@ def as_case(rows, names, source, **more):
 
 
 def rollout_section(run, source):
-    """The groups in samples.jsonl, with their rollouts from the best to the worst."""
+    """The groups in samples.jsonl or rationales.jsonl, with their rollouts from the best to the worst."""
     groups, cases = {}, []
-    for row in complete_rows(run / "samples.jsonl"):
+    both_hops = (row["record"] | row | {"response": f"<think> {row['cot']} </think> {row['reconstruction']}"}
+                 for row in complete_rows(run / "rationales.jsonl"))
+    for row in itertools.chain(complete_rows(run / "samples.jsonl"), both_hops):
         groups.setdefault((row["step"], row["id"]), []).append(row)
     for (step, _), rows in [*groups.items()][::math.ceil(len(groups) / GROUPS) or 1]:
         rows.sort(key=lambda row: -row["reward"])
@@ -1200,7 +1203,8 @@ def read_run(runs):
     every = math.ceil(len(metrics) / 2000)  # more points than that are not seen
     metrics = [row for i, row in enumerate(metrics)
                if i % every == 0 or any(key.startswith("eval/") for key in row)]
-    return {"runs": [str(run) for run in runs], "config": config, "sections": sections, "metrics": metrics}
+    return {"runs": [str(run) for run in runs], "config": config, "sections": sections, "metrics": metrics,
+            "not_shares": NOT_SHARES}
 
 
 def write_report(folders):
@@ -1513,7 +1517,8 @@ function explorer({name, cases, results}) {
 }
 
 function evaluation(benches) {
-  const scores = r => Object.entries(r.scores).map(([name, v]) => `, ${name} ${percent(v)}`).join("");
+  const scores = r => Object.entries(r.scores).map(([name, v]) =>
+    `, ${name} ${(data.not_shares.includes(name) ? number : percent)(v)}`).join("");
   const whole = benches.flatMap(({name, results}) => results.map(r => [name, r.run, r.n,
     percent(r.accuracy) + scores(r), r.ci95.map(percent).join(" \u2013 "), percent(r.truncated),
     number(r.tokens)]));

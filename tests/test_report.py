@@ -97,6 +97,20 @@ def test_bad_input_is_one_line(tmp_path, folders, named, monkeypatch):
     assert not [*tmp_path.glob("*/report.html")]
 
 
+def test_rationales_of_rise_are_rollouts_too(tmp_path):
+    """Both hops as one response, at the record they are about; divergences are no percentages."""
+    record = {"id": "r1", "question": "Find every cup.", "answer": "[[0, 0, 9, 9]]"}
+    write_lines(tmp_path / "rationales.jsonl", [
+        {"step": 2, "sample": g, "cot": f"seen {g}", "reconstruction": "<answer>1</answer>", "reward": float(g),
+         "tokens": 4, "truncated": False, "record": record} for g in range(3)])
+    _, data = page(tmp_path)
+    (case,) = data["sections"][0]["cases"]
+    assert (case["id"], case["question"], case["facts"]["step"]) == ("r1", "Find every cup.", 2)
+    assert [r["response"] for r in case["responses"]] == [
+        [f"<think> seen {g} </think> <answer>1</answer>"] for g in (2, 1, 0)]
+    assert data["not_shares"] == ["kl", "mse"]
+
+
 def test_a_half_written_last_line_is_left_out(tmp_path):
     run_dir = make_run(tmp_path / "a", rows=[answered(1)])
     for path in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl", run_dir / "eval/maths.jsonl"):
