@@ -1063,6 +1063,9 @@ def main(cfg):
         for model, name in zip(models, models if cfg.engine == "api" else cfg.model):
             found[model], lost = run_model(model, name, loaded, cfg)
             failed += [f"{model}: {line}" for line in lost] if len(models) > 1 else lost
+            if cfg.engine == "vllm" and model != models[-1]:  # the next one needs its memory
+                from vllm.distributed import cleanup_dist_env_and_memory
+                cleanup_dist_env_and_memory()
     except (ValueError, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
     if any(found.values()):  # questions without a gold answer have no scores
