@@ -100,6 +100,10 @@ PROMPTS = {
     "board": "{question} Think inside <think> </think>, then give the calls inside <answer> </answer>.",
     "board_answer": "{question} Give only the calls.",
     "transform_answer": SCENE_RULES + "\n\n{question}\n\nGive only the function calls, separated by commas.",
+    "transform_caption": SCENE_RULES + "\n\n{question}\n\nSay inside <summary> </summary> how you will go about"
+                         " it and inside <caption> </caption> what both pictures show. Then think inside <think>"
+                         " </think> and give only the function calls, separated by commas, inside <answer>"
+                         " </answer>.",
     # RISE's two hops (arXiv 2508.13229)
     "cot": "{question}\n\nThe answer is known to be {answer}\nIn at most 100 words, tell what in the picture"
            " shows it: things, shapes, textures, colors, surroundings. Somebody else has to find the answer"
@@ -547,18 +551,22 @@ GRADERS = dict(zip(ANSWER_TYPES, (_grade_choice, _grade_math, _grade_math, _grad
 
 # ----- format and the registry
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-
-
 def format_think_answer(response: str, record: dict) -> float:
     """1.0 if the response is a non-empty think block, a non-empty answer block and nothing else, else 0.0."""
+    return _is_blocks(response, "think", "answer")
+
+
+def format_caption(response: str, record: dict) -> float:
+    """The same for Reason-RFT's caption variant (arXiv 2503.20752): summary, caption, think, answer."""
+    return _is_blocks(response, "summary", "caption", "think", "answer")
+
+
+def _is_blocks(response: str, *names: str) -> float:
     text = response.strip()
-    if any(text.count(tag) != 1 for tag in TAGS):
+    if any(text.count(f"<{name}>") != 1 or text.count(f"</{name}>") != 1 for name in names):
         return 0.0
-    think, _, rest = text.removeprefix("<think>").partition("</think>")
-    answer = rest.strip().removeprefix("<answer>").removesuffix("</answer>")
-    shape = text.startswith("<think>") and rest.lstrip().startswith("<answer>") and text.endswith("</answer>")
-    return float(shape and bool(think.strip()) and bool(answer.strip()))
+    found = re.fullmatch(r"\s*".join(rf"<{name}>(.*)</{name}>" for name in names), text, re.DOTALL)
+    return float(bool(found) and all(block.strip() for block in found.groups()))
 
 
 def hfrrf(response: str, record: dict) -> float:
@@ -1098,8 +1106,8 @@ def contains(response: str, record: dict) -> float:
 
 
 REWARDS = {"accuracy": accuracy, "format": format_think_answer, "hfrrf": hfrrf, "boxed": boxed,
-           "vl_rethinker": vl_rethinker, "format_legacy": format_legacy, "discrete": discrete,
-           "numeric": numeric, "functions": functions, "functions_full": functions_full,
+           "vl_rethinker": vl_rethinker, "format_legacy": format_legacy, "format_caption": format_caption,
+           "discrete": discrete, "numeric": numeric, "functions": functions, "functions_full": functions_full,
            "functions_penalty": functions_penalty, "steps": steps, "agreement": agreement, "rise": rise,
            "detection_legacy": detection_legacy, "distribution_legacy": distribution_legacy,
            "distribution_format": distribution_format, "grounding_format": grounding_format,

@@ -82,7 +82,8 @@ def test_tasks_are_asked_with_and_without_reasoning(task):
     ask = record("3", "number") | {"question": "What is {x}?"}
     answer_only = {"structure_choice": "structure_answer_choice"}.get(task, f"{task}_answer")
     reasoned, direct = (rewards.build_prompt(ask | {"task": name}) for name in (task, answer_only))
-    assert all(tag in reasoned and tag not in direct for tag in rewards.TAGS)
+    tags = "<think>", "</think>", "<answer>", "</answer>"
+    assert all(tag in reasoned and tag not in direct for tag in tags)
     assert all("What is {x}?" in prompt and "{question}" not in prompt for prompt in (reasoned, direct))
 
 
@@ -486,6 +487,17 @@ def test_reflections_are_counted_as_released(text, count):
 def test_released_format_reward_is_laxer(response, strict, legacy):
     assert rewards.format_think_answer(response, record("1")) == strict
     assert rewards.format_legacy(response, record("1")) == legacy
+
+
+@pytest.mark.parametrize("response, value", [
+    ("<summary>s</summary><caption>c</caption>\n<think>a</think> <answer>1</answer>", 1),
+    ("<summary>s</summary><caption> </caption><think>a</think><answer>1</answer>", 0),
+    ("<caption>c</caption><summary>s</summary><think>a</think><answer>1</answer>", 0),
+    ("<think>a</think><answer>1</answer>", 0),
+])
+def test_format_of_the_caption_variant(response, value):
+    assert rewards.format_caption(response, record("1")) == value
+    assert rewards.build_prompt(record("x", task="transform_caption")).count("<caption>") == 1
 
 
 OPTIONS = ["30", "45", "60", "75"]
