@@ -922,7 +922,7 @@ def class_rows(folders: dict[str, list[Path]]) -> Iterator[dict]:
                        "classes": list(folders)}
 
 
-def json_row(line: str, number: int) -> dict:
+def json_row(line: str | bytes, number: int) -> dict:
     """One line of a .jsonl file. Raises ValueError naming the line."""
     try:
         row = json.loads(line)
@@ -931,6 +931,18 @@ def json_row(line: str, number: int) -> dict:
     if not isinstance(row, dict):
         raise ValueError(f"line {number}: a JSON {type(row).__name__}, not an object")
     return row
+
+
+def complete_rows(path: Path) -> list[dict]:
+    """Rows of a file of JSON lines that a run appends to, none without a file. Raises ValueError.
+
+    Half a line at its end, of a run at work or killed, is left out.
+    """
+    with path.open("rb") if path.exists() else io.BytesIO() as lines:  # bytes: it may end within a character
+        try:
+            return [json_row(line, number) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from error
 
 
 def open_dataset(source: str, split: str):
@@ -972,7 +984,7 @@ def write_records(path: str | Path, records: list[dict], layout: str = "") -> No
     if layout:
         write_sharegpt(Path(path), portable, layout)
     else:
-        write_text(Path(path), (json.dumps(record, ensure_ascii=False) + "\n" for record in portable))
+        write_rows(Path(path), portable)
 
 
 def write_sharegpt(path: Path, records: Iterable[dict], layout: str) -> None:
@@ -998,7 +1010,7 @@ def write_sharegpt(path: Path, records: Iterable[dict], layout: str) -> None:
         "file_name": path.name, "formatting": "sharegpt",
         "columns": {"messages": turns, "images": images} | ({"system": "system"} if any(systems) else {}),
         "tags": {"role_tag": speaker, "content_tag": text, "user_tag": user, "assistant_tag": assistant}}
-    write_text(info_path, [json.dumps(info, indent=2)])
+    write_json(info_path, info)
 
 
 def write_text(path: Path, pieces: Iterable[str]) -> None:
@@ -1011,6 +1023,23 @@ def write_text(path: Path, pieces: Iterable[str]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, [json.dumps(value, ensure_ascii=False, indent=1) + "\n"])
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def json_list(rows: Iterable[dict]) -> Iterator[str]:
+    """Pieces of a JSON list with one row a line."""
+    start = "[\n"
+    for row in rows:
+        yield start + json.dumps(row, ensure_ascii=False)
+        start = ",\n"
+    yield "\n]\n"
 
 
 def save_image(ref: str | Path | dict | Image.Image, folder: Path) -> str:
@@ -1239,24 +1268,15 @@ def convert_reason_rft(cfg) -> None:
             if cfg.form == "sharegpt":
                 write_sharegpt(path, records, cfg.form)
             else:
-                write_text(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+                write_rows(path, records)
         except ValueError as error:
             raise ValueError(f"{cfg.input}: {error}") from error
-        write_text(out / f"{stem}_{form}_manifest.json", [json.dumps(manifest, ensure_ascii=False, indent=1)])
+        write_json(out / f"{stem}_{form}_manifest.json", manifest)
         rejects = manifest["rejects"]
         shown = [f"left out row {r['row']} (id {r['id']!r}): {r['reason']}" for r in rejects[:10]]
         counts = ", ".join(f"{count} {kind}" for kind, count in manifest["answer_types"].most_common())
         print(*shown, *([f"left out {len(rejects) - 10} more, see the manifest"] if rejects[10:] else []),
               f"{path}: {manifest['records']} records ({counts}), {len(rejects)} left out", sep="\n")
-
-
-def json_list(rows: Iterable[dict]) -> Iterator[str]:
-    """Pieces of a JSON list with one row a line."""
-    start = "[\n"
-    for row in rows:
-        yield start + json.dumps(row, ensure_ascii=False)
-        start = ",\n"
-    yield "\n]\n"
 
 
 def newest_step(out: str | Path) -> Path | None:
@@ -1281,6 +1301,144 @@ def resolve_model(path: str) -> str:
     hint = {"out/tiny": "data_prep.py", "out/sft": "sft.py", "out/grpo": "grpo.py", "out/rise": "rise.py",
             "out/lessons": "sft.py --data data/mini/mood_lessons.jsonl --out out/lessons"}.get(path)
     raise ValueError(f"{path}: no such model" + (f"; `python {hint}` makes it" if hint else ""))
+
+
+# ----- OpenAI-compatible servers -----
+KEYS = ("OPENAI_API_KEY", "JUDGE_API_KEY", "VLM_API_KEY", "REASONER_API_KEY")
+
+
+def api_key(*names: str) -> str:
+    """The first of these environment variables that is set, or "". Raises ValueError, without the key."""
+    name = next((name for name in names if name in os.environ), names[0])
+    key = os.environ.get(name, "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise ValueError(f"{name}: no header can hold blanks or what is not ASCII")
+    return key
+
+
+def brief(fault) -> str:
+    """A server's text or an exception as one line of at most 200 characters, without any API key."""
+    text, keys = str(getattr(fault, "reason", fault)), [os.environ.get(name, "").strip() for name in KEYS]
+    for key in sorted(filter(None, keys), key=len, reverse=True):  # one may begin with another
+        text = text.replace(key, "[key]")
+    return " ".join(text.split())[:200]
+
+
+def check_servers(urls: dict[str, str], cfg) -> None:
+    """Raises ValueError naming a flag of requests, or one of `urls` {flag: URL}, that cannot work."""
+    for flag, url in urls.items():
+        if not re.match("https?://[^/]", url):
+            raise ValueError(f"--{flag} {url}: must begin with http://HOST or https://HOST")
+    for flag, least in (("concurrency", 1), ("timeout", 0.001), ("retries", 0)):
+        if not least <= getattr(cfg, flag) <= 1e6:
+            raise ValueError(f"--{flag} {getattr(cfg, flag)}: must be at least {least} and at most a million")
+
+
+def chat_messages(messages: list[dict], images: list[Image.Image]) -> list[dict]:
+    """build_messages' turns as these servers take them: the k-th image mark becomes images[k]."""
+    images = iter(images)
+
+    def filled(part):
+        if part["type"] != "image":
+            return part
+        next(images).save(png := io.BytesIO(), "PNG", icc_profile=None)  # a profile could change the colours
+        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        return {"type": "image_url", "image_url": {"url": url}}
+
+    return [turn | {"content": [filled(part) for part in turn["content"]]} for turn in messages]
+
+
+def in_parallel(ask: Callable, items: Iterable, workers: int) -> Iterator[tuple]:
+    """Yield (item, ask(item)) as they are done, so many at a time."""
+    pool = ThreadPoolExecutor(workers)
+    asked = {pool.submit(ask, item): item for item in items}
+    try:
+        for future in as_completed(asked):
+            yield asked[future], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not have to wait for all other items
+
+
+def request_chat(url: str, key: str, body: dict, cfg) -> tuple[str, bool, tuple[int, int]]:
+    """A server's reply as read_completion returns it. Raises ConnectionError.
+
+    Faults that may pass are retried. The waits have full jitter: many requests that failed together must not
+    come back together.
+    """
+    data, wait = json.dumps(body).encode(), 0.0
+    for attempt in range(cfg.retries + 1):
+        time.sleep(wait)
+        wait = random.uniform(0, min(30, 2 ** attempt))
+        try:
+            status, later, text = send(url, "chat/completions", key, data, cfg.timeout)
+            if status < 300:
+                return read_completion(text)
+            fault = f"HTTP {status}: {brief(text)}"
+            if status < 500 and status not in (408, 409, 425, 429):
+                break
+            if later.isdecimal():
+                wait = max(wait, min(60, int(later)))
+        except (OSError, HTTPException, ValueError) as error:
+            fault = brief(error)
+    raise ConnectionError(fault)
+
+
+def send(url: str, route: str, key: str, data: bytes | None, timeout: float) -> tuple[int, str, str]:
+    """GET URL/route, or POST JSON to it: (status, Retry-After, text), whatever the status.
+
+    Raises OSError, HTTPException or ValueError: no connection, one that breaks, or no answer in `timeout` s.
+    """
+    headers = {"Content-Type": "application/json", "User-Agent": "nanoVLR"}  # many refuse Python-urllib
+    request = urllib.request.Request(f"{url.rstrip('/')}/{route}", data, headers)
+    if key:  # it is for this server, not for where that may redirect to
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
+    deadline, parts = time.monotonic() + timeout, []
+    try:
+        reply = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        reply = error
+    with reply:
+        while part := reply.read1():
+            parts.append(part)
+            if time.monotonic() > deadline:  # a busy server may send blanks to keep the connection open
+                raise TimeoutError(f"no answer within {timeout:g} s")
+    return reply.status, reply.headers.get("Retry-After", ""), b"".join(parts).decode("utf-8", "replace")
+
+
+def read_completion(text: str) -> tuple[str, bool, tuple[int, int]]:
+    """(text, whether it was cut off, tokens of prompt and reply or 0 if not counted) of a chat completion.
+
+    Thoughts that the server took out are put back: the text is what the model wrote. Raises ValueError.
+    """
+    try:
+        completion = json.loads(text)
+        choice = completion["choices"][0]
+        message, truncated = choice["message"], choice.get("finish_reason") == "length"
+        content, usage = message.get("content"), completion.get("usage") or {}
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        tokens = [usage.get(f"{side}_tokens") for side in ("prompt", "completion")]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a chat completion: {brief(text)}") from error
+    if content is None and (truncated or thought):  # the model was cut while it still thought, say
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(f"a chat completion without content: {brief(text)}")
+    if isinstance(thought, str):
+        content = f"<think>{thought}" + ("" if truncated and not content else f"</think>{content}")
+    content = content.encode(errors="replace").decode()  # JSON can hold halves of characters, no file can
+    prompt, reply = (n if isinstance(n, int) else 0 for n in tokens)
+    return content, truncated, (prompt, reply)
+
+
+def served_model(flag: str, url: str, key: str, timeout: float) -> str:
+    """Name of the first model that a server lists. Raises ValueError naming the flag of its URL."""
+    text = ""
+    try:
+        _, _, text = send(url, "models", key, None, timeout)
+        return str(json.loads(text)["data"][0]["id"])
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"--{flag} {url}: no list of models there, name one or give another URL: "
+                         f"{brief(text or error)}") from error
 
 
 # ----- Vision-R1's cold start -----
@@ -1372,20 +1530,11 @@ class Calls:
     """
 
     def __init__(self, cfg):
-        self.cfg, self.lock, self.offline, self.replies, self.used = cfg, threading.Lock(), True, {}, {}
-        path, whole = Path(cfg.out) / "calls.jsonl", 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.log = path.open("a+b")
-        self.log.seek(0)
-        for number, line in enumerate(self.log, 1):
-            if line.endswith(b"\n"):  # a killed run may leave half a line
-                try:
-                    reply = json_row(line, number)
-                    self.replies[reply["call"]] = reply
-                except (KeyError, ValueError) as error:
-                    raise ValueError(f"{path}: line {number} is no reply: {error}") from error
-                whole += len(line)
-        self.log.truncate(whole)
+        self.cfg, self.lock, self.offline, self.used = cfg, threading.Lock(), True, {}
+        path = Path(cfg.out) / "calls.jsonl"
+        self.replies = {reply["call"]: reply for reply in complete_rows(path)}
+        write_rows(path, self.replies.values())  # without the half line that a killed run may leave
+        self.log = path.open("a")
 
     def ask(self, stage: str, record: dict, **fields: str) -> str:
         """The text of a reply. Raises LeftOut if that is of no use, ConnectionError, BadImage."""
@@ -1403,7 +1552,7 @@ class Calls:
             reply = self.request(stage, body, prompt, record["images"])
             line = json.dumps({"call": call, "id": record["id"], "stage": stage, **reply}) + "\n"
             with self.lock:
-                self.log.write(line.encode())
+                self.log.write(line)
                 self.log.flush()
         self.used[call] = stage, reply["tokens"]
         text = reply["text"].replace("<image>", "image").strip()  # LLaMA-Factory would count it as one
@@ -1415,113 +1564,27 @@ class Calls:
         return text
 
     def request(self, stage: str, body: dict, prompt: str, images: list) -> dict:
-        """The reply of the stage's server, see request_chat. Raises ConnectionError, BadImage."""
-        cfg, url, key, content = self.cfg, self.cfg.reasoner_url, server_key("REASONER"), prompt
+        """The reply of the stage's server. Raises ConnectionError, BadImage."""
+        cfg, url, who, content = self.cfg, self.cfg.reasoner_url, "REASONER", prompt
         if stage != "reasoning":
-            refs, url, key = iter(images), cfg.vlm_url, server_key("VLM")
-            content = [image_part(next(refs), cfg.max_pixels) if part["type"] == "image" else part
-                       for part in prompt_parts(prompt, images)]
-        return request_chat(url, key, body | {"messages": [{"role": "user", "content": content}]}, cfg)
-
-
-def image_part(ref, max_pixels: int) -> dict:
-    """An image as OpenAI-compatible servers take it. Raises BadImage."""
-    load_image(ref, max_pixels).save(png := io.BytesIO(), "PNG", icc_profile=None)
-    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def server_key(who: str) -> str:
-    """VLM_API_KEY or REASONER_API_KEY, else OPENAI_API_KEY, else "". Raises ValueError, without the key."""
-    key = os.environ.get(f"{who}_API_KEY", os.environ.get("OPENAI_API_KEY", "")).strip()
-    if not re.fullmatch("[!-~]*", key):
-        raise ValueError(f"{who}_API_KEY or OPENAI_API_KEY: no header can hold blanks or what is not ASCII")
-    return key
-
-
-def request_chat(url: str, key: str, body: dict, cfg) -> dict:
-    """A server's reply: {"text", "truncated", "tokens": [prompt's, reply's]}. Raises ConnectionError.
-
-    Faults that may pass are retried. The waits have full jitter: many requests that failed together must not
-    come back together.
-    """
-    headers = {"Content-Type": "application/json", "User-Agent": "nanoVLR"}  # many refuse Python-urllib
-    url = f"{url.rstrip('/')}/chat/completions"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    if key:  # it is for this server, not for where that may redirect to
-        request.add_unredirected_header("Authorization", f"Bearer {key}")
-    wait = 0.0
-    for attempt in range(cfg.retries + 1):
-        time.sleep(wait)
-        wait = random.uniform(0, min(30, 2 ** attempt))
-        try:
-            status, later, text = exchange(request, cfg.timeout)
-            if status < 300:
-                return read_chat(text)
-            fault = f"HTTP {status}: {text}"
-            if status < 500 and status not in (408, 409, 425, 429):
-                break
-            if later.isdecimal():
-                wait = max(wait, min(60, int(later)))
-        except (OSError, HTTPException, ValueError) as error:
-            fault = str(getattr(error, "reason", error))
-    raise ConnectionError(" ".join((fault.replace(key, "[key]") if key else fault).split())[:200])
-
-
-def exchange(request: urllib.request.Request, timeout: float) -> tuple[int, str, str]:
-    """(status, Retry-After, text), whatever the status. Raises OSError, HTTPException or ValueError."""
-    deadline, parts = time.monotonic() + timeout, []
-    try:
-        reply = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        reply = error
-    with reply:
-        while part := reply.read1():
-            parts.append(part)
-            if time.monotonic() > deadline:  # a busy server may send blanks to keep the connection open
-                raise TimeoutError(f"no answer within {timeout:g} s")
-    return reply.status, reply.headers.get("Retry-After", ""), b"".join(parts).decode("utf-8", "replace")
-
-
-def read_chat(text: str) -> dict:
-    """What request_chat returns, from a chat completion. Thoughts that the server took out are put back.
-
-    Tokens that it does not count are taken as four characters each. Raises ValueError.
-    """
-    try:
-        completion = json.loads(text)
-        choice = completion["choices"][0]
-        message, truncated = choice["message"], choice.get("finish_reason") == "length"
-        content, usage = message.get("content"), completion.get("usage") or {}
-        thought = message.get("reasoning_content") or message.get("reasoning")
-        tokens = [usage.get(f"{side}_tokens") for side in ("prompt", "completion")]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not a chat completion: {text[:200]}") from error
-    if content is None and (truncated or thought):
-        content = ""
-    if not isinstance(content, str):
-        raise ValueError(f"a chat completion without content: {text[:200]}")
-    if isinstance(thought, str):
-        content = f"<think>{thought}</think>{content}"
-    content = content.encode(errors="replace").decode()  # JSON can hold halves of characters, no file can
-    return {"text": content, "truncated": truncated,
-            "tokens": [n if isinstance(n, int) else len(said) // 4 for n, said in zip(tokens, ("", content))]}
+            url, who, turn = cfg.vlm_url, "VLM", {"content": prompt_parts(prompt, images)}
+            [turn] = chat_messages([turn], [load_image(ref, cfg.max_pixels) for ref in images])
+            content = turn["content"]
+        body = body | {"messages": [{"role": "user", "content": content}]}
+        key = api_key(f"{who}_API_KEY", "OPENAI_API_KEY")
+        text, truncated, (asked, said) = request_chat(url, key, body, cfg)
+        return {"text": text, "truncated": truncated, "tokens": [asked, said or len(text) // 4]}
 
 
 def check_bridge(cfg) -> Path:
     """The file to write. Raises ValueError naming a flag that cannot work."""
-    for flag, url, model in (("vlm", cfg.vlm_url, cfg.vlm_model),
-                             ("reasoner", cfg.reasoner_url, cfg.reasoner_model)):
-        if not re.match("https?://[^/]", url):
-            raise ValueError(f"--{flag}_url {url}: must begin with http://HOST or https://HOST")
-        if not model:
-            raise ValueError(f"--{flag}_model: name the model as its server does")
-        server_key(flag.upper())
+    check_servers({"vlm_url": cfg.vlm_url, "reasoner_url": cfg.reasoner_url}, cfg)
+    for who in ("vlm", "reasoner"):
+        if not getattr(cfg, f"{who}_model"):
+            raise ValueError(f"--{who}_model: name the model as its server does")
+        api_key(f"{who.upper()}_API_KEY", "OPENAI_API_KEY")
     if wrong := set(cfg.show_gold) - {"vlm", "reasoner"}:
         raise ValueError(f"--show_gold {min(wrong)}: use vlm, reasoner, both or nothing")
-    for flag, least in (("concurrency", 1), ("timeout", 0.001), ("retries", 0)):
-        if not least <= getattr(cfg, flag) <= 1e6:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)}: must be at least {least}")
     path = Path(cfg.out) / f"{cfg.split}.jsonl"
     if path.resolve() == Path(cfg.input).resolve():
         raise ValueError(f"--out {cfg.out}: {path} is the input")
@@ -1556,22 +1619,19 @@ def bridge_rows(records: list[dict], calls: Calls, cfg) -> Iterator[tuple[dict, 
     most = sum(len(STAGES) - STAGES.index(stage) for _, reason, stage in known if reason == "not asked")
     print(f"{len(records)} rows, {len(settled)} of them done; {most} calls to make at most", flush=True)
     yield from settled
-    calls.offline, pool, began = False, ThreadPoolExecutor(cfg.concurrency), time.monotonic()
+    calls.offline, began = False, time.monotonic()
     first, rest = todo[:cfg.concurrency], todo[cfg.concurrency:]
-    try:
-        with tqdm(total=len(records), initial=len(settled), desc="rows") as bar:
-            for part in (first, rest):
-                if part is rest and rest:
-                    bar.write(forecast(calls, len(first), len(rest), time.monotonic() - began))
-                faults = []
-                for future in as_completed([pool.submit(attempt, record) for record in part]):
-                    yield (row := future.result())
-                    faults += [row[2]] * (row[1] == "no reply")
-                    bar.update()
-                if part is first and part and len(faults) == len(first):
-                    raise ValueError(f"none of the first {len(first)} rows got its replies: {faults[0]}")
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not have to wait for all other rows
+    with tqdm(total=len(records), initial=len(settled), desc="rows") as bar:
+        for part in (first, rest):
+            if part is rest and rest:
+                bar.write(forecast(calls, len(first), len(rest), time.monotonic() - began))
+            faults = []
+            for _, row in in_parallel(attempt, part, cfg.concurrency):
+                yield row
+                faults += [row[2]] * (row[1] == "no reply")
+                bar.update()
+            if part is first and part and len(faults) == len(first):
+                raise ValueError(f"none of the first {len(first)} rows got its replies: {faults[0]}")
 
 
 def convert_bridge(cfg) -> None:
@@ -1595,8 +1655,7 @@ def convert_bridge(cfg) -> None:
         "max_pixels", "task")}
     manifest = {"input": Path(cfg.input).name, "rows": len(rows), "records": len(kept), "left_out": counts,
                 "stages": stages, "settings": settings, "rejects": rejects}
-    write_text(path.with_name(f"{path.stem}_manifest.json"),
-               [json.dumps(manifest, ensure_ascii=False, indent=1)])
+    write_json(path.with_name(f"{path.stem}_manifest.json"), manifest)
     why = ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "none"
     write_records(path, check_records(kept, f"{cfg.input} without its rows left out ({why})"))
     again = "; the same command asks again where no reply came" if counts["no reply"] else ""

@@ -51,17 +51,12 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import sys
 import time
 import traceback
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -74,7 +69,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from data_prep import build_messages, json_row, load_image, read_records, resolve_model, write_text
+from data_prep import (api_key, build_messages, chat_messages, check_servers, complete_rows, in_parallel,
+                       load_image, read_records, request_chat, resolve_model, served_model, write_json,
+                       write_rows, write_text)
 from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
                      gold_distribution, leaks, matched_ious, parse_boxes, parse_distribution, rationale_of)
 
@@ -372,20 +369,6 @@ class VLLM:
                   for o in answer.outputs]) for answer in answers]
 
 
-def chat_messages(messages, images):
-    """build_messages' turns as OpenAI-compatible servers take them: the k-th image mark becomes images[k]."""
-    images = iter(images)
-
-    def filled(part):
-        if part["type"] != "image":
-            return part
-        next(images).save(png := io.BytesIO(), "PNG", icc_profile=None)  # a profile could change the colours
-        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": url}}
-
-    return [turn | {"content": [filled(part) for part in turn["content"]]} for turn in messages]
-
-
 def generate(engine, prompts, seeds, cfg):
     """Sample one response per prompt; returns (response ids, logprobs under the sampler, truncated) in order.
 
@@ -568,58 +551,6 @@ def answer_rows(records, engine, processor, cfg):
         yield from ((record, replies[i]) for i, record in enumerate(batch))
 
 
-def api_key(name):
-    """An environment variable, or "". Raises ValueError (without the key) if no header can hold it."""
-    key = os.environ.get(name, "").strip()
-    if not re.fullmatch("[!-~]*", key):
-        raise ValueError(f"{name}: blanks and characters outside ASCII cannot be sent")
-    return key
-
-
-def brief(fault):
-    """A server's text or an exception as one line of at most 200 characters, without an API key."""
-    text = str(getattr(fault, "reason", fault))
-    for key in filter(None, map(api_key, ("OPENAI_API_KEY", "JUDGE_API_KEY"))):
-        text = text.replace(key, "[key]")
-    return " ".join(text.split())[:200]
-
-
-def send(route, data, cfg):
-    """GET BASE_URL/route, or POST JSON bytes to it; return (status, headers, text) whatever the status.
-
-    Raises OSError, HTTPException or ValueError: no connection, one that breaks, or silence for cfg.timeout.
-    """
-    headers = {"Content-Type": "application/json", "User-Agent": "nanoVLR"}  # many refuse Python-urllib
-    request = urllib.request.Request(f"{cfg.base_url.rstrip('/')}/{route}", data, headers)
-    # The key is for this server, not for another one or where it may redirect to.
-    if key := api_key("JUDGE_API_KEY" if cfg.engine == "judge" else "OPENAI_API_KEY"):
-        request.add_unredirected_header("Authorization", f"Bearer {key}")
-    deadline, parts = time.monotonic() + cfg.timeout, []
-    try:
-        reply = urllib.request.urlopen(request, timeout=cfg.timeout)
-    except urllib.error.HTTPError as e:
-        reply = e
-    with reply:
-        while part := reply.read1():
-            parts.append(part)
-            if time.monotonic() > deadline:  # a busy server may send blanks to keep the connection open
-                raise TimeoutError(f"no answer within {cfg.timeout:g} s")
-    return reply.status, reply.headers, b"".join(parts).decode("utf-8", "replace")
-
-
-def served_model(cfg):
-    """Name of the first model that the server lists. Raises ValueError."""
-    try:
-        status, _, text = send("models", None, cfg)
-    except (OSError, HTTPException, ValueError) as e:
-        raise ValueError(f"--base_url {cfg.base_url}: {brief(e)}") from e
-    try:
-        return str(json.loads(text)["data"][0]["id"])
-    except (ValueError, LookupError, TypeError) as e:
-        raise ValueError(f"--base_url {cfg.base_url}: HTTP {status} without a list of models, "
-                         f"give --api_model or another URL: {brief(text)}") from e
-
-
 def chat_request(record, model, cfg):
     """The JSON object that asks for a record's answer. Raises BadImage."""
     images = [load_image(image, cfg.max_pixels) for image in record["images"]]
@@ -633,81 +564,33 @@ def chat_request(record, model, cfg):
     return body
 
 
-def read_completion(text):
-    """The reply that a chat completion's JSON holds. Raises ValueError if it holds none."""
-    try:
-        completion = json.loads(text)
-        choice = completion["choices"][0]
-        response, truncated = choice["message"].get("content"), choice.get("finish_reason") == "length"
-        tokens = (completion.get("usage") or {}).get("completion_tokens")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"not a chat completion: {brief(text)}") from e
-    if response is None and truncated:  # a reasoning model that was cut while it still thought
-        response = ""
-    if not isinstance(response, str):
-        raise ValueError(f"a chat completion without content: {brief(text)}")
-    return {"response": response, "tokens": tokens if isinstance(tokens, int) else 0, "truncated": truncated}
-
-
-def ask_server(body, cfg):
-    """A server's reply to a request. Faults that may pass are retried; any other, or the last, is its error.
-
-    The waits have full jitter: many requests that failed together must not come back together.
-    """
-    data, wait = json.dumps(body).encode(), 0.0
-    for attempt in range(cfg.retries + 1):
-        time.sleep(wait)
-        wait = random.uniform(0, min(30, 2 ** attempt))
-        try:
-            status, headers, text = send("chat/completions", data, cfg)
-            if status < 300:
-                return read_completion(text)
-            error, later = f"HTTP {status}: {brief(text)}", headers.get("Retry-After", "")
-            if status < 500 and status not in (408, 409, 425, 429):
-                break
-            if later.isdecimal():
-                wait = max(wait, min(60, int(later)))
-        except (OSError, HTTPException, ValueError) as e:
-            error = brief(e)
-    return no_reply(error)
-
-
 def ask_samples(record, model, cfg):
     """A server's replies to a record, as in answer_rows."""
+    key, replies = api_key("OPENAI_API_KEY"), []
     try:
         body = chat_request(record, model, cfg)
-    except ValueError as e:
+        for seed in row_seeds(record, cfg):
+            own = body | ({"seed": seed} if cfg.temperature else {})
+            text, truncated, (_, tokens) = request_chat(cfg.base_url, key, own, cfg)
+            replies.append({"response": text, "tokens": tokens, "truncated": truncated})
+    except (ValueError, ConnectionError) as e:
         return [no_reply(str(e))]
-    replies = []
-    for seed in row_seeds(record, cfg):
-        replies.append(ask_server(body | ({"seed": seed} if cfg.temperature else {}), cfg))
-        if "error" in replies[-1]:
-            return replies[-1:]
     return replies
-
-
-def in_parallel(ask, items, cfg):
-    """Yield (item, ask(item)) as they are done, cfg.concurrency at a time."""
-    pool = ThreadPoolExecutor(cfg.concurrency)
-    asked = {pool.submit(ask, item): item for item in items}
-    try:
-        for future in as_completed(asked):
-            yield asked[future], future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not have to wait for all other items
 
 
 def model_names(cfg):
     """The models to evaluate, as their rows will name them. Raises ValueError."""
     if cfg.engine == "api":
-        return list(cfg.api_model) or [served_model(cfg)]
+        return list(cfg.api_model) or [
+            served_model("base_url", cfg.base_url, api_key("OPENAI_API_KEY"), cfg.timeout)]
     return [resolve_model(model) for model in cfg.model]
 
 
 def open_engine(model, cfg):
     """A function records -> iterator of (record, replies). Raises ValueError or OSError."""
     if cfg.engine == "api":
-        return lambda records: in_parallel(partial(ask_samples, model=model, cfg=cfg), records, cfg)
+        return lambda records: in_parallel(partial(ask_samples, model=model, cfg=cfg), records,
+                                           cfg.concurrency)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = AutoProcessor.from_pretrained(model)
     engine = build_engine(model, processor, cfg, device)
@@ -718,26 +601,6 @@ def eval_folder(model):
     """Where the results of a model go: into its own folder, or out/OWNER--NAME if it has none here."""
     own = Path("out", re.sub(r"[^\w.-]", "-", model.replace("/", "--")).strip("-."))
     return (Path(model) if Path(model).is_dir() else own) / "eval"
-
-
-def complete_rows(path):
-    """Rows of a file of JSON lines, none without a file. Half a line, of a run at work or killed, is left."""
-    lines = path.read_text().splitlines(True) if path.exists() else []
-    try:
-        return [json_row(line, number) for number, line in enumerate(lines, 1) if line.endswith("\n")]
-    except ValueError as e:
-        raise ValueError(f"{path} {e}") from e
-
-
-def write_rows(path, rows):
-    """Replace a file of JSON lines: complete or not at all, answers can be expensive."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(unfinished, path)
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def answered(path, records, settings):
@@ -784,10 +647,10 @@ def graded(record, replies, settings):
 
 
 def judge_server(cfg):
-    """The configuration under which the judge is asked."""
+    """(URL, key) of the judge. Keys go to their own servers only."""
     if cfg.judge_url in ("", cfg.base_url):
-        return cfg
-    return dataclasses.replace(cfg, engine="judge", base_url=cfg.judge_url)
+        return cfg.base_url, api_key("OPENAI_API_KEY")
+    return cfg.judge_url, api_key("JUDGE_API_KEY")
 
 
 def judged(pair, cfg):
@@ -796,11 +659,13 @@ def judged(pair, cfg):
     asked = build_prompt(record | {"task": "plain"})  # the options, but no order to work it out
     text = JUDGE.replace("{question}", asked).replace("{response}", row["response"][-8000:])
     turn = {"role": "user", "content": [{"type": "text", "text": text}]}
-    reply = ask_server({"model": cfg.judge_model, "messages": [turn], "max_tokens": cfg.max_new_tokens,
-                        "temperature": 0.0}, judge_server(cfg))
-    if "error" in reply:
-        return row | {"judge": {"error": reply["error"]}}
-    said = extract_answer(reply["response"]) or ""
+    body = {"model": cfg.judge_model, "messages": [turn], "max_tokens": cfg.max_new_tokens,
+            "temperature": 0.0}
+    try:
+        text, truncated, _ = request_chat(*judge_server(cfg), body, cfg)
+    except ConnectionError as e:
+        return row | {"judge": {"error": str(e)}}
+    said = extract_answer(text.rpartition("</think>")[2]) or "" if not truncated else ""
     return row | {"judge": {"model": cfg.judge_model, "extracted": said,
                             "correct": grade(f"<answer>{said}</answer>", record)}}
 
@@ -828,7 +693,7 @@ def judge_bench(name, records, rows, path, cfg):
     done = {row["id"]: row for row in rows}
     todo = [(record, row) for record, row in zip(records, rows) if row["response"] and row["correct"] == 0
             and row.get("judge", {}).get("model") != cfg.judge_model]
-    fresh = (row for _, row in in_parallel(partial(judged, cfg=cfg), todo, cfg))
+    fresh = (row for _, row in in_parallel(partial(judged, cfg=cfg), todo, cfg.concurrency))
     rows = run_bench(f"{name}, judge", records, done, len(todo), fresh, path)
     return [row | {"correct": row.get("judge", {}).get("correct", row["correct"]),
                    "scores": row["scores"] | {"by the rules": row["correct"]}} for row in rows]
@@ -905,7 +770,6 @@ def run_model(model, name, loaded, cfg):
     `name` is where its results go. The model is loaded only if a row lacks an answer.
     """
     folder = eval_folder(name)
-    folder.mkdir(parents=True, exist_ok=True)
     flags = ("max_new_tokens", "n", "temperature", "top_p", "top_k", "seed", "max_pixels", "task")
     shared = {"engine": cfg.engine, "model": model, **{name: getattr(cfg, name) for name in flags}}
     settings = [shared | {"data": bench.path, "split": bench.split} for _, bench, _ in loaded]
@@ -1013,12 +877,7 @@ def check(cfg):
         raise ValueError(f"--engine {cfg.engine}: use hf | vllm | api")
     if cfg.engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
-    for name, url in ("base_url", cfg.base_url), ("judge_url", cfg.judge_url or cfg.base_url):
-        if not re.match("https?://[^/]", url):
-            raise ValueError(f"--{name} {url}: must begin with http://HOST or https://HOST")
-    for name, least in (("concurrency", 1), ("timeout", 0.001), ("retries", 0)):
-        if not least <= getattr(cfg, name) <= 1e6:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: must be at least {least} and at most a million")
+    check_servers({"base_url": cfg.base_url, "judge_url": cfg.judge_url or cfg.base_url}, cfg)
     for name in "OPENAI_API_KEY", "JUDGE_API_KEY":
         api_key(name)
     if cfg.n < 1 or cfg.n > 1 and not cfg.temperature:
@@ -1049,7 +908,8 @@ def main(cfg):
                 draw_boxes(cfg.image[0], replies[0]["response"], cfg.max_pixels).save(cfg.save_image)
             return
         if cfg.judge == "api":
-            cfg = dataclasses.replace(cfg, judge_model=cfg.judge_model or served_model(judge_server(cfg)))
+            judge = cfg.judge_model or served_model("judge_url", *judge_server(cfg), cfg.timeout)
+            cfg = dataclasses.replace(cfg, judge_model=judge)
         loaded = [(name, bench, read_records(bench.path, bench.split, need=()))
                   for name, bench in find_benches(cfg.bench)]
         for name, bench, records in loaded:
@@ -1076,8 +936,7 @@ def main(cfg):
                  "", *comparison(table)]
         for model, summary in found.items():
             lines += ["", model, "", *details(summary)]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text("\n".join(lines) + "\n")
+        write_text(folder / "table.md", ["\n".join(lines) + "\n"])
         write_json(folder / "table.json", table)
         print("", *lines, sep="\n")
     if failed:

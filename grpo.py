@@ -36,7 +36,6 @@ G rollouts per question.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
 import argparse
-import base64
 import bisect
 import dataclasses
 import difflib
@@ -44,7 +43,6 @@ import functools
 import http.client
 import importlib.util
 import inspect
-import io
 import itertools
 import json
 import math
@@ -80,7 +78,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data_prep import build_messages, load_image, newest_step, read_records, resolve_model
+from data_prep import build_messages, chat_messages, load_image, newest_step, read_records, resolve_model
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 
 
@@ -593,20 +591,6 @@ def sleep_engine(engine):
     if isinstance(engine, VLLM) and torch.cuda.is_available():
         engine.llm.sleep(level=2)
         engine.asleep = True
-
-
-def chat_messages(messages, images):
-    """build_messages' turns as OpenAI-compatible servers take them: the k-th image mark becomes images[k]."""
-    images = iter(images)
-
-    def filled(part):
-        if part["type"] != "image":
-            return part
-        next(images).save(png := io.BytesIO(), "PNG", icc_profile=None)  # a profile could change the colours
-        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": url}}
-
-    return [turn | {"content": [filled(part) for part in turn["content"]]} for turn in messages]
 
 
 class Server:

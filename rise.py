@@ -41,14 +41,12 @@ G rationales per question.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
 import argparse
-import base64
 import dataclasses
 import difflib
 import functools
 import http.client
 import importlib.util
 import inspect
-import io
 import itertools
 import json
 import math
@@ -84,8 +82,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data_prep import (build_messages, check_record, check_records, json_row, load_image, newest_step,
-                       read_records, resolve_model, save_image, write_records)
+from data_prep import (build_messages, chat_messages, check_record, check_records, complete_rows, load_image,
+                       newest_step, read_records, resolve_model, save_image, write_records)
 from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, format_think_answer,
                      gold_distribution, leaks, parse_boxes, parse_distribution, reconstruct_prompt, scrub)
 
@@ -588,20 +586,6 @@ def sleep_engine(engine):
     if isinstance(engine, VLLM) and torch.cuda.is_available():
         engine.llm.sleep(level=2)
         engine.asleep = True
-
-
-def chat_messages(messages, images):
-    """build_messages' turns as OpenAI-compatible servers take them: the k-th image mark becomes images[k]."""
-    images = iter(images)
-
-    def filled(part):
-        if part["type"] != "image":
-            return part
-        next(images).save(png := io.BytesIO(), "PNG", icc_profile=None)  # a profile could change the colours
-        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        return {"type": "image_url", "image_url": {"url": url}}
-
-    return [turn | {"content": [filled(part) for part in turn["content"]]} for turn in messages]
 
 
 class Server:
@@ -1145,8 +1129,7 @@ def evaluate(engine, records, processor, cfg):
 
 def read_rationales(path):
     """Lines of a rationales.jsonl; a last one that was cut off is left out. Raises ValueError."""
-    rows = [json_row(line, number) for number, line in enumerate(open(path, encoding="utf-8"), 1)
-            if line.endswith("\n")]
+    rows = complete_rows(path)
     for number, row in enumerate(rows, 1):
         missing = {"record", "rationale", "reward", "agreement", "leaks", "truncated"} - row.keys()
         if missing:
@@ -1200,7 +1183,7 @@ def annotate(cfg, rank, world, device):
         source, processor = Path(cfg.out) / "rationales.jsonl", AutoProcessor.from_pretrained(first)
         engine = (Server(first, processor, cfg) if cfg.engine == "server"
                   else build_engine(first, processor, cfg, device))
-        begun = read_rationales(source) if rank == 0 and cfg.resume and source.exists() else []
+        begun = read_rationales(source) if rank == 0 and cfg.resume else []
         # The last step may have been cut short.
         done = int(global_max(begun[-1]["step"] - 1 if begun else 0))
         log = RunLog(cfg, done)

@@ -119,8 +119,8 @@ def waits(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(stage, "time", SimpleNamespace(time=time.time, monotonic=time.monotonic,
-                                                       sleep=lambda s: waits.append(s) if s else None))
+    monkeypatch.setattr(data_prep, "time", SimpleNamespace(
+        monotonic=time.monotonic, sleep=lambda s: waits.append(s) if s else None))
     return waits
 
 
@@ -307,7 +307,7 @@ def test_refusals_are_not_retried(serve, waits, status):
 
 def test_waits_grow_with_full_jitter(serve, waits, monkeypatch):
     drawn = []
-    monkeypatch.setattr(stage, "random", SimpleNamespace(uniform=lambda a, b: drawn.append((a, b)) or b / 2))
+    monkeypatch.setattr(data_prep.random, "uniform", lambda a, b: drawn.append((a, b)) or b / 2)
     make_rows(1)
     server = serve(lambda row, n, s: (500, {}, b"busy"))
     row = evaluate(server, "--retries", "7")["row-0"]
@@ -338,6 +338,22 @@ def test_a_reasoning_model_that_ran_out_of_tokens_has_an_empty_answer(serve):
     assert len(server.asked) == 3 and not any("error" in row for row in rows.values())
     assert [(r["response"] == "", r["truncated"], r["tokens"], r["correct"]) for r in rows.values()] == [
         (True, True, 7, 0), (False, False, 0, 1), (False, False, 0, 1)]
+
+
+def test_thoughts_that_a_server_took_out_are_part_of_the_response(serve):
+    """As another engine would give it: row-1 was cut while it thought; half a character harms no file."""
+    make_rows(3)
+    said = {"row-0": {"content": "It is 0.", "reasoning_content": "1? No."},
+            "row-1": {"content": None, "reasoning": "It is"}, "row-2": {"content": "It is 2 \ud83d."}}
+
+    def behave(row, n, server):
+        reply = json.loads(chat("", "length" if row == "row-1" else "stop"))
+        reply["choices"][0]["message"] |= said[row]
+        return json.dumps(reply).encode()
+
+    rows = evaluate(serve(behave)).values()
+    assert [(row["response"], row["truncated"], row["correct"]) for row in rows] == [
+        ("<think>1? No.</think>It is 0.", False, 1), ("<think>It is", True, 0), ("It is 2 ?.", False, 1)]
 
 
 def test_a_server_that_dies_costs_only_its_rows(serve, capsys):

@@ -532,7 +532,7 @@ def test_a_judge_reads_what_the_rules_could_not(serve, capsys):  # noqa: F811
              "row-2": "Who knows?", "row-3": ""}
 
     server = serve(lambda row, n, s: chat(words[row]))
-    judge = serve(lambda row, n, s: chat({"row-1": "1", "row-2": "none"}[row]))
+    judge = serve(lambda row, n, s: chat({"row-1": "<think>\\boxed{7}?</think>1", "row-2": "none"}[row]))
     flags = ["--judge", "api", "--judge_url", judge.url, "--judge_model", "reader"]
     rows = evaluate(server, *flags)
     assert sorted(judge.asked) == ["row-1", "row-2"] and sorted(server.asked) == [*words]
