@@ -1058,14 +1058,19 @@ def save_image(ref: str | Path | dict | Image.Image, folder: Path) -> str:
     return name
 
 
+def check_choice(cfg, flag: str, allowed: Iterable[str]) -> None:
+    """Raises ValueError unless the flag has one of the `allowed` values."""
+    if (value := getattr(cfg, flag)) not in allowed:
+        raise ValueError(f"--{flag} {value}: use {' | '.join(filter(None, allowed))}")
+
+
 def convert_input(cfg) -> None:
     """Copy any readable --input to OUT/SPLIT.jsonl and OUT/images, less the rows that are refused.
 
     --pass_rate refuses some on purpose, which are counted by reason; an unreadable image is named. --form
     makes it a ShareGPT file, OUT/SPLIT.json.
     """
-    if cfg.form and cfg.form not in LAYOUTS:
-        raise ValueError(f"--form {cfg.form}: use {' | '.join(LAYOUTS)}")
+    check_choice(cfg, "form", ("", *LAYOUTS))
     refuse, need = pass_rate_filter(cfg), ("response",) if cfg.form else ("answer",)
     kept, skipped, filtered = [], [], Counter()
     records = read_records(cfg.input, cfg.split, need, cfg.n, cfg.image_root)
@@ -1094,9 +1099,8 @@ def convert_input(cfg) -> None:
 
 def pass_rate_filter(cfg) -> Callable[[dict], str]:
     """A function from a record to the reason why --pass_rate leaves it out, or "". Raises ValueError."""
+    check_choice(cfg, "pass_rate_of", ("7b", "32b"))
     name = f"pass_rate_{cfg.pass_rate_of}"
-    if name not in PASS_RATES:
-        raise ValueError(f"--pass_rate_of {cfg.pass_rate_of}: use 7b | 32b")
     try:
         low, high = map(float, cfg.pass_rate or (0, 1))
     except ValueError:
@@ -1253,10 +1257,8 @@ def reason_rft_records(cfg, form: str, manifest: dict) -> Iterator[dict]:
 
 def convert_reason_rft(cfg) -> None:
     """Write the training set --form of the meta-JSON --input (three of them for sharegpt) and manifests."""
-    if cfg.form not in FORMS:
-        raise ValueError(f"--form {cfg.form}: use {' | '.join(FORMS)}")
-    if cfg.stage2 not in ("rest", "full"):
-        raise ValueError(f"--stage2 {cfg.stage2}: use rest | full")
+    check_choice(cfg, "form", FORMS)
+    check_choice(cfg, "stage2", ("rest", "full"))
     if cfg.stage1_n < 1:
         raise ValueError(f"--stage1_n {cfg.stage1_n}: must be at least 1")
     out, stem = Path(cfg.out), Path(cfg.input).stem
@@ -1279,6 +1281,7 @@ def convert_reason_rft(cfg) -> None:
               f"{path}: {manifest['records']} records ({counts}), {len(rejects)} left out", sep="\n")
 
 
+# ----- model folders -----
 def newest_step(out: str | Path) -> Path | None:
     """The newest complete checkpoint of a run directory; unfinished ones still carry the suffix .tmp."""
     return max((p for p in Path(out).glob("step_??????") if (p / "meta.json").exists()), default=None)
@@ -2158,17 +2161,15 @@ CONVERTERS = {"records": convert_input, "reason_rft": convert_reason_rft, "bridg
 
 
 def main(cfg: Config) -> None:
+    check_choice(cfg, "source", ("mini", *CONVERTERS))
     if cfg.source == "mini":
         make_mini(Path(cfg.out), cfg.seed)
         files = [*Path(cfg.out).glob("*_train.jsonl"), *Path(cfg.out).glob("*_lessons.jsonl")]
         rows = [r for path in sorted(files) for r in read_records(path, need=("response",))]
         texts = [text for r in rows for text in (rewards.build_prompt(r), r["response"])]
         make_tiny(Path("out/tiny"), texts, cfg.seed)
-    elif cfg.source not in CONVERTERS:
-        raise ValueError(f"--source {cfg.source}: use mini | {' | '.join(CONVERTERS)}")
-    elif cfg.task and cfg.task not in rewards.PROMPTS:
-        raise ValueError(f"--task {cfg.task}: use {' | '.join(rewards.PROMPTS)}")
     else:
+        check_choice(cfg, "task", ("", *rewards.PROMPTS))
         CONVERTERS[cfg.source](cfg)
 
 

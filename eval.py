@@ -69,9 +69,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from data_prep import (api_key, build_messages, chat_messages, check_servers, complete_rows, in_parallel,
-                       load_image, read_records, request_chat, resolve_model, served_model, write_json,
-                       write_rows, write_text)
+from data_prep import (api_key, build_messages, chat_messages, check_choice, check_servers, complete_rows,
+                       in_parallel, load_image, read_records, request_chat, resolve_model, served_model,
+                       write_json, write_rows, write_text)
 from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
                      gold_distribution, leaks, matched_ious, parse_boxes, parse_distribution, rationale_of)
 
@@ -815,10 +815,9 @@ def comparison(found):
     A cell is the accuracy in percent, and behind it the further scores.
     """
     def cell(entry):
-        scores = (f"{value:.3f}" if name in NOT_SHARES else f"{100 * value:.1f}"
-                  for name, value in entry["scores"].items())
-        return " ".join([f"{100 * entry['accuracy']:.1f}",
-                         *(f"({name} {score})" for name, score in zip(entry["scores"], scores))])
+        return " ".join([f"{100 * entry['accuracy']:.1f}", *(
+            f"({name} {value:.3f})" if name in NOT_SHARES else f"({name} {100 * value:.1f})"
+            for name, value in entry["scores"].items())])
 
     lines = [f"| benchmark | n | {' | '.join(found)} |", "|---|---|" + "---|" * len(found)]
     for entries in zip(*found.values()):
@@ -871,10 +870,9 @@ def check(cfg):
         raise ValueError("--save_image goes with --image")
     if len(cfg.report) > 2:
         raise ValueError("--report: one run directory, or two to compare")
-    if cfg.task and cfg.task not in PROMPTS:
-        raise ValueError(f"--task {cfg.task}: use {' | '.join(PROMPTS)}")
-    if cfg.engine not in ("hf", "vllm", "api"):
-        raise ValueError(f"--engine {cfg.engine}: use hf | vllm | api")
+    check_choice(cfg, "task", ("", *PROMPTS))
+    check_choice(cfg, "engine", ("hf", "vllm", "api"))
+    check_choice(cfg, "judge", ("off", "api"))
     if cfg.engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
     check_servers({"base_url": cfg.base_url, "judge_url": cfg.judge_url or cfg.base_url}, cfg)
@@ -883,8 +881,6 @@ def check(cfg):
     if cfg.n < 1 or cfg.n > 1 and not cfg.temperature:
         raise ValueError(f"--n {cfg.n}: " + ("must be at least 1" if cfg.n < 1 else
                          "at temperature 0 all samples are the same; give --temperature 0.6, say"))
-    if cfg.judge not in ("off", "api"):
-        raise ValueError(f"--judge {cfg.judge}: use off | api")
     if cfg.judge == "api" and cfg.n > 1:
         raise ValueError("--judge api: reads one response per row, so leave --n at 1")
 
@@ -908,8 +904,8 @@ def main(cfg):
                 draw_boxes(cfg.image[0], replies[0]["response"], cfg.max_pixels).save(cfg.save_image)
             return
         if cfg.judge == "api":
-            judge = cfg.judge_model or served_model("judge_url", *judge_server(cfg), cfg.timeout)
-            cfg = dataclasses.replace(cfg, judge_model=judge)
+            cfg = dataclasses.replace(cfg, judge_model=cfg.judge_model or served_model(
+                "judge_url", *judge_server(cfg), cfg.timeout))
         loaded = [(name, bench, read_records(bench.path, bench.split, need=()))
                   for name, bench in find_benches(cfg.bench)]
         for name, bench, records in loaded:

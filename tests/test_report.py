@@ -101,7 +101,7 @@ def test_rationales_of_rise_are_rollouts_too(tmp_path):
     """Both hops as one response, at the record they are about; divergences are no percentages."""
     record = {"id": "r1", "question": "Find every cup.", "answer": "[[0, 0, 9, 9]]"}
     write_lines(tmp_path / "rationales.jsonl", [
-        {"step": 2, "sample": g, "cot": f"seen {g}", "reconstruction": "<answer>1</answer>", "reward": g + 0.0,
+        {"step": 2, "sample": g, "cot": f"seen {g}", "reconstruction": "<answer>1</answer>", "reward": g,
          "tokens": 4, "truncated": False, "record": record} for g in range(3)])
     _, data = page(tmp_path)
     (case,) = data["sections"][0]["cases"]
