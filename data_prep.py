@@ -1,4 +1,6 @@
-r"""Data for every stage: one record schema, readers for the formats met in the wild, images, chat messages.
+r"""Data for every stage: one record schema, readers for the formats met in the wild, training sets from them.
+
+    python data_prep.py      # the mini suite, drawn here: data/mini; and a tiny model to train on it: out/tiny
 
 A record is one JSON line, or the same dict in memory:
     id           str   unique within a file
@@ -44,29 +46,28 @@ A .jsonl, .json, .parquet, .arrow or .tsv file, a folder of them or a Hub id is 
                   options or A, B, ..; hint or context (EMMA, ScienceQA, VLMEvalKit's TSV files)
 A Hub id may name a configuration, `MMMU/MMMU:Art`, or with `MMMU/MMMU:*` all of them one after the other.
 
+--source records copies the rows that can be used to OUT/SPLIT.jsonl, images of other folders to OUT/images:
     python data_prep.py --source records --input hiyouga/geometry3k --split test --out data/geometry3k
     python data_prep.py --source records --input downloads/test.parquet --out data/mathvision
     python data_prep.py --source records --input downloads/ViRL39K --pass_rate 0.1 0.9 --out data/virl39k
     python data_prep.py --source records --input instances_train2017.json --image_root DIR --out data/coco
-    python data_prep.py --source reason_rft --input META.json --form stage1 --image_root images --out data/rft
 
 --source reason_rft builds one of the training sets of Reason-RFT (arXiv 2503.20752) from its meta-JSON:
+    python data_prep.py --source reason_rft --input META.json --form stage1 --image_root images --out data/rft
     ans_sft   prompt without tags -> the bare answer            stage1  cot_sft of the first --stage1_n rows
     cot_sft   prompt with tags -> think and answer blocks       stage2  rl of the rows after them, or of all
     rl        prompt with tags, no response
     sharegpt  ans_sft, cot_sft and stage1 for LLaMA-Factory, and OUT/dataset_info.json
-It writes OUT/INPUT_FORM.jsonl (.json for sharegpt), whose images stay where they are, and beside it
-INPUT_FORM_manifest.json: counts, the rows used as ranges (first and last, counted from 1), and each row left
-out with its reason. A rejected row is not replaced by a later one.
+It writes OUT/INPUT_FORM.jsonl (.json for sharegpt), whose images stay where they are, and a manifest: counts,
+ranges of the rows used (from 1), each row left out with its reason. No later row takes its place.
 
 --source bridge makes cold-start data as Vision-R1 does (arXiv 2503.06749), from any records with an answer:
     python data_prep.py --source bridge --input data/geometry3k/train.jsonl --out data/cold \
         --vlm_url http://gpu1:8000/v1 --vlm_model Qwen/Qwen2.5-VL-72B-Instruct \
         --reasoner_url http://gpu2:8000/v1 --reasoner_model deepseek-ai/DeepSeek-R1
-It writes OUT/SPLIT.jsonl, OUT/SPLIT_manifest.json (counts, settings, each row left out with its reason) and
-OUT/calls.jsonl, a line per reply, from which the same command goes on after any interruption. Keys are read
-from VLM_API_KEY and REASONER_API_KEY, else OPENAI_API_KEY, and go nowhere but into the requests. A record's
-own response, such as LLaVA-CoT's or Mulberry's, saves the VLM's first call.
+A record's own response, such as LLaVA-CoT's or Mulberry's, saves the VLM's first call. Keys are read from
+VLM_API_KEY and REASONER_API_KEY, else OPENAI_API_KEY, and go nowhere but into the requests. It writes
+OUT/SPLIT.jsonl, a manifest, and OUT/calls.jsonl, a line per reply: the same command goes on from there.
 
 Every error is a ValueError of one line that names the file or id at fault.
 """
@@ -2128,7 +2129,7 @@ class Config:
     out: str = "data/mini"    # folder to write
 
 
-# ----- twins (identical in every stage; tests/test_twins.py) ----- -----------------------------------------
+# ----- twins (identical in every stage; tests/test_twins.py) ------------------------------------------------
 def parse_config(cls, argv=None):
     """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
 

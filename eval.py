@@ -1,40 +1,40 @@
 """Evaluation: a checkpoint -> accuracy on benchmarks, or the answer to one question; a run -> an HTML report.
 
-Greedy by default. Every row is graded by rewards.accuracy, the same function that training rewards. A row
-that could not be read or answered counts as wrong, stays in the denominator and is listed after the table;
-one without an `answer` is answered, not graded.
-
     python eval.py --bench                   # every benchmark whose data is present, newest step of out/grpo
     python eval.py --bench counting-id counting-ood --model out/sft
     python eval.py --bench counting-id counting-ood --model out/sft out/grpo     # one table
-    python eval.py --bench mathvision=test.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --max_new_tokens 2048
     python eval.py --bench mathvista mmmu    # from data/, else the Hub
+    python eval.py --bench mathvision=test.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --max_new_tokens 2048
     python eval.py --bench my_records.jsonl  # any file that data_prep can read
     python eval.py --bench --n 8 --temperature 0.6 --top_p 0.95   # accuracy is pass@1 over 8 samples; maj@8
-    python eval.py --image photo.jpg --prompt "What is unusual here?" --model Qwen/Qwen2.5-VL-7B-Instruct
-    python eval.py --image photo.jpg --prompt "Find every cup." --task boxes --save_image boxes.png
-    python eval.py --bench --engine vllm --model out/grpo
-    python eval.py --report out/grpo             # curves, rollouts, graded rows: out/grpo/report.html
-    python eval.py --report out/grpo out/sft     # and side by side what both answered
+    python eval.py --bench --engine vllm
+
+--engine api asks any OpenAI-compatible server, also a proprietary model's. Images travel as PNG, and thoughts
+that it took out of a reply are put back: it sees the pixels of the other engines, and their text is graded.
+The key is read from OPENAI_API_KEY and goes nowhere but into the request.
 
     vllm serve out/grpo/step_000040 --generation-config vllm   # sampling as asked, not as the model suggests
-    python eval.py --engine api --base_url http://localhost:8000/v1 --bench counting-id
+    python eval.py --bench counting-id --engine api --base_url http://localhost:8000/v1
+    OPENAI_API_KEY=... python eval.py --bench --engine api --base_url https://HOST/v1 --api_model NAME
 
-Any OpenAI-compatible server will do, also a proprietary model's: the key is read from OPENAI_API_KEY and goes
-nowhere but into the request. Images travel as PNG, so the server sees the pixels that the other engines see.
-
-    OPENAI_API_KEY=... python eval.py --engine api --base_url https://HOST/v1 --api_model NAME --bench
-
-Leaderboards that extract answers with a language model: --judge api sends it the responses that the rules
-grade as wrong, and what it reads there as the answer (it never sees the gold) is graded by the same rules.
-The table has both. Its key is JUDGE_API_KEY, unless it is the server of --base_url.
+Every row is graded by rewards.accuracy, the same function that training rewards. A row that could not be read
+or answered counts as wrong, stays in the denominator and is listed after the table; one without an `answer`
+is answered, not graded. For leaderboards that extract answers with a language model, --judge api sends it
+the responses that the rules grade as wrong, and what it reads there as the answer (it never sees the gold) is
+graded by the same rules. The table has both. Its key is JUDGE_API_KEY, unless it is --base_url's server.
 
     python eval.py --bench mathvista --judge api --judge_url https://HOST/v1 --judge_model NAME
 
-Writes MODEL/eval/BENCH.jsonl (a line per row, appended as answers come: the same command again goes on where
-it stopped and asks failed rows again) and MODEL/eval/summary.json. MODEL is the model's folder or, for what
-is no folder here, out/OWNER--NAME. The printed table is also MODEL/eval/table.md and table.json, or that of
-several models out/eval/table.md and table.json.
+MODEL/eval/BENCH.jsonl gets a line per row as answers come: the same command again goes on where it stopped
+and asks failed rows again. Beside it are summary.json and the printed table, table.md and table.json; that of
+several models is in out/eval. MODEL is the model's folder, or out/OWNER--NAME for what is no folder here.
+
+One question, and a page about a run:
+
+    python eval.py --image photo.jpg --prompt "What is unusual here?" --model Qwen/Qwen2.5-VL-7B-Instruct
+    python eval.py --image photo.jpg --prompt "Find every cup." --task boxes --save_image boxes.png
+    python eval.py --report out/grpo             # curves, rollouts, graded rows: out/grpo/report.html
+    python eval.py --report out/grpo out/sft     # and side by side what both answered
 
 Shapes: B rows generated together, T padded length, V vocabulary.
 """

@@ -5,16 +5,17 @@ every hole: no reward raises, hangs (each call is bounded well under a second), 
 model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer (str),
 answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
 (picks a prompt of its own), meta? ({"classes": [...]} of a distribution). The training loop adds what it
-knows of the response: truncated? (cut at the length limit), forced? (continued after a rethinking trigger);
-absent means False.
+knows of the response: truncated? (cut at the length limit), forced? (continued after a rethinking trigger).
 
-How a response becomes a verdict:
-  1. extract_answer: last <answer> tag, else last \boxed{}, else "the answer is ...", else the bare text.
+From a question to a reward:
+  1. build_prompt: the template of the record's task, else of its answer type. It promises a form of answer.
+  2. extract_answer: last <answer> tag, else last \boxed{}, else "the answer is ...", else the bare text.
      Tag and box are slots the model chose to fill, so they are read strictly: one answer, nothing else.
      Prose is read for its conclusion, because untrained models only ever write prose.
-  2. accuracy: choice compares option letters, number compares exact values, text compares normalised words,
+  3. accuracy: choice compares option letters, number compares exact values, text compares normalised words,
      calls compares function calls. What the cheap comparisons leave open goes to math-verify, if it is small
      enough to be safe. Boxes and distributions (RISE) are read from a tag or box alone.
+  4. REWARDS: accuracy, formats, and what the papers reward instead; parse_reward_spec reads their weights.
 
 Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or
 "and" are one list); a tag beats a box outside it; units, degree signs and labels ("Area =") are ignored; a
