@@ -1,6 +1,6 @@
 r"""Data for every stage: one record schema, readers for the formats met in the wild, training sets from them.
 
-    python data_prep.py      # the mini suite, drawn here: data/mini; and a tiny model to train on it: out/tiny
+    python data_prep.py    # the mini suite, drawn here: data/mini; and a tiny model to train on it: out/tiny
 
 A record is one JSON line, or the same dict in memory:
     id           str   unique within a file
@@ -1569,14 +1569,14 @@ class Calls:
 
     def request(self, stage: str, body: dict, prompt: str, images: list) -> dict:
         """The reply of the stage's server. Raises ConnectionError, BadImage."""
-        cfg, url, who, content = self.cfg, self.cfg.reasoner_url, "REASONER", prompt
-        if stage != "reasoning":
-            url, who, turn = cfg.vlm_url, "VLM", {"content": prompt_parts(prompt, images)}
-            [turn] = chat_messages([turn], [load_image(ref, cfg.max_pixels) for ref in images])
-            content = turn["content"]
-        body = body | {"messages": [{"role": "user", "content": content}]}
+        cfg = self.cfg
+        if stage == "reasoning":
+            url, who, turn = cfg.reasoner_url, "REASONER", {"role": "user", "content": prompt}
+        else:
+            url, who, pixels = cfg.vlm_url, "VLM", [load_image(ref, cfg.max_pixels) for ref in images]
+            [turn] = chat_messages([{"role": "user", "content": prompt_parts(prompt, images)}], pixels)
         key = api_key(f"{who}_API_KEY", "OPENAI_API_KEY")
-        text, truncated, (asked, said) = request_chat(url, key, body, cfg)
+        text, truncated, (asked, said) = request_chat(url, key, body | {"messages": [turn]}, cfg)
         return {"text": text, "truncated": truncated, "tokens": [asked, said or len(text) // 4]}
 
 
@@ -2177,5 +2177,5 @@ def main(cfg: Config) -> None:
 if __name__ == "__main__":
     try:
         main(parse_config(Config))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"data_prep.py: {error}")
