@@ -101,10 +101,10 @@ PROMPTS = {
     "board": "{question} Think inside <think> </think>, then give the calls inside <answer> </answer>.",
     "board_answer": "{question} Give only the calls.",
     "transform_answer": SCENE_RULES + "\n\n{question}\n\nGive only the function calls, separated by commas.",
-    "transform_caption": SCENE_RULES + "\n\n{question}\n\nSay inside <summary> </summary> how you will go about"
-                         " it and inside <caption> </caption> what both pictures show. Then think inside <think>"
-                         " </think> and give only the function calls, separated by commas, inside <answer>"
-                         " </answer>.",
+    "transform_caption": SCENE_RULES + "\n\n{question}\n\nSay inside <summary> </summary> how you will"
+                         " go about it and inside <caption> </caption> what both pictures show. Then think"
+                         " inside <think> </think> and give only the function calls, separated by commas,"
+                         " inside <answer> </answer>.",
     # RISE's two hops (arXiv 2508.13229)
     "cot": "{question}\n\nThe answer is known to be {answer}\nIn at most 100 words, tell what in the picture"
            " shows it: things, shapes, textures, colors, surroundings. Somebody else has to find the answer"
