@@ -31,11 +31,8 @@ TOP_LEVEL = {"rewards.py", "data_prep.py", "sft.py", "grpo.py", "rise.py", "eval
 
 @functools.cache
 def parse(stage):
-    """Source lines and top-level definitions {name: node} of a stage; None while there is no such file."""
-    path = ROOT / f"{stage}.py"
-    if not path.exists():
-        return None
-    source = path.read_text(encoding="utf-8")
+    """Source lines and top-level definitions {name: node} of a stage."""
+    source = (ROOT / f"{stage}.py").read_text(encoding="utf-8")
     return source.splitlines(), {n.name: n for n in ast.parse(source).body
                                  if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
 
@@ -47,17 +44,13 @@ def text(stage, name):
     return "\n".join(line.rstrip() for line in lines[first - 1:nodes[name].end_lineno])
 
 
-def present(stages):
-    return [s for s in stages if parse(s)]
-
-
 def fields(stage):
     return {n.target.id for n in parse(stage)[1]["Config"].body if isinstance(n, ast.AnnAssign)}
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_twins_are_identical(name):
-    texts = {stage: text(stage, name) for stage in present(TWINS[name])}
+    texts = {stage: text(stage, name) for stage in TWINS[name]}
     first = next(iter(texts))
     for stage, other in texts.items():
         assert other == texts[first], f"{name} differs between {first}.py and {stage}.py"
@@ -65,8 +58,6 @@ def test_twins_are_identical(name):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_definition_under_a_twins_heading_is_in_the_table(stage):
-    if not parse(stage):
-        pytest.skip("not written yet")
     lines, nodes = parse(stage)
     headings = {i: "twins" in line for i, line in enumerate(lines, 1) if line.startswith("# -----")}
     under = {name for name, n in nodes.items()
@@ -76,7 +67,7 @@ def test_every_definition_under_a_twins_heading_is_in_the_table(stage):
 
 def test_a_name_defined_in_two_stages_is_a_twin():
     owners = {}
-    for stage in present(STAGES):
+    for stage in STAGES:
         for name in parse(stage)[1]:
             owners.setdefault(name, []).append(stage)
     assert {name for name, stages in owners.items() if len(stages) > 1} - OWN <= TWINS.keys()
@@ -84,17 +75,15 @@ def test_a_name_defined_in_two_stages_is_a_twin():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_twins_come_in_the_same_order(stage):
-    if not parse(stage):
-        pytest.skip("not written yet")
     names = [name for name in parse(stage)[1] if name in TWINS]
-    for other in present(STAGES):
+    for other in STAGES:
         common = [name for name in parse(other)[1] if name in names]
         assert common == [name for name in names if name in common], other
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_every_field_a_twin_reads_is_in_each_config(name):
-    for stage in present(TWINS[name]):
+    for stage in TWINS[name]:
         read = {n.attr for n in ast.walk(parse(stage)[1][name])
                 if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "cfg"}
         assert read <= fields(stage), f"{stage}.py has no --{read - fields(stage)}"
@@ -103,8 +92,6 @@ def test_every_field_a_twin_reads_is_in_each_config(name):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_field_is_read_somewhere(stage):
     """A flag that nothing reads is a promise the stage does not keep; data_prep's functions may read it."""
-    if not parse(stage):
-        pytest.skip("not written yet")
     source = "\n".join(parse(stage)[0])
     borrowed = {a.name for n in ast.parse(source).body if isinstance(n, ast.ImportFrom) for a in n.names}
     source += "\n".join(text("data_prep", name) for name in borrowed & parse("data_prep")[1].keys())
@@ -115,8 +102,6 @@ def test_every_field_is_read_somewhere(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_import_only_the_leaves(stage):
-    if not parse(stage):
-        pytest.skip("not written yet")
     tree = ast.parse("\n".join(parse(stage)[0]))
     imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
