@@ -58,16 +58,18 @@ def agreement(model, task):
 def measure(task, seed):
     """All arms on one task from one start: rows of the table, and the metrics of RISE-CoT."""
     folder, common = f"out/bench/rise_{task}{seed}", ["--seed", seed]
-    known, glances, start = f"data/mini/{task}_known.jsonl", f"data/mini/{task}_glance.jsonl", f"{folder}/start"
+    known, glances, held_out = (f"data/mini/{task}_{name}.jsonl" for name in ("known", "glance", "held_out"))
+    start = f"{folder}/start"
     records = data_prep.read_records(ROOT / f"data/mini/{task}_train.jsonl", limit=KNOWN)
     data_prep.write_records(ROOT / known, records)
     data_prep.write_records(ROOT / glances, map(glance, records))
+    data_prep.write_records(ROOT / held_out,
+                            data_prep.read_records(ROOT / f"data/mini/{task}_id.jsonl", limit=100))
     warm = run("sft.py", *common, *SFT, "--data", f"data/mini/{task}_lessons.jsonl", "--lr", "3e-3",
                "--steps", STEPS["lessons"], "--out", start)
     spent = {
         "cot": run("rise.py", *common, *RL, "--model", start, "--data", known, "--steps", STEPS["cot"],
-                   "--eval_data", f"data/mini/{task}_id.jsonl", "--eval_n", "100", "--eval_every", "5",
-                   "--out", f"{folder}/cot"),
+                   "--eval_data", held_out, "--eval_every", "5", "--out", f"{folder}/cot"),
         "annotate": run("rise.py", *common, *RL, "--phase", "annotate", "--model", f"{folder}/cot",
                         "--data", known, "--out", f"{folder}/notes"),
         "sft": run("sft.py", *common, *SFT, "--model", start, "--data", f"{folder}/notes/sft.jsonl",
@@ -98,11 +100,13 @@ def main(seeds, tasks):
             rows, curves[task, seed] = measure(task, seed)
             for name, agrees, right, seconds in rows:
                 print(f"| {task} | {seed} | {name} | {agrees:.1f} | {right:.1f} | {seconds} |", flush=True)
-    print("\n| task | seed | step | agreement, held out | leaks | tokens |\n|---|---|---|---|---|---|")
+    print("\n| task | seed | step | agreement in training | held out | leaks | tokens |\n"
+          "|---|---|---|---|---|---|---|")
     for (task, seed), rows in curves.items():
         for row in rows:
             if "eval/agreement" in row:
-                print(f"| {task} | {seed} | {row['step']} | {100 * row['eval/agreement']:.1f} "
+                seen = f"{100 * row['reward/agreement']:.1f}" if row["step"] else ""
+                print(f"| {task} | {seed} | {row['step']} | {seen} | {100 * row['eval/agreement']:.1f} "
                       f"| {100 * row['eval/leaks']:.1f} | {row['eval/len']:.1f} |")
 
 
