@@ -1303,7 +1303,9 @@ def resolve_model(path: str) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(("out/", "./", "../")):
         return path
     hint = {"out/tiny": "data_prep.py", "out/sft": "sft.py", "out/grpo": "grpo.py", "out/rise": "rise.py",
-            "out/lessons": "sft.py --data data/mini/mood_lessons.jsonl --out out/lessons"}.get(path)
+            "out/see": "sft.py --data data/mini/mood_see.jsonl --lr 3e-3 --steps 300 --out out/see",
+            "out/talk": "sft.py --model out/see --data data/mini/mood_talk.jsonl --lr 3e-3 --steps 500"
+                        " --out out/talk"}.get(path)
     raise ValueError(f"{path}: no such model" + (f"; `python {hint}` makes it" if hint else ""))
 
 
@@ -1955,25 +1957,23 @@ def mixed_rationale(record: dict, rng: random.Random) -> tuple[str, str]:
     return " ".join(["seen at", *cells]), json.dumps([cell_box(CELLS.index(cell)) for cell in cells])
 
 
-def rise_lessons(records: list, rng: random.Random) -> Iterator[dict]:
-    """SFT rows that teach the tiny model what RISE expects of a model: to see, and to talk about it.
+def rise_lessons(records: list, rng: random.Random) -> Iterator[tuple[dict, ...]]:
+    """SFT rows that teach the tiny model what RISE expects of a model, four for each record.
 
-    Every picture is described. About every third one a rationale of mixed quality is also written, with the
-    answer known (hop 1), and read (hop 2). The task itself is answered at first sight, with the answer of
-    some other picture: its form is taught, not its content.
+    To see: a description of the picture. To talk about it: a rationale of mixed quality, with the answer
+    known (hop 1), the reading of it (hop 2), and an answer to the task at first sight, which is that of some
+    other picture: its form is taught, not its content.
     """
-    for i, record in enumerate(records):
-        target = record["meta"].get("target")
-        rows = [(f"Where is the {target}?" if target else "Describe the face.", record["meta"]["rationale"])]
-        if i % 3 == 0:
-            rationale, told = mixed_rationale(record, rng)
-            rows += [(rewards.cot_prompt(record), rationale),
-                     (rewards.reconstruct_prompt(record, rationale), f"<answer> {told} </answer>"),
-                     (rewards.build_prompt(record),
-                      f"<think> at first sight </think> <answer> {rng.choice(records)['answer']} </answer>")]
-        for n, (question, response) in enumerate(rows):
-            yield {"id": f"{record['id']}/{n}", "question": question, "images": record["images"],
-                   "answer_type": "text", "task": "plain", "source": "mini", "response": response}
+    for record in records:
+        target, (rationale, told) = record["meta"].get("target"), mixed_rationale(record, rng)
+        rows = [(f"Where is the {target}?" if target else "Describe the face.", record["meta"]["rationale"]),
+                (rewards.cot_prompt(record), rationale),
+                (rewards.reconstruct_prompt(record, rationale), f"<answer> {told} </answer>"),
+                (rewards.build_prompt(record),
+                 f"<think> at first sight </think> <answer> {rng.choice(records)['answer']} </answer>")]
+        yield tuple({"id": f"{record['id']}/{n}", "question": question, "images": record["images"],
+                     "answer_type": "text", "task": "plain", "source": "mini", "response": response}
+                    for n, (question, response) in enumerate(rows))
 
 
 # task -> (examples, splits, prompt)
@@ -1989,7 +1989,8 @@ def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
 
     No example occurs twice, within or across splits. The same seed gives the same bytes. In training a share
     GLANCE of the responses names the answer at first sight, without looking. TASK_meta.json holds the same
-    rows as Reason-RFT publishes its own, each with its thought; RISE's tasks have TASK_lessons.jsonl instead.
+    rows as Reason-RFT publishes its own, each with its thought; RISE's tasks have TASK_see.jsonl and
+    TASK_talk.jsonl instead (rise_lessons).
     """
     for task, (example, splits, prompt) in MINI.items():
         seen = set()
@@ -2018,7 +2019,9 @@ def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
             rng.shuffle(records)
             write_records(out / f"{task}_{split}.jsonl", records)
             if split == "train" and "rationale" in records[0]["meta"]:
-                write_records(out / f"{task}_lessons.jsonl", rise_lessons(records, rng))
+                lessons = [*rise_lessons(records, rng)]
+                write_records(out / f"{task}_see.jsonl", [see for see, *_ in lessons])
+                write_records(out / f"{task}_talk.jsonl", itertools.chain(*lessons[::2]))
             elif split == "train":
                 write_text(out / f"{task}_meta.json", json_list(rows))
 
@@ -2165,7 +2168,7 @@ def main(cfg: Config) -> None:
     check_choice(cfg, "source", ("mini", *CONVERTERS))
     if cfg.source == "mini":
         make_mini(Path(cfg.out), cfg.seed)
-        files = [*Path(cfg.out).glob("*_train.jsonl"), *Path(cfg.out).glob("*_lessons.jsonl")]
+        files = [*Path(cfg.out).glob("*_train.jsonl"), *Path(cfg.out).glob("*_talk.jsonl")]
         rows = [r for path in sorted(files) for r in read_records(path, need=("response",))]
         texts = [text for r in rows for text in (rewards.build_prompt(r), r["response"])]
         make_tiny(Path("out/tiny"), texts, cfg.seed)

@@ -29,8 +29,9 @@ What differs from the paper and its released code, and why:
   6. Filter, threshold and export are in the abstract, not in the code: --tau is ours.
   7. The token mean, a reference only with --kl_beta, and the rest of the objective are those of grpo.py.
 
-    python sft.py --data data/mini/mood_lessons.jsonl --steps 600 --lr 3e-3 --out out/lessons
-    python rise.py                                               # mini suite, laptop: out/lessons -> out/rise
+    python sft.py --data data/mini/mood_see.jsonl --steps 300 --lr 3e-3 --out out/see   # mini suite, laptop
+    python sft.py --model out/see --data data/mini/mood_talk.jsonl --steps 500 --lr 3e-3 --out out/talk
+    python rise.py                                               # out/talk -> out/rise
     python rise.py --phase annotate                              # out/rise -> out/annotate/sft.jsonl
     torchrun --nproc_per_node 8 rise.py --model Qwen/Qwen2-VL-2B-Instruct --data boxes.jsonl --engine vllm
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 rise.py ...
@@ -92,7 +93,7 @@ from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, f
 class Config:
     # i/o
     phase: str = "cot"  # cot (train the rationales) | annotate (sample, filter, export)
-    model: str = ""  # Hub id, model folder or run directory, "" = out/lessons, or out/rise to annotate
+    model: str = ""  # Hub id, model folder or run directory, "" = out/talk, or out/rise to annotate
     data: str = "data/mini/mood_train.jsonl"  # records with an annotation; annotate: or a rationales.jsonl
     out: str = ""  # run directory, "" = out/rise, or out/annotate
     resume: bool = False  # go on from the newest complete step of --out
@@ -1244,7 +1245,7 @@ def main(cfg):
     rank, world, device = init_distributed()
     try:
         check(cfg)
-        usual = {"cot": ("out/lessons", "out/rise"), "annotate": ("out/rise", "out/annotate")}[cfg.phase]
+        usual = {"cot": ("out/talk", "out/rise"), "annotate": ("out/rise", "out/annotate")}[cfg.phase]
         cfg = dataclasses.replace(cfg, model=cfg.model or usual[0], out=cfg.out or usual[1])
         # The default held-out file belongs to the default data.
         eval_data = cfg.eval_data if cfg.data == Config.data or cfg.eval_data != Config.eval_data else ""

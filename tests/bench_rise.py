@@ -3,10 +3,10 @@
     python tests/bench_rise.py             # 2 seeds, both tasks, about 30 CPU minutes; writes under out/bench
     python tests/bench_rise.py 0 mood      # one seed, one task
 
-The tiny model first learns from data/mini/TASK_lessons.jsonl to see and to talk: to describe pictures, to
+The tiny model first learns from data/mini/TASK_see.jsonl to describe pictures, then from TASK_talk.jsonl to
 write and to read rationales of mixed quality, and to answer at first sight, which is to guess. All arms start
-from there, know the same few annotations, as in the paper's smallest sets, and get about the same CPU time,
-counted in the seconds of their own processes, so that other work does not matter:
+from there, know the same 16 annotations, as RISE's smallest sets, and get about the same CPU time, counted in
+the seconds of their own processes, so that other work does not matter:
     RISE    rise.py, --phase annotate, sft.py on what it exports, grpo.py
     SFT     sft.py on the answers, at first sight
     GRPO    grpo.py from the start, as Visual-RFT does
@@ -25,10 +25,10 @@ import data_prep  # noqa: E402
 import rewards  # noqa: E402
 
 RL = ["--prompts_per_step", "16", "--group_size", "8", "--max_new_tokens", "64", "--warmup", "2",
-      "--lr", "3e-4"]
+      "--lr", "2e-4"]
 SFT = ["--eval_data", "", "--warmup", "10", "--token_budget", "2048"]
-STEPS = {"lessons": 600, "cot": 20, "sft": 60, "grpo": 20}
-KNOWN = 64  # annotated records, for all arms
+STEPS = {"see": 300, "talk": 500, "cot": 20, "sft": 60, "grpo": 20}
+KNOWN = 16  # annotated records, for all arms
 
 
 def run(*argv):
@@ -59,14 +59,15 @@ def measure(task, seed):
     """All arms on one task from one start: rows of the table, and the metrics of RISE-CoT."""
     folder, common = f"out/bench/rise_{task}{seed}", ["--seed", seed]
     known, glances, held_out = (f"data/mini/{task}_{name}.jsonl" for name in ("known", "glance", "held_out"))
-    start = f"{folder}/start"
+    see, start = f"{folder}/see", f"{folder}/talk"
     records = data_prep.read_records(ROOT / f"data/mini/{task}_train.jsonl", limit=KNOWN)
     data_prep.write_records(ROOT / known, records)
     data_prep.write_records(ROOT / glances, map(glance, records))
     data_prep.write_records(ROOT / held_out,
                             data_prep.read_records(ROOT / f"data/mini/{task}_id.jsonl", limit=100))
-    warm = run("sft.py", *common, *SFT, "--data", f"data/mini/{task}_lessons.jsonl", "--lr", "3e-3",
-               "--steps", STEPS["lessons"], "--out", start)
+    warm = sum(run("sft.py", *common, *SFT, "--model", model, "--data", f"data/mini/{task}_{name}.jsonl",
+                   "--lr", "3e-3", "--steps", STEPS[name], "--out", out)
+               for name, model, out in (("see", "out/tiny", see), ("talk", see, start)))
     spent = {
         "cot": run("rise.py", *common, *RL, "--model", start, "--data", known, "--steps", STEPS["cot"],
                    "--eval_data", held_out, "--eval_every", "5", "--out", f"{folder}/cot"),
@@ -85,7 +86,7 @@ def measure(task, seed):
     notes = len((ROOT / folder / "notes/sft.jsonl").read_text().splitlines())
     times = " + ".join(f"{seconds:.0f}" for seconds in spent.values())
     rows = [(name, *agreement(f"{folder}/{model}", task), shown) for name, model, shown in (
-        ("start", "start", f"{warm:.0f}"), ("SFT on answers", "sft", f"{sft:.0f}"),
+        ("start", "talk", f"{warm:.0f}"), ("SFT on answers", "sft", f"{sft:.0f}"),
         ("GRPO", "grpo", f"{grpo:.0f}"), (f"RISE without its GRPO, {notes} rationales", "r1_sft", ""),
         ("RISE", "r1", f"{total:.0f} = {times}"))]
     lines = (ROOT / folder / "cot/metrics.jsonl").read_text().splitlines()
