@@ -206,3 +206,22 @@ def test_resolve_model_takes_the_newest_complete_step(tiny, tmp_path, monkeypatc
     assert data_prep.resolve_model("run") == "run/step_000010"
     assert data_prep.resolve_model(tiny.model) == tiny.model
     assert data_prep.resolve_model("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+# ----- RISE's lessons
+
+
+@pytest.mark.parametrize("task", ["detect", "mood"])
+def test_lessons_tell_no_more_than_their_rationale_and_never_the_answer(tiny, task):
+    """A whole rationale is read as the gold answer, a part of one as less; hop 2 does not show the gold."""
+    records = {r["id"]: r for r in data_prep.read_records(tiny.mini / f"{task}_train.jsonl")}
+    lessons = data_prep.read_records(tiny.mini / f"{task}_talk.jsonl", need=("response",))
+    assert len(lessons) == 4 * len(records) // 2
+    for see, write, read, guess in zip(*[iter(lessons)] * 4, strict=True):
+        record, rationale = records[see["id"].rpartition("/")[0]], write["response"]
+        good, agreement = see["response"], rewards.agreement(read["response"], record)
+        assert good == record["meta"]["rationale"] and (agreement == 1) == (rationale == good)
+        assert rewards.scrub(rationale, record) == rationale and not rewards.leaks(rationale, record)
+        assert rationale in read["question"] and record["answer"] not in read["question"]
+        assert record["answer"] in write["question"]
+        assert rewards.format_think_answer(guess["response"], record) == 1
