@@ -1957,23 +1957,31 @@ def mixed_rationale(record: dict, rng: random.Random) -> tuple[str, str]:
     return " ".join(["seen at", *cells]), json.dumps([cell_box(CELLS.index(cell)) for cell in cells])
 
 
-def rise_lessons(records: list, rng: random.Random) -> Iterator[tuple[dict, ...]]:
-    """SFT rows that teach the tiny model what RISE expects of a model, four for each record.
+def rise_lessons(records: list, rng: random.Random) -> tuple[list, list]:
+    """SFT rows that teach the tiny model what RISE expects of one: (to see, to talk about what it sees).
 
-    To see: a description of the picture. To talk about it: a rationale of mixed quality, with the answer
-    known (hop 1), the reading of it (hop 2), and an answer to the task at first sight, which is that of some
-    other picture: its form is taught, not its content.
+    To see is to describe every picture. To talk is to write a rationale of mixed
+    quality with the answer known (hop 1) and to read that one and a good one (hop 2). So that nothing is
+    forgotten, every fourth is described again; every eighth is answered at first sight, with the answer of
+    some other picture, for the form alone.
     """
-    for record in records:
-        target, (rationale, told) = record["meta"].get("target"), mixed_rationale(record, rng)
-        rows = [(f"Where is the {target}?" if target else "Describe the face.", record["meta"]["rationale"]),
-                (rewards.cot_prompt(record), rationale),
-                (rewards.reconstruct_prompt(record, rationale), f"<answer> {told} </answer>"),
-                (rewards.build_prompt(record),
-                 f"<think> at first sight </think> <answer> {rng.choice(records)['answer']} </answer>")]
-        yield tuple({"id": f"{record['id']}/{n}", "question": question, "images": record["images"],
-                     "answer_type": "text", "task": "plain", "source": "mini", "response": response}
-                    for n, (question, response) in enumerate(rows))
+    def row(record, kind, question, response):
+        return {"id": f"{record['id']}/{kind}", "question": question, "images": record["images"],
+                "answer_type": "text", "task": "plain", "source": "mini", "response": response}
+
+    see, talk = [], []
+    for i, record in enumerate(records):
+        target, good = record["meta"].get("target"), record["meta"]["rationale"]
+        see.append(row(record, "see", f"Where is the {target}?" if target else "Describe the face.", good))
+        rationale, told = mixed_rationale(record, rng)
+        read, read_good = (rewards.reconstruct_prompt(record, text) for text in (rationale, good))
+        guess = f"<think> at first sight </think> <answer> {rng.choice(records)['answer']} </answer>"
+        talk += [row(record, "write", rewards.cot_prompt(record), rationale),
+                 row(record, "read", read, f"<answer> {told} </answer>"),
+                 row(record, "good", read_good, f"<answer> {record['answer']} </answer>"),
+                 *see[-1:] * (i % 4 == 0),
+                 *[row(record, "guess", rewards.build_prompt(record), guess)] * (i % 8 == 0)]
+    return see, talk
 
 
 # task -> (examples, splits, prompt)
@@ -2019,9 +2027,8 @@ def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
             rng.shuffle(records)
             write_records(out / f"{task}_{split}.jsonl", records)
             if split == "train" and "rationale" in records[0]["meta"]:
-                lessons = [*rise_lessons(records, rng)]
-                write_records(out / f"{task}_see.jsonl", [see for see, *_ in lessons])
-                write_records(out / f"{task}_talk.jsonl", itertools.chain(*lessons[::2]))
+                for name, lessons in zip(("see", "talk"), rise_lessons(records, rng)):
+                    write_records(out / f"{task}_{name}.jsonl", lessons)
             elif split == "train":
                 write_text(out / f"{task}_meta.json", json_list(rows))
 

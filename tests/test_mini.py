@@ -216,12 +216,17 @@ def test_lessons_tell_no_more_than_their_rationale_and_never_the_answer(tiny, ta
     """A whole rationale is read as the gold answer, a part of one as less; hop 2 does not show the gold."""
     records = {r["id"]: r for r in data_prep.read_records(tiny.mini / f"{task}_train.jsonl")}
     lessons = data_prep.read_records(tiny.mini / f"{task}_talk.jsonl", need=("response",))
-    assert len(lessons) == 4 * len(records) // 2
-    for see, write, read, guess in zip(*[iter(lessons)] * 4, strict=True):
-        record, rationale = records[see["id"].rpartition("/")[0]], write["response"]
-        good, agreement = see["response"], rewards.agreement(read["response"], record)
-        assert good == record["meta"]["rationale"] and (agreement == 1) == (rationale == good)
+    kinds = {kind: {row["id"].rpartition("/")[0]: row for row in lessons if row["id"].endswith(kind)}
+             for kind in ("see", "write", "read", "good", "guess")}
+    assert [len(rows) for rows in kinds.values()] == [6, 24, 24, 24, 3]
+    for name, record in records.items():
+        write, read, good = (kinds[kind][name] for kind in ("write", "read", "good"))
+        rationale, whole = write["response"], record["meta"]["rationale"]
+        assert (rewards.agreement(read["response"], record) == 1) == (rationale == whole)
+        assert rewards.agreement(good["response"], record) == 1 and whole in good["question"]
         assert rewards.scrub(rationale, record) == rationale and not rewards.leaks(rationale, record)
-        assert rationale in read["question"] and record["answer"] not in read["question"]
+        assert rationale in read["question"] and record["answer"] not in read["question"] + good["question"]
         assert record["answer"] in write["question"]
-        assert rewards.format_think_answer(guess["response"], record) == 1
+    for name, guess in kinds["guess"].items():
+        assert rewards.format_think_answer(guess["response"], records[name]) == 1
+        assert kinds["see"][name]["response"] == records[name]["meta"]["rationale"]
