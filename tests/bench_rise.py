@@ -78,11 +78,12 @@ def measure(task, seed):
     reward = ["--data", known, "--eval_data", "", "--reward", "agreement=1,format=1"]
     spent["grpo"] = run("grpo.py", *common, *RL, *reward, "--model", f"{folder}/r1_sft",
                         "--steps", STEPS["grpo"], "--out", f"{folder}/r1")
-    total = sum(spent.values())
+    total, idle = sum(spent.values()), run("sft.py", "--help")  # to start takes seconds, too
+    more = {name: round(STEPS[name] * (total - idle) / (spent[name] - idle)) for name in ("sft", "grpo")}
     sft = run("sft.py", *common, *SFT, "--model", start, "--data", glances, "--lr", "1e-3",
-              "--steps", round(STEPS["sft"] * total / spent["sft"]), "--out", f"{folder}/sft")
+              "--steps", more["sft"], "--out", f"{folder}/sft")
     grpo = run("grpo.py", *common, *RL, *reward, "--model", start,
-               "--steps", round(STEPS["grpo"] * total / spent["grpo"]), "--out", f"{folder}/grpo")
+               "--steps", more["grpo"], "--out", f"{folder}/grpo")
     notes = len((ROOT / folder / "notes/sft.jsonl").read_text().splitlines())
     times = " + ".join(f"{seconds:.0f}" for seconds in spent.values())
     rows = [(name, *agreement(f"{folder}/{model}", task), shown) for name, model, shown in (
