@@ -1,12 +1,12 @@
 """RISE on the mini suite: do its rationales improve, and does RISE-R1 beat SFT and GRPO that have none?
 
-    python tests/bench_rise.py             # 2 seeds, both tasks, about 30 CPU minutes; writes under out/bench
+    python tests/bench_rise.py             # 2 seeds, both tasks, about 25 CPU minutes; writes under out/bench
     python tests/bench_rise.py 0 mood      # one seed, one task
 
 The tiny model first learns from data/mini/TASK_see.jsonl to describe pictures, then from TASK_talk.jsonl to
 write and to read rationales of mixed quality, and to answer at first sight, which is to guess. All arms start
-from there, know the same 16 annotations, as RISE's smallest sets, and get about the same CPU time, counted in
-the seconds of their own processes, so that other work does not matter:
+from there, know the same 16 annotations (as in RISE's smallest sets; others for each seed) and get about the
+same CPU time, counted in the seconds of their own processes, so that other work does not matter:
     RISE    rise.py, --phase annotate, sft.py on what it exports, grpo.py
     SFT     sft.py on the answers, at first sight
     GRPO    grpo.py from the start, as Visual-RFT does
@@ -55,19 +55,23 @@ def agreement(model, task):
             100 * mean(rewards.accuracy(row["response"], gold[row["id"]]) for row in rows))
 
 
+def learn(task):
+    """The start of all arms on a task; CPU seconds."""
+    see, talk = (f"out/bench/rise_{task}/{name}" for name in ("see", "talk"))
+    return sum(run("sft.py", *SFT, "--model", model, "--data", f"data/mini/{task}_{Path(out).name}.jsonl",
+                   "--lr", "3e-3", "--steps", STEPS[Path(out).name], "--out", out)
+               for model, out in (("out/tiny", see), (see, talk)))
+
+
 def measure(task, seed):
-    """All arms on one task from one start: rows of the table, and the metrics of RISE-CoT."""
-    folder, common = f"out/bench/rise_{task}{seed}", ["--seed", seed]
+    """All arms on one task and seed: rows of the table, and the metrics of RISE-CoT."""
+    start, folder, common = f"out/bench/rise_{task}/talk", f"out/bench/rise_{task}/{seed}", ["--seed", seed]
     known, glances, held_out = (f"data/mini/{task}_{name}.jsonl" for name in ("known", "glance", "held_out"))
-    see, start = f"{folder}/see", f"{folder}/talk"
-    records = data_prep.read_records(ROOT / f"data/mini/{task}_train.jsonl", limit=KNOWN)
+    records = data_prep.read_records(ROOT / f"data/mini/{task}_train.jsonl")[seed * KNOWN:][:KNOWN]
     data_prep.write_records(ROOT / known, records)
     data_prep.write_records(ROOT / glances, map(glance, records))
     data_prep.write_records(ROOT / held_out,
                             data_prep.read_records(ROOT / f"data/mini/{task}_id.jsonl", limit=100))
-    warm = sum(run("sft.py", *common, *SFT, "--model", model, "--data", f"data/mini/{task}_{name}.jsonl",
-                   "--lr", "3e-3", "--steps", STEPS[name], "--out", out)
-               for name, model, out in (("see", "out/tiny", see), ("talk", see, start)))
     spent = {
         "cot": run("rise.py", *common, *RL, "--model", start, "--data", known, "--steps", STEPS["cot"],
                    "--eval_data", held_out, "--eval_every", "5", "--out", f"{folder}/cot"),
@@ -87,7 +91,7 @@ def measure(task, seed):
     notes = len((ROOT / folder / "notes/sft.jsonl").read_text().splitlines())
     times = " + ".join(f"{seconds:.0f}" for seconds in spent.values())
     rows = [(name, *agreement(f"{folder}/{model}", task), shown) for name, model, shown in (
-        ("start", "talk", f"{warm:.0f}"), ("SFT on answers", "sft", f"{sft:.0f}"),
+        ("SFT on answers", "sft", f"{sft:.0f}"),
         ("GRPO", "grpo", f"{grpo:.0f}"), (f"RISE without its GRPO, {notes} rationales", "r1_sft", ""),
         ("RISE", "r1", f"{total:.0f} = {times}"))]
     lines = (ROOT / folder / "cot/metrics.jsonl").read_text().splitlines()
@@ -98,6 +102,9 @@ def main(seeds, tasks):
     curves = {}
     print("| task | seed | arm | agreement | accuracy | CPU s |\n|---|---|---|---|---|---|", flush=True)
     for task in tasks:
+        seconds = learn(task)
+        agrees, right = agreement(f"out/bench/rise_{task}/talk", task)
+        print(f"| {task} | | start | {agrees:.1f} | {right:.1f} | {seconds:.0f} |", flush=True)
         for seed in seeds:
             rows, curves[task, seed] = measure(task, seed)
             for name, agrees, right, seconds in rows:
