@@ -974,8 +974,8 @@ def two_hops(engine, prompts, records, processor, step, cfg):
     tokenizer, seed = processor.tokenizer, functools.partial(rollout_seed, cfg, step)
     cots = sample(engine, [q for q, _ in asked], prompts, [seed(q, g) for q, g in asked], tokenizer, cfg)
     # A placeholder that the policy spelled out would be read as an image.
-    special = "|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special)
-    texts = [re.sub(special, " ", scrub(cot.text, records[cot.question])) for cot in cots]
+    special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    texts = [re.sub("|".join(special) or "(?!)", " ", scrub(cot.text, records[cot.question])) for cot in cots]
     for (q, g), text in zip(asked, texts):
         images = [] if cfg.blind else prompts[q]["request"]["images"]
         second = hop(records[q], reconstruct_prompt(records[q], text), images)
