@@ -4,7 +4,7 @@
     python tests/bench_paradigms.py 0      # one seed; finished runs under out/paradigms are not repeated
 
 All arms of a task and seed start from one base, taught by sft.py on TASK_train.jsonl: it sees, and could go
-through the board, but answers at first sight. Then, for about as long each:
+through the board, but answers at first sight. Then:
     ANS-SFT     answers alone                CoT-SFT     thoughts and answers
     RFT-Zero    GRPO on the base             Reason-RFT  thoughts of the first 800 rows, then GRPO
 Cells are greedy accuracy in percent on 300 rows (transform: the mean partial score, exact in brackets), seed
@@ -26,14 +26,13 @@ from data_prep import read_records  # noqa: E402
 
 ROOM = ROOT / "out/paradigms"
 STAGE1 = 800  # rows of stage 1
-SFT = {"ans_sft": 500, "cot_sft": 300, "stage1": 75}  # steps of 32 rows
-RL_STEPS = 40  # of 32 questions x 8
 ROWS = 300  # of each split
-TASKS = {  # base steps, response tokens at most, reward
-    "counting": (400, 80, "accuracy=1,format=1"),
-    "structure": (400, 80, "accuracy=1,format=1"),
-    "transform": (600, 96, "functions=1,format=1"),
+STEPS = {  # of SFT with 32 rows, of GRPO (rl, stage2) with 32 questions x 8
+    "counting": {"base": 400, "ans_sft": 500, "cot_sft": 300, "rl": 40, "stage1": 75, "stage2": 40},
+    "structure": {"base": 400, "ans_sft": 500, "cot_sft": 300, "rl": 40, "stage1": 75, "stage2": 40},
+    "transform": {"base": 600, "ans_sft": 1500, "cot_sft": 600, "rl": 40, "stage1": 75, "stage2": 40},
 }
+TOKENS = {"counting": 80, "structure": 80, "transform": 96}  # of a response, at most
 SPLITS = {"counting": ("id", "ood"), "structure": ("id", "ood"), "transform": ("id", "left", "right")}
 ARMS = {"base": (), "ANS-SFT": ("ans_sft",), "CoT-SFT": ("cot_sft",), "RFT-Zero": ("rl",),
         "Reason-RFT": ("stage1", "stage2")}
@@ -52,15 +51,14 @@ def run(*argv):
 def train(task, arm, seed, base):
     """Train one arm from the base, stage by stage; return the run that holds the result and the seconds."""
     model, spent = base, 0.0
-    _, tokens, reward = TASKS[task]
+    score = "functions" if task == "transform" else "accuracy"
     for form in ARMS[arm]:
         out, clock = ROOM / f"{task}_{form}_{seed}", ROOM / f"{task}_{form}_{seed}/seconds"
-        stage = ["sft.py", "--steps", SFT[form], "--warmup", 10] if form in SFT else [
-            "grpo.py", "--steps", RL_STEPS, "--reward", reward, "--prompts_per_step", 32,
-            "--max_new_tokens", tokens]
+        stage = ["grpo.py", "--reward", f"{score}=1,format=1", "--prompts_per_step", 32,
+                 "--max_new_tokens", TOKENS[task]] if form in ("rl", "stage2") else ["sft.py", "--warmup", 10]
         if not clock.exists():
             took = run(*stage, "--model", model, "--data", ROOM / f"data/{task}_meta_{form}.jsonl",
-                       "--seed", seed, "--out", out)
+                       "--steps", STEPS[task][form], "--seed", seed, "--out", out)
             clock.write_text(f"{took:.0f}")
         model, spent = out, spent + float(clock.read_text())
     return model, spent
@@ -71,13 +69,13 @@ def measure(task, seed):
     base, found = ROOM / f"{task}_base_{seed}", {}
     if not list(base.glob("step_*/meta.json")):
         run("sft.py", "--data", f"data/mini/{task}_train.jsonl", "--seed", seed, "--out", base,
-            "--steps", TASKS[task][0])
+            "--steps", STEPS[task]["base"])
     for arm in ARMS:
         model, seconds = train(task, arm, seed, base)
         prompt = "board_answer" if task == "transform" else f"{task}_answer"
         asked = ["--task", prompt] if arm == "ANS-SFT" else []  # as it was taught, for the answer alone
         run("eval.py", "--bench", *(f"{task}-{split}" for split in SPLITS[task]), "--model", model, *asked,
-            "--max_new_tokens", TASKS[task][1], "--limit", ROWS)
+            "--max_new_tokens", TOKENS[task], "--limit", ROWS)
         entries = json.loads((model / "eval/summary.json").read_text())
         found[arm] = seconds, dict(zip(SPLITS[task], entries))
         print(f"{task} seed {seed} {arm}: {seconds:.0f} s", *(
@@ -89,7 +87,7 @@ def prepare():
     """The mini suite and its Reason-RFT training sets."""
     if not (ROOT / "data/mini/transform_train.jsonl").exists():
         run("data_prep.py")
-    for task in TASKS:
+    for task in STEPS:
         board = ["--task", "board"] if task == "transform" else []
         for form in ("ans_sft", "cot_sft", "rl", "stage1", "stage2"):
             run("data_prep.py", "--source", "reason_rft", "--input", f"data/mini/{task}_meta.json",
@@ -116,16 +114,16 @@ def floor(task, split):
 def main(seeds):
     prepare()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        jobs = {(task, seed): pool.submit(measure, task, seed) for task in TASKS for seed in seeds}
+        jobs = {(task, seed): pool.submit(measure, task, seed) for task in STEPS for seed in seeds}
         found = {key: job.result() for key, job in jobs.items()}
-    columns = [(task, split) for task in TASKS for split in SPLITS[task]]
+    columns = [(task, split) for task in STEPS for split in SPLITS[task]]
     print("| paradigm | " + " | ".join(f"{task} {split}" for task, split in columns) + " | seconds |\n"
           "|---|" + "---|" * (len(columns) + 1))
     print("| floor | " + " | ".join(f"{floor(*column):.0f}" for column in columns) + " | |")
     for arm in ARMS:
         cells = [" / ".join(cell(found[task, seed][arm][1][split]) for seed in seeds)
                  for task, split in columns]
-        spent = [found[task, seed][arm][0] for task in TASKS for seed in seeds]
+        spent = [found[task, seed][arm][0] for task in STEPS for seed in seeds]
         print(f"| {arm} | " + " | ".join(cells) + f" | {min(spent):.0f} - {max(spent):.0f} |")
 
 
