@@ -232,7 +232,8 @@ def check_forced(policy, engine, processor, records, monkeypatch):
     """Spliced responses of a real engine: exact ids, logprobs of a teacher-forced pass, no vision token."""
     cfg = grpo.Config(engine="vllm", group_size=4, max_new_tokens=30, rethink_frac=0.9, rethink_min=1,
                       rethink_max=12)
-    monkeypatch.setattr(engine, "stop", engine.stop + list(range(3, 200, 8)))  # so that random models end
+    ends = range(3, len(processor.tokenizer), 6)  # so that random models end
+    monkeypatch.setattr(engine, "stop", [*engine.stop, *ends])
     monkeypatch.setattr(grpo, "accuracy", lambda text, record: 1.0)
     prompts = {q: grpo.encode_prompt(record, processor, 10**6) for q, record in enumerate(records)}
     asked = [q for q in prompts for _ in range(4)]
