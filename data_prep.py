@@ -1538,7 +1538,10 @@ class Calls:
     def __init__(self, cfg):
         self.cfg, self.lock, self.offline, self.used = cfg, threading.Lock(), True, {}
         path = Path(cfg.out) / "calls.jsonl"
-        self.replies = {reply["call"]: reply for reply in complete_rows(path)}
+        try:
+            self.replies = {reply["call"]: reply for reply in complete_rows(path)}
+        except KeyError as field:
+            raise ValueError(f"{path}: a line without {field} is no reply") from field
         write_rows(path, self.replies.values())  # without the half line that a killed run may leave
         self.log = path.open("a")
 

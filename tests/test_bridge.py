@@ -523,6 +523,8 @@ def test_a_log_that_is_broken_inside_is_named(serve):
     text = Path("cold/calls.jsonl").read_text()
     Path("cold/calls.jsonl").write_text(f"{{broken\n{text}")
     assert refusal(server).startswith("cold/calls.jsonl line 1: Expecting ")
+    Path("cold/calls.jsonl").write_text("{}\n" + text)
+    assert refusal(server) == "cold/calls.jsonl: a line without 'call' is no reply"
 
 
 # ----- Vision-R1-cold: both of its files, and system turns
