@@ -1815,7 +1815,8 @@ def transform_example(rng: random.Random, i: int, split: str) -> dict:
 
     In the splits left and right the second picture is taken from that side.
 
-    The thought looks for every object where it was: what is there now, else where it went, and the call.
+    The thought goes through the cells: what was there, which object that is, what is there now, and the call
+    that tells, if any; then it says of each object that left its cell where it went.
     """
     kinds = [(shape, colour) for shape in ("cube", "sphere") for colour in COLOURS]
     while True:
@@ -1838,10 +1839,15 @@ def transform_example(rng: random.Random, i: int, split: str) -> dict:
         if apart and len({(o["shape"], o["color"]) for o in end.values()}) == len(end):
             break
     before, after = ({o["cell"]: (o["color"], o["shape"]) for o in scene.values()} for scene in (start, end))
-    words = []
-    for name, o in start.items():
-        there = after.get(o["cell"], ("none", CELLS[end[name]["cell"]]))
-        words += [name, o["color"], o["shape"], CELLS[o["cell"]], *there, calls.get(name, "same")]
+    names = {o["cell"]: name for name, o in start.items()}
+    words, left = [], []
+    for k, cell in enumerate(CELLS):
+        words += [cell, *before.get(k, ("none",)), *names.get(k, ""), *after.get(k, ["none"] * (k in before))]
+        if k in before and k in after:
+            words.append(calls.get(names[k], "same"))
+        elif k in before:
+            left += [names[k], cell, CELLS[end[names[k]]["cell"]], calls[names[k]]]
+    words += left
     listed = ", ".join(str((k, *list(o.values())[:-1])) for k, o in start.items())
     pictures = [draw_board([scene.get(k) for k in range(9)], style, draw_object)
                 for scene, style in ((before, "train"), (after, split))]
@@ -1865,21 +1871,21 @@ def cell_box(k: int) -> list[int]:
 def detect_example(rng: random.Random, i: int, split: str) -> dict:
     """Boxes of the 1 + i % 4 of 4..7 objects that have the asked attribute, in the cells' order.
 
-    An object fills its cell, so its box is the cell's, on the scale from 0 to 1000. The thought is that of
-    counting with the cells found in place of their number, which alone are RISE's rationale.
+    An object fills its cell, so its box is the cell's, on the scale from 0 to 1000. The thought, which is
+    RISE's rationale as well, goes through the cells as in counting and ends with those found.
     """
     attribute, count = rng.choice([*COLOURS, *SHAPES]), 1 + i % 4
     cells = draw_kinds(rng, attribute, count, rng.randint(max(count, 4), 7))
     words, found, boxes = [], [], []
     for k, (name, cell) in enumerate(zip(CELLS, cells)):
-        words += [name, *(cell or ("none",))]
+        words += [name, *((cell if attribute in SHAPES else cell[::-1]) if cell else ("none",))]
         if cell and attribute in cell:
             words, found = [*words, "yes"], [*found, name]
             boxes.append(cell_box(k))
+    thought = " ".join([*words, "found", *found])
     return {"question": f"Find every {attribute} object.", "answer": json.dumps(boxes),
-            "answer_type": "boxes", "thought": " ".join([*words, "found", *found]),
-            "pictures": [draw_board(cells, split, draw_block)],
-            "meta": {"target": f"{attribute} object", "rationale": " ".join(["seen at", *found])}}
+            "answer_type": "boxes", "thought": thought, "pictures": [draw_board(cells, split, draw_block)],
+            "meta": {"target": f"{attribute} object", "rationale": thought}}
 
 
 EMOTIONS = ("anger", "disgust", "fear", "joy", "sadness", "surprise", "neutral")
@@ -1947,9 +1953,14 @@ def mood_example(rng: random.Random, i: int, split: str) -> dict:
 
 
 def mixed_rationale(record: dict, rng: random.Random) -> tuple[str, str]:
-    """A rationale of mixed quality, and the answer it tells: some parts left out, one in ten wrong."""
-    good, faces = record["meta"]["rationale"].split(), record["answer_type"] == "distribution"
-    parts = [*zip(good[::2], good[1::2])] if faces else [(CELLS, cell) for cell in good[2:]]
+    """A rationale of mixed quality, and the answer it tells: some parts left out, one in ten wrong.
+
+    Parts are those of a face, or the cells that were found.
+    """
+    faces = record["answer_type"] == "distribution"
+    looked, _, found = record["meta"]["rationale"].rpartition(" found ")
+    good = found.split()
+    parts = [*zip(good[::2], good[1::2])] if faces else [(CELLS, cell) for cell in good]
     told = []
     for i in sorted(rng.sample(range(len(parts)), rng.randint(1, len(parts)))):
         part, seen = parts[i]
@@ -1957,7 +1968,7 @@ def mixed_rationale(record: dict, rng: random.Random) -> tuple[str, str]:
     if faces:
         return " ".join(itertools.chain(*told)), json.dumps(feelings(dict(told)))
     cells = sorted({cell for _, cell in told})
-    return " ".join(["seen at", *cells]), json.dumps([cell_box(CELLS.index(cell)) for cell in cells])
+    return " ".join([looked, "found", *cells]), json.dumps([cell_box(CELLS.index(cell)) for cell in cells])
 
 
 def rise_lessons(records: list, rng: random.Random) -> tuple[list, list]:
