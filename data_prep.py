@@ -1696,18 +1696,18 @@ def draw_board(cells: list, style: str, draw: Callable) -> Image.Image:
     return image
 
 
-SIDES = {"left": 3, "right": -3}  # pixels by which the nearest row moves in a view from that side
-BOXES = {"ood": (9, 7, 24, 22), "left": (6, 5, 25, 26), "right": (6, 5, 25, 26)}  # of an object in its cell
+SIDES = {"left": 2, "right": -2}  # pixels by which the nearest row moves in a view from that side
 
 
 def draw_object(pen, x: int, y: int, cell: tuple[str, str], style: str) -> None:
     """(colour, shape) in the cell at x, y.
 
-    Style "ood" draws it smaller; a view from the "left" or "right" narrower, near and far rows set off.
+    Style "ood" draws it smaller; a view from the "left" or "right" has near and far rows set off.
     """
     colour, shape = cell
     x += SIDES.get(style, 0) * (y // CELL - 1)
-    box = [start + side for start, side in zip((x, y, x, y), BOXES.get(style, (5, 5, 26, 26)))]
+    left, top, size = (9, 7, 15) if style == "ood" else (5, 5, 21)
+    box = (x + left, y + top, x + left + size, y + top + size)
     (pen.ellipse if shape in ("round", "sphere") else pen.rectangle)(box, fill=COLOURS[colour], outline=INK)
 
 
