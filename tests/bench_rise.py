@@ -5,7 +5,7 @@
 
 The tiny model first learns from data/mini/TASK_see.jsonl to describe pictures, then from TASK_talk.jsonl to
 write and to read rationales of mixed quality, and to answer at first sight, which is to guess. All arms of a
-seed start from there, know the same 16 annotations (as in RISE's smallest sets) and get about the same CPU
+seed start from there, know the same 64 annotations (as in RISE's LISA set) and get about the same CPU
 time, counted in the seconds of their own processes, so that other work does not matter:
     RISE    rise.py, --phase annotate, sft.py on what it exports, grpo.py
     SFT     sft.py on the answers, at first sight
@@ -27,8 +27,8 @@ import rewards  # noqa: E402
 RL = ["--prompts_per_step", "16", "--group_size", "8", "--max_new_tokens", "64", "--warmup", "2",
       "--lr", "2e-4"]
 SFT = ["--eval_data", "", "--warmup", "10", "--token_budget", "2048"]
-STEPS = {"see": 400, "talk": 500, "cot": 20, "sft": 60, "grpo": 20}
-KNOWN = 16  # annotated records, for all arms
+STEPS = {"see": 400, "talk": 500, "cot": 20, "sft": 120, "grpo": 20}
+KNOWN = 64  # annotated records, for all arms
 
 
 def run(*argv):
