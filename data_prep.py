@@ -1302,11 +1302,11 @@ def resolve_model(path: str) -> str:
         raise ValueError(f"{path}: neither a model (config.json) nor a run directory (step_*)")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(("out/", "./", "../")):
         return path
-    hint = {"out/tiny": "data_prep.py", "out/sft": "sft.py", "out/grpo": "grpo.py", "out/rise": "rise.py",
-            "out/see": "sft.py --data data/mini/mood_see.jsonl --lr 3e-3 --steps 400 --out out/see",
-            "out/talk": "sft.py --model out/see --data data/mini/mood_talk.jsonl --lr 3e-3 --steps 500"
-                        " --out out/talk"}.get(path)
-    raise ValueError(f"{path}: no such model" + (f"; `python {hint}` makes it" if hint else ""))
+    maker = {"out/tiny": "data_prep.py", "out/sft": "sft.py", "out/grpo": "grpo.py", "out/rise": "rise.py",
+             "out/see": "sft.py --data data/mini/mood_see.jsonl --steps 300 --out out/see",
+             "out/talk": "sft.py --model out/see --data data/mini/mood_talk.jsonl --steps 500 --out out/talk"}
+    hint = f"; `python {maker[path]}` makes it" if path in maker else ""
+    raise ValueError(f"{path}: no such model{hint}")
 
 
 # ----- OpenAI-compatible servers -----

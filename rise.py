@@ -29,8 +29,8 @@ What differs from the paper and its released code, and why:
   6. Filter, threshold and export are in the abstract, not in the code: --tau is ours.
   7. The token mean, a reference only with --kl_beta, and the rest of the objective are those of grpo.py.
 
-    python sft.py --data data/mini/mood_see.jsonl --steps 400 --lr 3e-3 --out out/see   # mini suite, laptop
-    python sft.py --model out/see --data data/mini/mood_talk.jsonl --steps 500 --lr 3e-3 --out out/talk
+    python sft.py --data data/mini/mood_see.jsonl --steps 300 --out out/see    # mini suite, laptop
+    python sft.py --model out/see --data data/mini/mood_talk.jsonl --steps 500 --out out/talk
     python rise.py                                               # out/talk -> out/rise
     python rise.py --phase annotate                              # out/rise -> out/annotate/sft.jsonl
     torchrun --nproc_per_node 8 rise.py --model Qwen/Qwen2-VL-2B-Instruct --data boxes.jsonl --engine vllm

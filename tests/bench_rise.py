@@ -5,7 +5,7 @@
 
 The tiny model first learns from data/mini/TASK_see.jsonl to describe pictures, then from TASK_talk.jsonl to
 write and to read rationales of mixed quality, and to answer at first sight, which is to guess. All arms of a
-seed start from there, know the same 64 annotations (as in RISE's LISA set) and get about the same CPU
+seed start from there, know the same few annotations (KNOWN) and get about the same CPU
 time, counted in the seconds of their own processes, so that other work does not matter:
     RISE    rise.py, --phase annotate, sft.py on what it exports, grpo.py
     SFT     sft.py on the answers, at first sight
@@ -26,9 +26,9 @@ import rewards  # noqa: E402
 
 RL = ["--prompts_per_step", "16", "--group_size", "8", "--max_new_tokens", "64", "--warmup", "2",
       "--lr", "2e-4"]
-SFT = ["--eval_data", "", "--warmup", "10", "--token_budget", "2048"]
-STEPS = {"see": 400, "talk": 500, "cot": 20, "sft": 120, "grpo": 20}
-KNOWN = 64  # annotated records, for all arms
+SFT = ["--eval_data", "", "--token_budget", "2048"]
+STEPS = {"see": 300, "talk": 500, "cot": 20, "sft": 120, "grpo": 20}
+KNOWN = {"detect": 64, "mood": 16}  # annotated records, for all arms
 
 
 def run(*argv):
@@ -60,11 +60,12 @@ def measure(task, seed):
     folder, common = f"out/bench/rise_{task}_{seed}", ["--seed", seed]
     see, start = f"{folder}/see", f"{folder}/talk"
     taught = sum(run("sft.py", *common, *SFT, "--model", model, "--data", f"data/mini/{task}_{name}.jsonl",
-                     "--lr", "3e-3", "--steps", STEPS[name], "--out", f"{folder}/{name}")
+                     "--steps", STEPS[name], "--out", f"{folder}/{name}")
                  for model, name in (("out/tiny", "see"), (see, "talk")))
     known, glances, held_out = (f"data/mini/{task}_{name}_{seed}.jsonl"
                                 for name in ("known", "glance", "held_out"))
-    records = data_prep.read_records(ROOT / f"data/mini/{task}_train.jsonl")[seed * KNOWN:][:KNOWN]
+    n = KNOWN[task]
+    records = data_prep.read_records(ROOT / f"data/mini/{task}_train.jsonl")[seed * n:][:n]
     data_prep.write_records(ROOT / known, records)
     data_prep.write_records(ROOT / glances, map(glance, records))
     data_prep.write_records(ROOT / held_out,
@@ -75,13 +76,13 @@ def measure(task, seed):
         "annotate": run("rise.py", *common, *RL, "--phase", "annotate", "--model", f"{folder}/cot",
                         "--data", known, "--out", f"{folder}/notes"),
         "sft": run("sft.py", *common, *SFT, "--model", start, "--data", f"{folder}/notes/sft.jsonl",
-                   "--lr", "1e-3", "--steps", STEPS["sft"], "--out", f"{folder}/r1_sft")}
+                   "--lr", "1e-3", "--warmup", 10, "--steps", STEPS["sft"], "--out", f"{folder}/r1_sft")}
     reward = ["--data", known, "--eval_data", "", "--reward", "agreement=1,format=1"]
     spent["grpo"] = run("grpo.py", *common, *RL, *reward, "--model", f"{folder}/r1_sft",
                         "--steps", STEPS["grpo"], "--out", f"{folder}/r1")
     total, idle = sum(spent.values()), run("sft.py", "--help")  # to start takes seconds, too
     more = {name: round(STEPS[name] * (total - idle) / (spent[name] - idle)) for name in ("sft", "grpo")}
-    sft = run("sft.py", *common, *SFT, "--model", start, "--data", glances, "--lr", "1e-3",
+    sft = run("sft.py", *common, *SFT, "--model", start, "--data", glances, "--lr", "1e-3", "--warmup", 10,
               "--steps", more["sft"], "--out", f"{folder}/sft")
     grpo = run("grpo.py", *common, *RL, *reward, "--model", start,
                "--steps", more["grpo"], "--out", f"{folder}/grpo")
