@@ -1020,6 +1020,12 @@ def detection_legacy(response: str, record: dict) -> float:
     return score * (0.1 if listed else 1)
 
 
+def grounding_legacy(response: str, record: dict) -> float:
+    """RISE-R1's reward of single boxes as released, 0.0 to 1.0: those in the thoughts are answers, too."""
+    gold, boxes = gold_boxes(record), _boxes(response[-TAIL:])[:MOST_BOXES]
+    return sum(matched_ious(gold, boxes)) / max(len(gold), len(boxes), 1)
+
+
 def distribution_legacy(response: str, record: dict) -> float:
     """RISE's distribution reward as released, 0.0 to 1.0; a missing answer earns what all zeros would.
 
@@ -1110,9 +1116,9 @@ REWARDS = {"accuracy": accuracy, "format": format_think_answer, "hfrrf": hfrrf, 
            "vl_rethinker": vl_rethinker, "format_legacy": format_legacy, "format_caption": format_caption,
            "discrete": discrete, "numeric": numeric, "functions": functions, "functions_full": functions_full,
            "functions_penalty": functions_penalty, "steps": steps, "agreement": agreement, "rise": rise,
-           "detection_legacy": detection_legacy, "distribution_legacy": distribution_legacy,
-           "distribution_format": distribution_format, "grounding_format": grounding_format,
-           "grounding_giou": grounding_giou, "visual_rft_iou": visual_rft_iou,
+           "detection_legacy": detection_legacy, "grounding_legacy": grounding_legacy,
+           "distribution_legacy": distribution_legacy, "distribution_format": distribution_format,
+           "grounding_format": grounding_format, "grounding_giou": grounding_giou, "visual_rft_iou": visual_rft_iou,
            "visual_rft_conf": visual_rft_conf, "contains": contains}
 
 

@@ -173,20 +173,21 @@ def test_boxes_in_prose_are_not_an_answer():
         assert rewards.agreement(response, TWO) == 0
 
 
-@pytest.mark.parametrize("answer, think, right, legacy, form, giou", [
-    ([150, 150, 350, 350], "a", .391304, .391304, 1, 1.311304),
-    ([[150, 150, 350, 350]], "a", .391304, .391304, 0, 1.311304),
-    ([-10, 150, 350, 350], "a", .365854, .365854, 0, 1.276965),
-    ([150, 150, 350, 350], "[150, 150, 350, 350]", .391304, .03913, 1, 1.311304),
-    # RISE-R1 pays .5 for the gold box copied into the rationale
-    ([150, 150, 350, 350], "as [100, 100, 300, 300]", .391304, .391304, 1, 1.311304),
-    ([100, 100, 300, 300], "a", 1, 1, 1, 2), ([500, 500, 600, 600], "a", 0, 0, 1, .2),
-    ([300, 300, 100, 100], "a", 0, 0, 1, 0), ("no box", "a", 0, 0, 0, 0),
+@pytest.mark.parametrize("answer, think, right, legacy, r1, form, giou", [
+    ([150, 150, 350, 350], "a", .391304, .391304, .391304, 1, 1.311304),
+    ([[150, 150, 350, 350]], "a", .391304, .391304, .391304, 0, 1.311304),
+    ([-10, 150, 350, 350], "a", .365854, .365854, .365854, 0, 1.276965),
+    ([150, 150, 350, 350], "[150, 150, 350, 350]", .391304, .03913, .195652, 1, 1.311304),
+    # RISE-R1 pays for the gold box copied into the rationale
+    ([150, 150, 350, 350], "as [100, 100, 300, 300]", .391304, .391304, .5, 1, 1.311304),
+    ([100, 100, 300, 300], "a", 1, 1, 1, 1, 2), ([500, 500, 600, 600], "a", 0, 0, 0, 1, .2),
+    ([300, 300, 100, 100], "a", 0, 0, 0, 1, 0), ("no box", "a", 0, 0, 0, 0, 0),
 ])
-def test_single_boxes(answer, think, right, legacy, form, giou):
+def test_single_boxes(answer, think, right, legacy, r1, form, giou):
     response = said(answer, think)
     assert rewards.agreement(response, LISA) == near(right)
     assert rewards.detection_legacy(response, LISA) == near(legacy)
+    assert rewards.grounding_legacy(response, LISA) == near(r1)
     assert rewards.grounding_format(response, LISA) == form
     assert rewards.grounding_giou(response, LISA) == near(giou)
     assert rewards.grounding_format(f"[{answer}]", LISA) == 0
