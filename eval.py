@@ -69,9 +69,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from data_prep import (api_key, build_messages, chat_messages, check_choice, check_servers, complete_rows,
-                       in_parallel, load_image, read_records, request_chat, resolve_model, served_model,
-                       write_json, write_rows, write_text)
+from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
+                       complete_rows, in_parallel, load_image, read_records, request_chat, resolve_model,
+                       served_model, write_json, write_rows, write_text)
 from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
                      gold_distribution, leaks, matched_ious, parse_boxes, parse_distribution, rationale_of)
 
@@ -653,6 +653,28 @@ def judge_server(cfg):
     return cfg.judge_url, api_key("JUDGE_API_KEY")
 
 
+def edit_distance(a, b):
+    """Characters to insert, delete or replace (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]
+
+
+def nearest_option(said, record):
+    """MathVista's protocol: what is no option, be it a refusal, becomes the first of those spelled most alike.
+
+    It belongs to the judge alone: as a reward it would pay for refusing.
+    """
+    choices = record["choices"]
+    if any(accuracy(f"<answer>{said}</answer>", record | {"answer": letter})
+           for letter in LETTERS[:len(choices)]):
+        return said
+    return LETTERS[min(range(len(choices)), key=lambda i: edit_distance(said, choices[i]))]
+
+
 def judged(pair, cfg):
     """A row with what the judge reads as its response's answer, graded by the rules, or with the error."""
     record, row = pair
@@ -666,6 +688,8 @@ def judged(pair, cfg):
     except ConnectionError as e:
         return row | {"judge": {"error": str(e)}}
     said = extract_answer(text.rpartition("</think>")[2]) or "" if not truncated else ""
+    if record.get("source") == "mathvista" and "choices" in record:
+        said = nearest_option(said, record)
     return row | {"judge": {"model": cfg.judge_model, "extracted": said,
                             "correct": grade(f"<answer>{said}</answer>", record)}}
 

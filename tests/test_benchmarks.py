@@ -548,6 +548,32 @@ def test_a_judge_reads_what_the_rules_could_not(serve, capsys):  # noqa: F811
     assert "| rows | 4 | 25.0 |" in capsys.readouterr().out and len(server.asked) == 4
 
 
+@pytest.mark.parametrize("said, letter", [
+    ("B", "B"), ("5.5", "C"), ("", "A"), ("none", "A"), ("6.5", "C"), ("16 cm", "D"), ("(B) 5", "B")])
+def test_mathvista_takes_what_is_no_option_for_the_one_spelled_most_alike(said, letter):
+    choices = ["4", "5", "5.5", "6 cm"]
+    record = {"question": "?", "answer": "A", "answer_type": "choice", "choices": choices}
+    read = stage.nearest_option(said, record)
+    assert rewards.accuracy(f"<answer>{read}</answer>", record | {"answer": letter}) == 1
+
+
+def test_edit_distance():
+    for a, b, steps in (("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2),
+                        ("6.5", "5.5", 1), ("Yes", "no", 3)):
+        assert stage.edit_distance(a, b) == stage.edit_distance(b, a) == steps
+
+
+def test_a_judge_of_mathvista_never_reads_a_refusal_as_none(serve):  # noqa: F811
+    """The published protocol, for the leaderboard alone: the rules still call it wrong."""
+    data_prep.write_records("rows.jsonl", [
+        {"id": f"row-{i}", "question": f"row-{i} ?", "images": [], "answer": "B", "answer_type": "choice",
+         "choices": ["Maybe", "No"], "source": source} for i, source in enumerate(("mathvista", "mathverse"))])
+    server, judge = serve(lambda row, n, s: chat("I cannot see it.")), serve(lambda row, n, s: chat("none"))
+    rows = evaluate(server, "--judge", "api", "--judge_url", judge.url, "--judge_model", "reader")
+    assert [row["judge"]["correct"] for row in rows.values()] == [1, 0]
+    assert [row["correct"] for row in rows.values()] == [0, 0]
+
+
 def test_a_judge_that_fails_is_asked_again(serve, monkeypatch, capsys):  # noqa: F811
     """Its key is its own; the model's name comes from its list; a failure is named and costs no answer."""
     make_rows(2)
