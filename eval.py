@@ -664,7 +664,7 @@ def edit_distance(a, b):
 
 
 def nearest_option(said, record):
-    """MathVista's protocol: what is no option, be it a refusal, becomes the first of those spelled most alike.
+    """MathVista's protocol: what is no option, even a refusal, becomes the first of those spelled most alike.
 
     It belongs to the judge alone: as a reward it would pay for refusing.
     """

@@ -1118,8 +1118,8 @@ REWARDS = {"accuracy": accuracy, "format": format_think_answer, "hfrrf": hfrrf, 
            "functions_penalty": functions_penalty, "steps": steps, "agreement": agreement, "rise": rise,
            "detection_legacy": detection_legacy, "grounding_legacy": grounding_legacy,
            "distribution_legacy": distribution_legacy, "distribution_format": distribution_format,
-           "grounding_format": grounding_format, "grounding_giou": grounding_giou, "visual_rft_iou": visual_rft_iou,
-           "visual_rft_conf": visual_rft_conf, "contains": contains}
+           "grounding_format": grounding_format, "grounding_giou": grounding_giou,
+           "visual_rft_iou": visual_rft_iou, "visual_rft_conf": visual_rft_conf, "contains": contains}
 
 
 def parse_reward_spec(spec: str) -> dict[str, float]:

@@ -567,7 +567,8 @@ def test_a_judge_of_mathvista_never_reads_a_refusal_as_none(serve):  # noqa: F81
     """The published protocol, for the leaderboard alone: the rules still call it wrong."""
     data_prep.write_records("rows.jsonl", [
         {"id": f"row-{i}", "question": f"row-{i} ?", "images": [], "answer": "B", "answer_type": "choice",
-         "choices": ["Maybe", "No"], "source": source} for i, source in enumerate(("mathvista", "mathverse"))])
+         "choices": ["Maybe", "No"], "source": source}
+        for i, source in enumerate(("mathvista", "mathverse"))])
     server, judge = serve(lambda row, n, s: chat("I cannot see it.")), serve(lambda row, n, s: chat("none"))
     rows = evaluate(server, "--judge", "api", "--judge_url", judge.url, "--judge_model", "reader")
     assert [row["judge"]["correct"] for row in rows.values()] == [1, 0]

@@ -702,7 +702,8 @@ BOMBS = [
 RANGES = {"vl_rethinker": (-0.1, 1.1), "functions": (0, 1), "functions_penalty": (-0.5, 1), "numeric": (0, 1),
           "functions_full": (0, 1), "steps": (0, 1), "agreement": (0, 1), "rise": (0, 1),
           "detection_legacy": (0, 1), "grounding_legacy": (0, 1), "distribution_legacy": (0, 1),
-          "distribution_format": (0, 1), "grounding_giou": (0, 2), "visual_rft_iou": (0, 1), "visual_rft_conf": (0, 1)}
+          "distribution_format": (0, 1), "grounding_giou": (0, 2), "visual_rft_iou": (0, 1),
+          "visual_rft_conf": (0, 1)}
 
 
 def hostile(rng):
