@@ -32,7 +32,7 @@ STEPS = {  # of SFT with 32 rows, of GRPO (rl, stage2) with 32 questions x 8
     "structure": {"base": 400, "ans_sft": 1200, "cot_sft": 300, "rl": 40, "stage1": 100, "stage2": 40},
     "transform": {"base": 600, "ans_sft": 1200, "cot_sft": 800, "rl": 40, "stage1": 400, "stage2": 40},
 }
-RATE = {"ans_sft": 1e-3}  # at sft.py's own 2e-3 answers alone are not learnt
+RATE = {"ans_sft": 1e-3}  # at sft.py's own 2e-3 counting stayed at the floor
 TOKENS = {"counting": 80, "structure": 80, "transform": 96}  # of a response, at most
 SPLITS = {"counting": ("id", "ood"), "structure": ("id", "ood"), "transform": ("id", "left", "right")}
 ARMS = {"base": (), "ANS-SFT": ("ans_sft",), "CoT-SFT": ("cot_sft",), "RFT-Zero": ("rl",),
