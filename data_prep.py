@@ -79,7 +79,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -1100,7 +1099,6 @@ def convert_input(cfg) -> None:
 
 def pass_rate_filter(cfg) -> Callable[[dict], str]:
     """A function from a record to the reason why --pass_rate leaves it out, or "". Raises ValueError."""
-    check_choice(cfg, "pass_rate_of", ("7b", "32b"))
     name = f"pass_rate_{cfg.pass_rate_of}"
     try:
         low, high = map(float, cfg.pass_rate or (0, 1))
@@ -1259,7 +1257,6 @@ def reason_rft_records(cfg, form: str, manifest: dict) -> Iterator[dict]:
 def convert_reason_rft(cfg) -> None:
     """Write the training set --form of the meta-JSON --input (three of them for sharegpt) and manifests."""
     check_choice(cfg, "form", FORMS)
-    check_choice(cfg, "stage2", ("rest", "full"))
     if cfg.stage1_n < 1:
         raise ValueError(f"--stage1_n {cfg.stage1_n}: must be at least 1")
     out, stem = Path(cfg.out), Path(cfg.input).stem
@@ -2124,9 +2121,9 @@ def make_tiny(out: Path, texts: list[str], seed: int) -> None:
 # ----- command line -----
 @dataclasses.dataclass(frozen=True)
 class Config:
-    source: str = "mini"      # records: convert --input, in any format above | reason_rft | bridge | mini
+    source: str = "mini"      # mini | records (--input, in any format above) | reason_rft | bridge
     input: str = ""           # records, bridge: a file, a folder or a Hub id; reason_rft: its meta-JSON
-    form: str = ""            # reason_rft: see above; records: as ShareGPT, sharegpt | llava_cot | mulberry
+    form: str = ""            # reason_rft: see above; records: ShareGPT as sharegpt, llava_cot or mulberry do
     image_root: str = ""      # folder of the image paths, "" = that of --input
     stage1_n: int = 1600      # reason_rft: stage 1 is this many rows from the start of the file
     stage2: str = "rest"      # reason_rft: stage 2 is rest (the rows after them) | full (as for structure)
@@ -2153,40 +2150,80 @@ class Config:
     out: str = "data/mini"    # folder to write
 
 
-# ----- twins (identical in every stage; tests/test_twins.py) ------------------------------------------------
-def parse_config(cls, argv=None):
+@functools.cache
+def documentation(cls) -> tuple[str, dict[str, str]]:
+    """The docstring of a Config's file and {field: trailing comment}, from its source."""
+    module = sys.modules[cls.__module__]
+    # Under a profiler the module called __main__ is the profiler's own; the script is argv[0].
+    defined_there = getattr(module, cls.__name__, None) is cls
+    path = module.__file__ if defined_there else sys.argv[0]
+    source = Path(path).read_text(encoding="utf-8")
+    body = re.search(rf"^class {cls.__name__}\b.*\n((?:    .*\n|\n)*)", source, re.MULTILINE)[1]
+    comments = re.findall(r"^    (\w+): .*?  # (.+)$", body, re.MULTILINE)
+    return ast.get_docstring(ast.parse(source)), dict(comments)
+
+
+def allowed_values(comment: str) -> list[str]:
+    """The words of `a | b (why) | c` in a field's comment; none if it lists no alternatives."""
+    plain = re.sub(r" ?\([^)]*\)", "", comment)
+    listed = re.search(r"[\w-]+(?: \| [\w-]+)+", plain)
+    return listed[0].split(" | ") if listed else []
+
+
+def parse_bool(text: str) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text}: use true or false")
+    return known[text.lower()]
+
+
+def parse_choice(allowed: list[str], text: str) -> str:
+    if text not in allowed:
+        raise argparse.ArgumentTypeError(f"{text}: use {' | '.join(allowed)}")
+    return text
+
+
+def parse_config(cls, argv: list[str] | None = None):
     """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
 
-    The default gives the type, the trailing comment the --help text. A bad flag exits with one line.
+    The default gives the type; the trailing comment is the --help text, and `a | b` in it are the values
+    allowed. A bad flag exits with one line.
     """
-    source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+    docstring, comments = documentation(cls)
+    parser = argparse.ArgumentParser(description=docstring, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
-    truth = {"true": True, "1": True, "false": False, "0": False}
-    for f in dataclasses.fields(cls):
-        text = re.search(rf"^    {f.name}: .*?  # (.+)$", source, re.M)[1]
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        kind = dict(type=type(f.default))
-        if isinstance(f.default, bool):
-            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True,
-                        metavar="true|false")
-        elif isinstance(f.default, tuple):
+    for field in dataclasses.fields(cls):
+        comment, default = comments[field.name], field.default
+        allowed = allowed_values(comment)
+        if isinstance(default, bool):
+            kind = dict(type=parse_bool, nargs="?", const=True, metavar="true|false")
+        elif isinstance(default, tuple):
             kind = dict(type=str, nargs="*")
-        text = f"{text} [{shown}]".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
+        elif isinstance(default, str) and allowed:
+            kind = dict(type=functools.partial(parse_choice, allowed))
+        else:
+            kind = dict(type=type(default))
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = f"{comment} [{shown}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", default=default, help=text, **kind)
+
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
-        parser.error(f"unknown flag {unknown[0]}; did you mean --{near[0]}?")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()})
+        flag = unknown[0].lstrip("-").split("=")[0]
+        nearest = difflib.get_close_matches(flag, comments, n=1, cutoff=0)[0]
+        parser.error(f"unknown flag {unknown[0]}; did you mean --{nearest}?")
+    given = vars(values)
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+    return cls(**given)
 
 
 CONVERTERS = {"records": convert_input, "reason_rft": convert_reason_rft, "bridge": convert_bridge}
 
 
 def main(cfg: Config) -> None:
-    check_choice(cfg, "source", ("mini", *CONVERTERS))
     if cfg.source == "mini":
         make_mini(Path(cfg.out), cfg.seed)
         files = [*Path(cfg.out).glob("*_train.jsonl"), *Path(cfg.out).glob("*_talk.jsonl")]

@@ -38,23 +38,25 @@ One question, and a page about a run:
 
 Shapes: B rows generated together, T padded length, V vocabulary.
 """
-import argparse
 import base64
 import contextlib
 import dataclasses
 import difflib
 import hashlib
+import http.client
 import importlib.util
-import inspect
 import io
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,15 +67,17 @@ import torch
 import torch.distributed as dist
 import transformers
 from PIL import ImageDraw
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
-                       complete_rows, in_parallel, load_image, read_records, request_chat, resolve_model,
-                       served_model, write_json, write_rows, write_text)
 from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
                      gold_distribution, leaks, matched_ious, parse_boxes, parse_distribution, rationale_of)
+from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
+                       complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
+                       resolve_model, served_model, write_json, write_rows, write_text)
+from sft import collate, encode_prompt, stop_ids, vision_ids
 
 class Bench(NamedTuple):
     path: str  # where its records are looked for: a file named after the split
@@ -189,7 +193,7 @@ class Config:
     rollout_tokens: int = 65536  # prompt and response tokens generated at once
     batch_rows: int = 64  # rows answered between two writes to disk
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
-    attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
+    attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     tp: int = 1  # GPUs that share one vLLM engine (tensor parallel)
     gpu_memory_utilization: float = 0.9  # share of the GPU that vLLM may use
     base_url: str = "http://localhost:8000/v1"  # api: where the server is
@@ -200,108 +204,6 @@ class Config:
     judge: str = "off"  # who reads the answer out of a response that the rules grade as wrong: off | api
     judge_url: str = ""  # judge: where its server is, "" = --base_url
     judge_model: str = ""  # judge: its name at the server, "" = the first that it lists
-
-
-# ----- twins (identical in grpo.py, rise.py; tests/test_twins.py) ------------------------------------------
-
-
-def parse_config(cls, argv=None):
-    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
-
-    The default gives the type, the trailing comment the --help text. A bad flag exits with one line.
-    """
-    source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
-    truth = {"true": True, "1": True, "false": False, "0": False}
-    for f in dataclasses.fields(cls):
-        text = re.search(rf"^    {f.name}: .*?  # (.+)$", source, re.M)[1]
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        kind = dict(type=type(f.default))
-        if isinstance(f.default, bool):
-            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True,
-                        metavar="true|false")
-        elif isinstance(f.default, tuple):
-            kind = dict(type=str, nargs="*")
-        text = f"{text} [{shown}]".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
-        parser.error(f"unknown flag {unknown[0]}; did you mean --{near[0]}?")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()})
-
-
-def vision_ids(config, device):
-    """Ids of image and video placeholders. A response must hold none: the model would look for features."""
-    ids = config.to_dict()
-    named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
-    return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
-
-
-def stop_ids(generation_config, processor):
-    """Token ids that end a response; the first is what the chat template writes after an assistant turn."""
-    turn = [{"role": "user", "content": [{"type": "text", "text": "-"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
-    tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
-    written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
-    # Some templates write a space or nothing there.
-    written = [i for i in written if i in processor.tokenizer.all_special_ids]
-    known = generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known] if known is not None else []
-    return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
-
-
-def encode_prompt(record, processor, max_pixels):
-    """Render a record's prompt and images into the processor's CPU tensors, batch size 1. Raises BadImage.
-
-    `request` is the same prompt for engines that process images themselves: one placeholder per image.
-    """
-    messages = build_messages(record)
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    images = [load_image(image, max_pixels) for image in record["images"]]
-    # The template already wrote every special token, a second BOS would shift the prompt.
-    inputs = processor(text=[text], images=[images] if images else None, add_special_tokens=False,
-                       return_tensors="pt")
-    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return {**inputs, "request": {"ids": ids, "images": images, "messages": messages}}
-
-
-def collate(rows, dummy, pad_id, device):
-    """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
-
-    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the
-    vision tower, or FSDP waits for ever for those that do not.
-    """
-    if dummy and not any("pixel_values" in p for p, _ in rows):
-        rows = rows + [(dummy, [])]
-    width = max(p["input_ids"].shape[1] + len(response) for p, response in rows)
-    inputs, mask = {}, torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    for key in dict.fromkeys(k for p, _ in rows for k in p if k != "request"):
-        owners = [p for p, _ in rows if key in p]
-        parts = [p[key] for p in owners]
-        if parts[0].shape == owners[0]["input_ids"].shape:
-            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)  # (B, T)
-            for row, (p, response) in zip(out, rows):
-                n = p["input_ids"].shape[1]
-                row[:n] = p[key][0] if key in p else 0
-                if key == "input_ids":
-                    row[n:n + len(response)] = torch.tensor(response, dtype=torch.long)
-                elif key == "attention_mask":
-                    row[n:n + len(response)] = 1
-            inputs[key] = out
-        else:
-            # Patches (Qwen) concatenate as they are;
-            # frames (Idefics3, which drops frames of zeros) are padded first.
-            most = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
-            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)]
-                    for x in parts]
-            inputs[key] = torch.cat([torch.nn.functional.pad(x, pad) for x, pad in zip(parts, pads)])
-    for row, (p, response) in zip(mask, rows):
-        n = p["input_ids"].shape[1]
-        row[n - 1:n - 1 + len(response)] = True
-    return {k: v.to(device) for k, v in inputs.items()}, mask.to(device)
 
 
 def build_engine(path, processor, cfg, device):
@@ -367,6 +269,68 @@ class VLLM:
         return [(list(answer.prompt_token_ids),
                  [(list(o.token_ids), torch.tensor(o.logprobs.logprobs), o.finish_reason == "length")
                   for o in answer.outputs]) for answer in answers]
+
+
+class Server:
+    """vLLM servers on other GPUs or nodes: rollouts over HTTP, weights through a folder that all can read.
+
+    Each is started with the --model of this run by
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm --logprobs-mode processed_logprobs
+    Rank r asks server r modulo their number.
+    """
+
+    def __init__(self, path, processor, cfg):
+        self.urls, self.folder, self.asleep = cfg.servers, Path(cfg.out).resolve() / "weights", False
+        self.url = cfg.servers[dist.get_rank() % len(cfg.servers)]
+        self.name = self.call(self.url, "/v1/models")["data"][0]["id"]
+        self.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        self.stop = stop_ids(transformers.GenerationConfig.from_pretrained(path), processor)
+        self.banned = vision_ids(transformers.AutoConfig.from_pretrained(path), "cpu")
+
+    def call(self, url, route, body=None):
+        """POST (or GET) JSON; a server that fails or is gone ends the run."""
+        request = urllib.request.Request(url.rstrip("/") + route, None if body is None else
+                                         json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=3600) as reply:
+                return json.loads(reply.read() or "null")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = error.read()[:300].decode(errors="replace") if hasattr(error, "read") else ""
+            sys.exit(f"{Path(sys.argv[0]).name}: rollout server {url}{route}: {error} {reason}")
+
+    def sample(self, asked):
+        """As VLLM.sample; all prompts are sent at once, the server queues them."""
+        def ask(pair):
+            prompt, options = pair
+            messages = chat_messages(prompt["request"]["messages"], prompt["request"]["images"])
+            reply = self.call(self.url, "/v1/chat/completions", {
+                **options, "model": self.name, "messages": messages, "logprobs": True,
+                "return_token_ids": True})
+            return reply["prompt_token_ids"], [
+                (c["token_ids"], torch.tensor([t["logprob"] for t in c["logprobs"]["content"]]),
+                 c["finish_reason"] == "length") for c in reply["choices"]]
+        with ThreadPoolExecutor(256) as pool:
+            return list(pool.map(ask, asked))
+
+    def reload(self, weights):
+        """Write (name, tensor) pairs as safetensors of about 4 GiB and have every server load them."""
+        writer, shard, files = dist.get_rank() == 0, {}, itertools.count()
+        if writer:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        for name, weight in itertools.chain(weights, [(None, None)]):
+            if writer and (name is None or sum(w.nbytes for w in shard.values()) > 2**32):
+                save_file(shard, self.folder / f"{next(files):05d}.safetensors")
+                shard = {}
+            if writer and name:  # all ranks take part in gathering, one keeps the result
+                shard[name] = weight.cpu()
+        if writer:
+            path = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+            for route, body in [("collective_rpc", path), ("reset_prefix_cache", {}), ("reset_mm_cache", {}),
+                                ("reset_encoder_cache", {})]:
+                for url in self.urls:
+                    self.call(url, f"/{route}", body)
+        dist.barrier()
 
 
 def generate(engine, prompts, seeds, cfg):
@@ -895,8 +859,6 @@ def check(cfg):
     if len(cfg.report) > 2:
         raise ValueError("--report: one run directory, or two to compare")
     check_choice(cfg, "task", ("", *PROMPTS))
-    check_choice(cfg, "engine", ("hf", "vllm", "api"))
-    check_choice(cfg, "judge", ("off", "api"))
     if cfg.engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
     check_servers({"base_url": cfg.base_url, "judge_url": cfg.judge_url or cfg.base_url}, cfg)

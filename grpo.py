@@ -35,51 +35,34 @@ Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N
 G rollouts per question.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
-import argparse
 import bisect
 import dataclasses
-import difflib
 import functools
-import http.client
 import importlib.util
-import inspect
 import itertools
-import json
 import math
-import os
 import random
 import re
 import resource
-import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-import traceback
-import urllib.request
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 
 import torch
 import torch.distributed as dist
-import transformers
 from PIL import Image
-from safetensors.torch import save_file
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data_prep import build_messages, chat_messages, load_image, newest_step, read_records, resolve_model
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
+from data_prep import newest_step, parse_config, read_records, resolve_model
+from sft import (RunLog, collate, describe, encode_prompt, global_max, global_sum, init_distributed,
+                 load_checkpoint, load_policy, lr_at, make_optimizer, micro_batches, prepared,
+                 save_checkpoint, schedule)
+from eval import Server, VLLM, build_engine, generate
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,7 @@ class Config:
     param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
-    attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
+    attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records, "" = no evaluation
     eval_every: int = 4  # steps between evaluations
@@ -152,311 +135,6 @@ class Config:
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
     samples_every: int = 5  # steps between entries of samples.jsonl
-
-
-# ----- twins: setup (identical in sft.py, grpo.py, rise.py; tests/test_twins.py) ---------------------------
-
-def parse_config(cls, argv=None):
-    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
-
-    The default gives the type, the trailing comment the --help text. A bad flag exits with one line.
-    """
-    source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
-    truth = {"true": True, "1": True, "false": False, "0": False}
-    for f in dataclasses.fields(cls):
-        text = re.search(rf"^    {f.name}: .*?  # (.+)$", source, re.M)[1]
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        kind = dict(type=type(f.default))
-        if isinstance(f.default, bool):
-            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True,
-                        metavar="true|false")
-        elif isinstance(f.default, tuple):
-            kind = dict(type=str, nargs="*")
-        text = f"{text} [{shown}]".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
-        parser.error(f"unknown flag {unknown[0]}; did you mean --{near[0]}?")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()})
-
-
-def init_distributed():
-    """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in names.items())
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    else:
-        # One core stays free for the process that prepares images:
-        # OpenMP threads that spin on a busy core are 20x slower.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // neighbours - 1))
-        device, backend = torch.device("cpu"), "gloo"
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend, **alone)
-    transformers.utils.logging.disable_progress_bar()
-    return rank, world, device
-
-
-def global_sum(values):
-    """Add each number up over all ranks."""
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def global_max(value):
-    """Largest of a number over all ranks."""
-    most = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return most.item()
-
-
-def load_policy(path, cfg, device, trainable=True):
-    """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
-
-    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at
-    a time is cast and moved, so the GPU never holds an unsharded model.
-    """
-    policy = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", attn_implementation=cfg.attn)
-    processor = AutoProcessor.from_pretrained(path)
-    vision = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
-    for name, p in policy.named_parameters():
-        p.requires_grad_(trainable and not (cfg.freeze_vision and vision.search(name)))
-    if trainable and cfg.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy.train(trainable)
-    on_gpu = device.type == "cuda"
-    master = torch.bfloat16 if cfg.param_dtype == "bf16" or on_gpu and not trainable else torch.float32
-    shard = functools.partial(
-        fully_shard, mesh=dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),)),
-        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy(),
-        offload_policy=CPUOffloadPolicy() if cfg.cpu_offload and on_gpu else OffloadPolicy())
-    for block in [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)] + [policy]:
-        shard(block.to(master))
-    policy.banned = vision_ids(policy.config, device)
-    policy.token_logprobs = MethodType(token_logprobs, policy)
-    register_fsdp_forward_method(policy, "token_logprobs")
-    return policy, processor
-
-
-def vision_ids(config, device):
-    """Ids of image and video placeholders. A response must hold none: the model would look for features."""
-    ids = config.to_dict()
-    named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
-    return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
-
-
-def stop_ids(generation_config, processor):
-    """Token ids that end a response; the first is what the chat template writes after an assistant turn."""
-    turn = [{"role": "user", "content": [{"type": "text", "text": "-"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
-    tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
-    written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
-    # Some templates write a space or nothing there.
-    written = [i for i in written if i in processor.tokenizer.all_special_ids]
-    known = generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known] if known is not None else []
-    return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
-
-
-def lr_at(step, cfg):
-    """Learning rate of a step: linear warm-up, then cosine or linear decay to lr_floor * lr, or constant."""
-    if step < cfg.warmup:
-        return cfg.lr * step / cfg.warmup
-    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
-    return cfg.lr * (cfg.lr_floor + (1 - cfg.lr_floor) * shape[cfg.schedule])
-
-
-def make_optimizer(policy, cfg):
-    """AdamW over the trained parameters; norms and biases (1-D) are not decayed."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
-
-
-def describe(policy, cfg, copies):
-    """Parameters and an estimate of memory per rank; `copies` further models (reference, engine) are held.
-
-    Activations: 34 bytes a token, layer and hidden unit in bf16, 2 with checkpointing (Korthikanti et al.,
-    arXiv 2205.05198, without the attention matrix, which the kernels here do not keep).
-    """
-    total = sum(p.numel() for p in policy.parameters())
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    width = 2 if cfg.param_dtype == "bf16" else 4
-    states = (total * width + trained * 3 * width) / dist.get_world_size()
-    compute = 2 if policy.banned.device.type == "cuda" else 4  # bytes a number
-    text = policy.config.get_text_config()
-    activations = cfg.token_budget * text.num_hidden_layers * text.hidden_size * compute / 2
-    activations *= 2 if cfg.gradient_checkpointing else 34
-    vocab = policy.get_output_embeddings().weight.shape[0]
-    return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, "
-            f"{trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
-            f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
-            f"{copies * total * compute / 2**30:.2f} GiB model copies, about {activations / 2**30:.2f} GiB "
-            f"activations at --token_budget {cfg.token_budget}")
-
-
-# ----- twins: batches (identical in sft.py, grpo.py, rise.py) ----------------------------------------------
-
-
-def encode_prompt(record, processor, max_pixels):
-    """Render a record's prompt and images into the processor's CPU tensors, batch size 1. Raises BadImage.
-
-    `request` is the same prompt for engines that process images themselves: one placeholder per image.
-    """
-    messages = build_messages(record)
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    images = [load_image(image, max_pixels) for image in record["images"]]
-    # The template already wrote every special token, a second BOS would shift the prompt.
-    inputs = processor(text=[text], images=[images] if images else None, add_special_tokens=False,
-                       return_tensors="pt")
-    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return {**inputs, "request": {"ids": ids, "images": images, "messages": messages}}
-
-
-def schedule(total, per_step, done, steps, seed):
-    """Record indices of steps done+1..steps: slices of endless seeded permutations, no index twice in a step.
-
-    A function of the seed alone, so a resumed run needs no saved cursor.
-    """
-    epochs = (random.Random(f"{seed}/{epoch}").sample(range(total), total) for epoch in itertools.count())
-    stream = itertools.islice(itertools.chain.from_iterable(epochs), done * per_step, None)
-    return [list(dict.fromkeys(itertools.islice(stream, per_step))) for _ in range(done, steps)]
-
-
-def prepared(batches, encode, workers):
-    """Iterate over lists of record indices, as lists of (index, encode(index)) prepared ahead in processes.
-
-    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record that
-    cannot be encoded (an unreadable image, a stray placeholder token) comes back as (index, ValueError).
-    """
-    class Rows:
-        def __getitem__(self, i):
-            try:
-                return i, encode(i)
-            except ValueError as error:
-                return i, error
-
-    def end_with(trainer):  # if that is killed, a worker waits for ever to hand over its last batch
-        while os.getppid() == trainer:
-            time.sleep(1)
-        os._exit(1)
-
-    def watch(worker, trainer=os.getpid()):
-        threading.Thread(target=end_with, args=(trainer,), daemon=True).start()
-
-    return DataLoader(Rows(), batch_sampler=batches, num_workers=workers, collate_fn=list,
-                      worker_init_fn=watch, multiprocessing_context="fork" if workers else None)
-
-
-def micro_batches(lengths, budget):
-    """Group row indices, long with long: rows x longest row <= budget tokens, equally many groups per rank.
-
-    FSDP's collectives run per forward pass, so a rank with fewer groups gets empty ones (collate fills in the
-    dummy).
-    """
-    groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups + [[]] * (int(global_max(len(groups))) - len(groups))
-
-
-def collate(rows, dummy, pad_id, device):
-    """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
-
-    A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the
-    vision tower, or FSDP waits for ever for those that do not.
-    """
-    if dummy and not any("pixel_values" in p for p, _ in rows):
-        rows = rows + [(dummy, [])]
-    width = max(p["input_ids"].shape[1] + len(response) for p, response in rows)
-    inputs, mask = {}, torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    for key in dict.fromkeys(k for p, _ in rows for k in p if k != "request"):
-        owners = [p for p, _ in rows if key in p]
-        parts = [p[key] for p in owners]
-        if parts[0].shape == owners[0]["input_ids"].shape:
-            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)  # (B, T)
-            for row, (p, response) in zip(out, rows):
-                n = p["input_ids"].shape[1]
-                row[:n] = p[key][0] if key in p else 0
-                if key == "input_ids":
-                    row[n:n + len(response)] = torch.tensor(response, dtype=torch.long)
-                elif key == "attention_mask":
-                    row[n:n + len(response)] = 1
-            inputs[key] = out
-        else:
-            # Patches (Qwen) concatenate as they are;
-            # frames (Idefics3, which drops frames of zeros) are padded first.
-            most = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
-            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)]
-                    for x in parts]
-            inputs[key] = torch.cat([torch.nn.functional.pad(x, pad) for x, pad in zip(parts, pads)])
-    for row, (p, response) in zip(mask, rows):
-        n = p["input_ids"].shape[1]
-        row[n - 1:n - 1 + len(response)] = True
-    return {k: v.to(device) for k, v in inputs.items()}, mask.to(device)
-
-
-class ResponseLogprob(torch.autograd.Function):
-    """log softmax(h W' / temperature)[target] at N positions; both passes hold logits a chunk at a time."""
-
-    @staticmethod
-    def chunks(hidden, weight, temperature, banned):
-        size = max(1, 2**25 // weight.shape[0])  # 2^25 fp32 logits = 128 MiB
-        for start in range(0, len(hidden), size):
-            logits = (hidden[start:start + size] @ weight.T).float().div_(temperature)  # (n, V)
-            logits[:, banned] = -torch.inf
-            yield slice(start, start + size), logits
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, banned):
-        ctx.save_for_backward(hidden, weight, targets, banned)
-        ctx.temperature = temperature
-        logps = torch.empty(len(hidden), device=hidden.device)  # (N,)
-        for rows, logits in ResponseLogprob.chunks(hidden, weight, temperature, banned):
-            logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(1)
-        return logps
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets, banned = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for rows, logits in ResponseLogprob.chunks(hidden, weight, ctx.temperature, banned):
-            g = grad[rows, None] / ctx.temperature
-            logits = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-g)
-            d_logits = logits.scatter_add_(1, targets[rows, None], g).to(weight.dtype)  # g (onehot - softmax)
-            d_hidden[rows] = d_logits @ weight
-            if d_weight is not None:
-                d_weight.addmm_(d_logits.T, hidden[rows])
-        return d_hidden, d_weight, None, None, None
-
-
-def token_logprobs(policy, inputs, mask, temperature=1.0):
-    """Log-probability of each response token under the policy, (B, T-1), 0 outside `mask`.
-
-    The output head runs at response positions only and in chunks, so a (B, T, V) tensor never exists.
-    """
-    hidden = policy.model(**inputs).last_hidden_state[:, :-1]  # (B, T-1, H)
-    targets = inputs["input_ids"][:, 1:][mask]  # (N,)
-    head = policy.get_output_embeddings().weight  # (V, H)
-    logps = ResponseLogprob.apply(hidden[mask], head, targets, temperature, policy.banned)
-    return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps)
-
-
-# ----- twins: rollouts (identical in grpo.py, rise.py; build_engine and generate also in eval.py) ----------
 
 
 @dataclass
@@ -478,71 +156,6 @@ class Rollout:
 def rollout_seed(cfg, step, question, sample):
     """The random stream of one rollout, independent of rank and batch."""
     return random.Random(f"{cfg.seed}/{step}/{question}/{sample}").getrandbits(62)
-
-
-def build_engine(path, processor, cfg, device):
-    """What samples: a plain copy of the model outside FSDP (--engine hf), or vLLM in this process (vllm)."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if cfg.engine == "vllm":
-        engine = VLLM(path, dtype, cfg)
-    else:
-        engine = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=cfg.attn)
-        engine.eval().requires_grad_(False).to(device)
-        engine.asleep = False
-    engine.stop = stop_ids(engine.generation_config, processor)
-    engine.banned = vision_ids(engine.config, device)
-    return engine
-
-
-class VLLM:
-    """vLLM in this process, on this rank's GPU; under torchrun cfg.tp neighbouring ranks share one engine.
-
-    Ranks that share an engine must sample and sync together: each runs its part of every layer.
-    """
-
-    def __init__(self, path, dtype, cfg):
-        # In this process weights are handed over in memory, and ranks that share an engine schedule alike.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        if torch.cuda.is_available():
-            place = dict(gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True)
-        else:
-            # Threads stay as init_distributed set them, nothing waits for a C++ compiler, and prompts are not
-            # cut into chunks, after which seeded sampling fails on CPU.
-            os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
-            place = dict(kv_cache_memory_bytes=2**30, enforce_eager=True, enable_chunked_prefill=False,
-                         max_num_batched_tokens=2**15)
-        from vllm import LLM
-        self.llm = LLM(path, dtype=dtype, max_model_len=-1, tensor_parallel_size=cfg.tp,
-                       distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
-                       logprobs_mode="processed_logprobs", limit_mm_per_prompt={"video": 0}, **place)
-        self.config, self.dtype, self.tp, self.asleep = self.llm.model_config.hf_config, dtype, cfg.tp, False
-        known = self.llm.model_config.try_get_generation_config()
-        self.generation_config = transformers.GenerationConfig(**known)
-
-    def sample(self, asked):
-        """[(prompt, sampling parameters)] -> [(prompt ids, [(response ids, logprobs, truncated)])]."""
-        from vllm import SamplingParams
-        images = [prompt["request"]["images"] for prompt, _ in asked]
-        requests = [{"prompt_token_ids": prompt["request"]["ids"],
-                     "multi_modal_data": {"image": own} if own else {}}
-                    for (prompt, _), own in zip(asked, images)]
-        params = [SamplingParams(**options, flat_logprobs=True, detokenize=False) for _, options in asked]
-        first = 0
-        if self.tp > 1 and "RANK" in os.environ:  # answer the questions of all, keep those of this rank
-            from vllm.distributed import get_tp_group
-            shares, group = [None] * self.tp, get_tp_group()
-            dist.all_gather_object(shares, (requests, params), group.cpu_group)
-            first = sum(len(share[0]) for share in shares[:group.rank_in_group])
-            requests, params = ([x for share in shares for x in share[k]] for k in (0, 1))
-        try:
-            answers = self.llm.generate(requests, params, use_tqdm=False)[first:first + len(asked)]
-        except Exception as error:
-            traceback.print_exc()
-            sys.exit(f"{Path(sys.argv[0]).name}: vLLM failed: {error}")
-        return [(list(answer.prompt_token_ids),
-                 [(list(o.token_ids), torch.tensor(o.logprobs.logprobs), o.finish_reason == "length")
-                  for o in answer.outputs]) for answer in answers]
 
 
 @torch.no_grad()
@@ -593,189 +206,6 @@ def sleep_engine(engine):
         engine.asleep = True
 
 
-class Server:
-    """vLLM servers on other GPUs or nodes: rollouts over HTTP, weights through a folder that all can read.
-
-    Each is started with the --model of this run by
-        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm --logprobs-mode processed_logprobs
-    Rank r asks server r modulo their number.
-    """
-
-    def __init__(self, path, processor, cfg):
-        self.urls, self.folder, self.asleep = cfg.servers, Path(cfg.out).resolve() / "weights", False
-        self.url = cfg.servers[dist.get_rank() % len(cfg.servers)]
-        self.name = self.call(self.url, "/v1/models")["data"][0]["id"]
-        self.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        self.stop = stop_ids(transformers.GenerationConfig.from_pretrained(path), processor)
-        self.banned = vision_ids(transformers.AutoConfig.from_pretrained(path), "cpu")
-
-    def call(self, url, route, body=None):
-        """POST (or GET) JSON; a server that fails or is gone ends the run."""
-        request = urllib.request.Request(url.rstrip("/") + route, None if body is None else
-                                         json.dumps(body).encode(), {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=3600) as reply:
-                return json.loads(reply.read() or "null")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = error.read()[:300].decode(errors="replace") if hasattr(error, "read") else ""
-            sys.exit(f"{Path(sys.argv[0]).name}: rollout server {url}{route}: {error} {reason}")
-
-    def sample(self, asked):
-        """As VLLM.sample; all prompts are sent at once, the server queues them."""
-        def ask(pair):
-            prompt, options = pair
-            messages = chat_messages(prompt["request"]["messages"], prompt["request"]["images"])
-            reply = self.call(self.url, "/v1/chat/completions", {
-                **options, "model": self.name, "messages": messages, "logprobs": True,
-                "return_token_ids": True})
-            return reply["prompt_token_ids"], [
-                (c["token_ids"], torch.tensor([t["logprob"] for t in c["logprobs"]["content"]]),
-                 c["finish_reason"] == "length") for c in reply["choices"]]
-        with ThreadPoolExecutor(256) as pool:
-            return list(pool.map(ask, asked))
-
-    def reload(self, weights):
-        """Write (name, tensor) pairs as safetensors of about 4 GiB and have every server load them."""
-        writer, shard, files = dist.get_rank() == 0, {}, itertools.count()
-        if writer:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-        for name, weight in itertools.chain(weights, [(None, None)]):
-            if writer and (name is None or sum(w.nbytes for w in shard.values()) > 2**32):
-                save_file(shard, self.folder / f"{next(files):05d}.safetensors")
-                shard = {}
-            if writer and name:  # all ranks take part in gathering, one keeps the result
-                shard[name] = weight.cpu()
-        if writer:
-            path = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-            for route, body in [("collective_rpc", path), ("reset_prefix_cache", {}), ("reset_mm_cache", {}),
-                                ("reset_encoder_cache", {})]:
-                for url in self.urls:
-                    self.call(url, f"/{route}", body)
-        dist.barrier()
-
-
-def generate(engine, prompts, seeds, cfg):
-    """Sample one response per prompt; returns (response ids, logprobs under the sampler, truncated) in order.
-
-    prompts: encode_prompt's results; rows that are the same object are samples of one prompt, whose images
-    are encoded once. seeds: one int per prompt; each row has its own random stream, so what it samples does
-    not depend on its batch (vLLM seeds the samples of a prompt with the first row's seed plus 0, 1, ...).
-    cfg: max_new_tokens, temperature (0 = greedy), top_p, top_k. Raises ValueError when the engine reads a
-    prompt as other tokens than the trainer.
-    """
-    if isinstance(engine, torch.nn.Module):
-        return decode(engine, prompts, seeds, cfg)
-    rows = {}  # a prompt -> its places in the batch
-    for i, prompt in enumerate(prompts):
-        rows.setdefault(id(prompt), []).append(i)
-    shared = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k,
-              "max_tokens": cfg.max_new_tokens, "stop_token_ids": engine.stop, "logprobs": 0,
-              "logit_bias": {token: -100.0 for token in engine.banned.tolist()}}
-    asked = [(prompts[own[0]], shared | {"n": len(own), "seed": seeds[own[0]]}) for own in rows.values()]
-    out = [None] * len(prompts)
-    for own, (prompt, _), (seen, samples) in zip(rows.values(), asked, engine.sample(asked)):
-        if seen != prompt["input_ids"][0].tolist():
-            raise ValueError(f"the engine reads a prompt as {len(seen)} tokens, the trainer as "
-                             f"{prompt['input_ids'].shape[1]}: their processors differ")
-        for i, sample in zip(own, samples):
-            out[i] = sample
-    return out
-
-
-@torch.no_grad()
-def decode(engine, prompts, seeds, cfg):
-    """`generate` on a transformers model.
-
-    Rows of one prompt share its prefill, only the KV cache is copied; each draws by inverse CDF from its own
-    stream. At most cfg.rollout_tokens prompt and response tokens are held at once.
-    """
-    out, device = [None] * len(prompts), engine.banned.device
-    stop = torch.tensor(engine.stop, device=device)
-    room = [p["input_ids"].shape[1] + cfg.max_new_tokens for p in prompts]
-    chunks, order = [], sorted(range(len(prompts)), key=lambda i: room[i])
-    for i in order:
-        if chunks and (len(chunks[-1]) + 1) * room[i] <= cfg.rollout_tokens:
-            chunks[-1].append(i)
-        else:
-            chunks.append([i])
-    for chunk in chunks:
-        unique = {id(prompts[i]): prompts[i] for i in chunk}
-        owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)  # (B,)
-        cache, mask, shift, logits = prefill(engine, list(unique.values()), owner)
-        streams = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
-        draws = [torch.rand(cfg.max_new_tokens, dtype=torch.float64, generator=g) for g in streams]
-        draws = torch.stack(draws).to(device)  # (B, max_new_tokens)
-        tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
-        logps = torch.zeros(draws.shape, device=device)
-        live = torch.arange(len(chunk), device=device)  # rows still in the batch
-        for t in range(cfg.max_new_tokens):
-            logp = logits.float().index_fill(1, engine.banned, -torch.inf) / (cfg.temperature or 1.0)
-            logp = truncate(logp, cfg).log_softmax(1)  # (b, V)
-            cdf = logp.double().exp().cumsum(1)
-            if cfg.temperature:
-                token = torch.searchsorted(cdf, draws[live, t, None] * cdf[:, -1:], right=True)  # (b, 1)
-            else:
-                token = logp.argmax(1, keepdim=True)
-            tokens[live, t], logps[live, t] = token[:, 0], logp.gather(1, token)[:, 0]
-            ended = torch.isin(tokens[live, :t + 1], stop).any(1)
-            if ended.all() or t + 1 == cfg.max_new_tokens:
-                break
-            if 2 * ended.sum() >= len(live):  # half is finished: worth copying the cache without them
-                keep = (~ended).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                live, token, mask = live[keep], token[keep], mask[keep]
-                shift = shift[keep] if shift is not None else None
-            mask = torch.cat([mask, torch.ones_like(token)], 1)
-            place = mask.sum(1, keepdim=True) - 1  # (b, 1)
-            place = place if shift is None else (place + shift).expand(3, -1, -1)
-            logits = engine(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache,
-                            use_cache=True).logits[:, -1]
-        for i, row, logp in zip(chunk, tokens.tolist(), logps.cpu()):
-            end = next((t + 1 for t, token in enumerate(row) if token in engine.stop), None)
-            out[i] = row[:end], logp[:end].clone(), end is None
-    return out
-
-
-def prefill(engine, prompts, owner):
-    """Run distinct prompts, left-padded, and copy their states to the rows that own them.
-
-    Returns the KV cache, attention mask (B, T), shift (B, 1) of Qwen's multimodal positions against the token
-    count (None for other families) and next-token logits (B, V).
-    """
-    width = max(p["input_ids"].shape[1] for p in prompts)
-    fill = {"input_ids": engine.stop[0]}
-    padded = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=fill.get(k, 0))
-               if v.shape == p["input_ids"].shape else v for k, v in p.items() if k != "request"}
-              for p in prompts]
-    inputs, _ = collate([(p, []) for p in padded], None, engine.stop[0], owner.device)
-    if hasattr(engine.model, "rope_deltas"):
-        engine.model.rope_deltas = None  # kept from the last batch otherwise
-    if "image_grid_thw" not in inputs:
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    result = engine(**inputs, use_cache=True, logits_to_keep=1)
-    result.past_key_values.batch_select_indices(owner)
-    shift = getattr(engine.model, "rope_deltas", None)
-    shift = None if shift is None else shift[owner]
-    return result.past_key_values, inputs["attention_mask"][owner], shift, result.logits[owner, -1]
-
-
-def truncate(logits, cfg):
-    """Top-k, then nucleus (top-p): everything else gets -inf. (B, V) -> (B, V)"""
-    if cfg.top_k:
-        least = logits.topk(min(cfg.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if cfg.top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        probs = ordered.softmax(1)
-        drop = probs.cumsum(1) - probs >= cfg.top_p  # keep the token that crosses top_p
-        logits = logits.masked_fill(drop.scatter(1, index, drop), -torch.inf)
-    return logits
-
-
-# ----- twins: objective (identical in grpo.py, rise.py) ----------------------------------------------------
-
-
 def all_logprobs(policy, rollouts, prompts, dummy, cfg):
     """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
     out, device = [None] * len(rollouts), policy.banned.device
@@ -816,121 +246,6 @@ def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, c
         kl = (weights * (gap.exp() - gap - 1)).sum()
         loss, stats["loss/kl"] = loss + cfg.kl_beta * kl, kl.detach()
     return loss, stats
-
-
-# ----- twins: persistence (identical in sft.py, grpo.py, rise.py) ------------------------------------------
-
-
-def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
-    """Write out/step_000200, complete or not at all: HF weights and processor, one trainer file per rank.
-
-    `extra` is what else this rank needs to go on, of plain containers and tensors.
-
-    Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep
-    removed. With several nodes --out must be on a file system they share. On a full disk it raises OSError
-    and earlier checkpoints stay as they are.
-    """
-    policy.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
-    final = Path(cfg.out) / f"step_{step:06d}"
-    tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir()
-    dist.barrier()
-    weights = {}
-    for name, p in policy.named_parameters():
-        full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
-        if rank == 0:  # all ranks take part in gathering, one keeps the result
-            weights[name] = full.cpu()
-    if rank == 0:
-        policy.save_pretrained(tmp, state_dict=weights)
-        processor.save_pretrained(tmp)
-        (tmp / "meta.json").write_text(json.dumps({"step": step, "world_size": dist.get_world_size()}))
-    moments = {name: {k: v.to_local() if isinstance(v, DTensor) else v for k, v in optimizer.state[p].items()}
-               for name, p in policy.named_parameters() if p in optimizer.state}
-    torch.save({"optimizer": moments, "rng": torch.get_rng_state(), "extra": extra},
-               tmp / f"trainer_rank{rank}.pt")
-    dist.barrier()
-    if rank == 0:
-        for path in [*tmp.iterdir(), tmp]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        tmp.rename(final)
-        for old in sorted(Path(cfg.out).glob("step_??????"))[:-cfg.keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-
-
-def load_checkpoint(path, policy, optimizer):
-    """Restore save_checkpoint's optimizer moments and RNG (weights came with load_policy).
-
-    Returns (step, extra). Raises ValueError when the run was saved with another number of ranks.
-    """
-    meta = json.loads((path / "meta.json").read_text())
-    if meta["world_size"] != dist.get_world_size():
-        raise ValueError(f"{path} was saved by {meta['world_size']} rank(s), "
-                         f"this run has {dist.get_world_size()}")
-    state = torch.load(path / f"trainer_rank{dist.get_rank()}.pt", weights_only=True)
-    for name, p in policy.named_parameters():
-        for key, value in state["optimizer"].get(name, {}).items():
-            if isinstance(p, DTensor) and key != "step":
-                value = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements,
-                                           shape=p.shape, stride=p.stride())
-            optimizer.state[p][key] = value
-    torch.set_rng_state(state["rng"])
-    return meta["step"], state["extra"]
-
-
-class RunLog:
-    """Writes config.json, the JSON lines of a run and the progress bar, on rank 0.
-
-    A new run moves an existing directory aside; a resumed one drops the lines written after its checkpoint.
-    """
-
-    def __init__(self, cfg, start=0):
-        self.out, self.rank, self.began = Path(cfg.out), dist.get_rank(), time.time()
-        if self.rank == 0:
-            if self.out.exists() and not cfg.resume:
-                olds = (self.out.with_name(f"{self.out.name}.old{i}") for i in itertools.count(1))
-                aside = next(path for path in olds if not path.exists())
-                self.out.rename(aside)
-                print(f"{self.out} existed: moved to {aside}")
-            self.out.mkdir(parents=True, exist_ok=True)
-            written = ("metrics.jsonl", "samples.jsonl", "rationales.jsonl")
-            for path in filter(Path.exists, map(self.out.joinpath, written)):
-                lines = path.read_text().splitlines(True)
-                kept = [x for x in lines if start and x.endswith("\n") and json.loads(x)["step"] <= start]
-                path.write_text("".join(kept))
-            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                 capture_output=True, text=True)
-            (self.out / "config.json").write_text(json.dumps({
-                "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(),
-                "world_size": dist.get_world_size(),
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            }, indent=1))
-        # Piped into a file, a line every ten seconds is enough.
-        self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True,
-                        mininterval=0.2 if sys.stderr.isatty() else 10)
-        dist.barrier()
-
-    def note(self, text):
-        if self.rank == 0:
-            self.bar.write(text)
-
-    def fail(self, text):
-        self.bar.close()
-        sys.exit(f"{Path(sys.argv[0]).name}: {text}")
-
-    def write(self, name, rows):
-        if self.rank == 0:
-            with open(self.out / name, "a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def step(self, step, metrics, shown):
-        self.write("metrics.jsonl", [{"step": step, **metrics}])
-        self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in shown if k in metrics}, refresh=False)
-        self.bar.update()
 
 
 # ----- this stage ------------------------------------------------------------------------------------------
@@ -1202,13 +517,6 @@ def evaluate(engine, records, processor, cfg):
 
 def check(cfg):
     """Refuse what cannot train. Raises ValueError naming the flag."""
-    for flag, allowed in (("engine", ("hf", "vllm", "server")), ("loss_mean", ("token", "sequence")),
-                          ("ssr", ("off", "filter", "replay")), ("truncated", ("keep", "zero", "mask")),
-                          ("rethink_mask", ("trigger", "none", "prefix")),
-                          ("schedule", ("cosine", "linear", "constant")),
-                          ("param_dtype", ("fp32", "bf16"))):
-        if getattr(cfg, flag) not in allowed:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)}: use {' | '.join(allowed)}")
     for flag in ("steps", "prompts_per_step", "max_new_tokens", "rollout_tokens", "updates", "tp",
                  "token_budget", "eval_every", "eval_n", "save_every", "samples_every", "keep"):
         if getattr(cfg, flag) < 1:

@@ -19,11 +19,8 @@ What differs from the usual recipe, and why:
 Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
-import argparse
 import dataclasses
-import difflib
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -53,7 +50,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data_prep import build_messages, load_image, newest_step, read_records, resolve_model
+from data_prep import build_messages, load_image, newest_step, parse_config, read_records, resolve_model
 
 
 @dataclass(frozen=True)
@@ -84,43 +81,13 @@ class Config:
     param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
-    attn: str = "sdpa"  # attention kernel: sdpa | flash_attention_2 | eager
+    attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records with a response, "" = no evaluation
     eval_every: int = 100  # steps between evaluations
     eval_n: int = 200  # held-out rows used
     save_every: int = 100  # steps between checkpoints (one is always written at the end)
     keep: int = 1  # checkpoints kept
-
-
-# ----- twins: setup (identical in sft.py, grpo.py, rise.py; tests/test_twins.py) ---------------------------
-
-def parse_config(cls, argv=None):
-    """Build the frozen dataclass `cls` from `--key value`, `--key=value`, bare bools and lists.
-
-    The default gives the type, the trailing comment the --help text. A bad flag exits with one line.
-    """
-    source, names = inspect.getsource(cls), [f.name for f in dataclasses.fields(cls)]
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
-    truth = {"true": True, "1": True, "false": False, "0": False}
-    for f in dataclasses.fields(cls):
-        text = re.search(rf"^    {f.name}: .*?  # (.+)$", source, re.M)[1]
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        kind = dict(type=type(f.default))
-        if isinstance(f.default, bool):
-            kind = dict(type=lambda s: truth.get(s.lower(), s), choices=(True, False), nargs="?", const=True,
-                        metavar="true|false")
-        elif isinstance(f.default, tuple):
-            kind = dict(type=str, nargs="*")
-        text = f"{text} [{shown}]".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1, 0)
-        parser.error(f"unknown flag {unknown[0]}; did you mean --{near[0]}?")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()})
 
 
 def init_distributed():
@@ -242,9 +209,6 @@ def describe(policy, cfg, copies):
             f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
             f"{copies * total * compute / 2**30:.2f} GiB model copies, about {activations / 2**30:.2f} GiB "
             f"activations at --token_budget {cfg.token_budget}")
-
-
-# ----- twins: batches (identical in sft.py, grpo.py, rise.py) ----------------------------------------------
 
 
 def encode_prompt(record, processor, max_pixels):
@@ -393,9 +357,6 @@ def token_logprobs(policy, inputs, mask, temperature=1.0):
     head = policy.get_output_embeddings().weight  # (V, H)
     logps = ResponseLogprob.apply(hidden[mask], head, targets, temperature, policy.banned)
     return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps)
-
-
-# ----- twins: persistence (identical in sft.py, grpo.py, rise.py) ------------------------------------------
 
 
 def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
@@ -553,9 +514,6 @@ def evaluate(policy, rows, dummy, cfg):
 
 def check(cfg):
     """Refuse what cannot train. Raises ValueError naming the flag."""
-    for flag, allowed in (("schedule", ("cosine", "linear", "constant")), ("param_dtype", ("fp32", "bf16"))):
-        if getattr(cfg, flag) not in allowed:
-            raise ValueError(f"--{flag} {getattr(cfg, flag)}: use {' | '.join(allowed)}")
     for flag in ("steps", "batch_size", "token_budget", "max_tokens", "eval_every", "eval_n", "save_every",
                  "keep"):
         if getattr(cfg, flag) < 1:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
-import grpo  # noqa: E402
+import sft
 
 
 def usual(policy, inputs, mask):
@@ -45,7 +45,7 @@ def measure(name, vocab, tokens, hidden):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     held, began = peak(), time.time()
-    logps = {"usual": usual, "token_logprobs": grpo.token_logprobs}[name](policy, {"input_ids": ids}, mask)
+    logps = {"usual": usual, "token_logprobs": sft.token_logprobs}[name](policy, {"input_ids": ids}, mask)
     loss = logps.mean()
     loss.backward()
     value = loss.item()

@@ -3,8 +3,8 @@
     python tests/bench_rollout.py [--prompts 64] [--group 8] [--max_new_tokens 72] [--repeats 5]
                                   [--model out/sft] [--data data/mini/counting_train.jsonl] [--shape 3b]
 
-    hf          grpo.generate with transformers, the policy in the same process
-    vllm        grpo.generate with vLLM, the policy in the same process
+    hf          evaluation.generate with transformers, the policy in the same process
+    vllm        evaluation.generate with vLLM, the policy in the same process
     standalone  LLM.generate with the same requests and the same engine settings, no trainer
 
 Needed: vllm at least 0.90 of standalone. Every round starts each arm once, in a process of its own and in
@@ -37,6 +37,8 @@ import torch  # noqa: E402
 import transformers as hf  # noqa: E402
 
 import data_prep  # noqa: E402
+import eval as evaluation
+import sft
 import grpo  # noqa: E402
 import rewards  # noqa: E402
 
@@ -109,13 +111,13 @@ def settings(llm):
 
 
 def beside_trainer(name, args):
-    """grpo.generate with --engine `name`, as in a training step."""
-    _, _, device = grpo.init_distributed()
+    """evaluation.generate with --engine `name`, as in a training step."""
+    _, _, device = sft.init_distributed()
     cfg = grpo.Config(engine=name, max_new_tokens=args.max_new_tokens)
-    policy, processor = grpo.load_policy(args.model, cfg, device)
-    engine = grpo.build_engine(args.model, processor, cfg, device)
+    policy, processor = sft.load_policy(args.model, cfg, device)
+    engine = evaluation.build_engine(args.model, processor, cfg, device)
     records = data_prep.read_records(args.data, limit=args.prompts)
-    prompts = [p for p in (grpo.encode_prompt(r, processor, cfg.max_pixels) for r in records)
+    prompts = [p for p in (sft.encode_prompt(r, processor, cfg.max_pixels) for r in records)
                for _ in range(args.group)]
 
     def sync():
@@ -123,13 +125,13 @@ def beside_trainer(name, args):
         grpo.sync_weights(policy, engine)
 
     def sample():
-        return sum(len(ids) for ids, _, _ in grpo.generate(engine, prompts, range(len(prompts)), cfg))
+        return sum(len(ids) for ids, _, _ in evaluation.generate(engine, prompts, range(len(prompts)), cfg))
 
     return passes(sync, sample), settings(engine.llm) if name == "vllm" else ""
 
 
 def standalone(args):
-    """LLM.generate. The settings repeat those of grpo.VLLM; the parent says so when they are not the same."""
+    """LLM.generate. The settings repeat those of evaluation.VLLM; the parent says so when they are not the same."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     cfg, on_gpu = grpo.Config(max_new_tokens=args.max_new_tokens), torch.cuda.is_available()
@@ -143,11 +145,11 @@ def standalone(args):
     llm = LLM(args.model, dtype=torch.bfloat16 if on_gpu else torch.float32, max_model_len=-1,
               logprobs_mode="processed_logprobs", limit_mm_per_prompt={"video": 0}, **place)
     processor = hf.AutoProcessor.from_pretrained(args.model)
-    stop = grpo.stop_ids(hf.GenerationConfig.from_pretrained(args.model), processor)
-    banned = grpo.vision_ids(hf.AutoConfig.from_pretrained(args.model), "cpu").tolist()
+    stop = sft.stop_ids(hf.GenerationConfig.from_pretrained(args.model), processor)
+    banned = sft.vision_ids(hf.AutoConfig.from_pretrained(args.model), "cpu").tolist()
     requests = []
     for record in data_prep.read_records(args.data, limit=args.prompts):
-        made = grpo.encode_prompt(record, processor, cfg.max_pixels)["request"]
+        made = sft.encode_prompt(record, processor, cfg.max_pixels)["request"]
         requests.append({"prompt_token_ids": made["ids"], "multi_modal_data": {"image": made["images"]}})
     params = [SamplingParams(
         n=args.group, seed=i * args.group, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k,
@@ -230,7 +232,7 @@ def compare(args):
     print(f"\nvllm / standalone {share:.2f} (per CPU second {ratio('vllm', 'standalone', 'cpu'):.2f}), "
           f"vllm / hf {ratio('vllm', 'hf', 'wall'):.2f}")
     if alike["vllm"] != alike["standalone"]:
-        print("the engine settings of vllm and standalone differ: bring this file in line with grpo.VLLM")
+        print("the engine settings of vllm and standalone differ: bring this file in line with evaluation.VLLM")
     sys.exit(0 if share >= 0.9 else "vllm beside the trainer is slower than 0.90 of standalone")
 
 

@@ -14,6 +14,8 @@ import transformers as hf  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 import data_prep  # noqa: E402
+import sft
+import eval as evaluation
 import grpo  # noqa: E402
 import rewards  # noqa: E402
 
@@ -192,7 +194,7 @@ FAMILIES = {"qwen2.5-vl": qwen25, "qwen2-vl": qwen2, "qwen3-vl": qwen3, "idefics
 @pytest.fixture(scope="session")
 def group():
     """A process group of one rank, as every stage makes it."""
-    rank, world, device = grpo.init_distributed()
+    rank, world, device = sft.init_distributed()
     torch.set_num_threads(1)
     yield SimpleNamespace(rank=rank, world=world, device=device)
     torch.distributed.destroy_process_group()
@@ -222,9 +224,9 @@ def family(request, tmp_path_factory, group):
     model.save_pretrained(path)
     processor.save_pretrained(path)
     cfg = grpo.Config(max_new_tokens=8)
-    policy, processor = grpo.load_policy(path, cfg, CPU)
-    engine = grpo.build_engine(path, processor, cfg, CPU)
-    prompts = {name: grpo.encode_prompt(record, processor, 10**6) for name, record in RECORDS.items()}
+    policy, processor = sft.load_policy(path, cfg, CPU)
+    engine = evaluation.build_engine(path, processor, cfg, CPU)
+    prompts = {name: sft.encode_prompt(record, processor, 10**6) for name, record in RECORDS.items()}
     for prompt in prompts.values():
         del prompt["request"]  # leaves what transformers' own forward and generate take
     plain = hf.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()

@@ -661,7 +661,7 @@ def test_a_system_turn_reaches_every_stage(tiny, family):
               "task": "plain", "system": "one two three"}
     prompts = [stage.encode_prompt(record, family.processor, 10**6) for stage in (sft, grpo, evaluation)]
     texts = [family.processor.tokenizer.decode(prompt["request"]["ids"]) for prompt in prompts]
-    plain = grpo.encode_prompt({**record, "system": ""}, family.processor, 10**6)
+    plain = sft.encode_prompt({**record, "system": ""}, family.processor, 10**6)
     assert len(set(texts)) == 1 and texts[0].count("one two three") == 1
     assert len(prompts[0]["input_ids"][0]) > len(plain["input_ids"][0])
     body = evaluation.chat_request(record, "m", evaluation.Config())

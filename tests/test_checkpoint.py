@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 import torch
 
+import sft
 import grpo
 
 CPU = torch.device("cpu")
@@ -12,10 +13,10 @@ CPU = torch.device("cpu")
 def trained(path, out):
     """A policy after one update, its optimizer, processor and config, and a batch."""
     cfg = dataclasses.replace(grpo.Config(), out=str(out), lr=0.01, keep=9)
-    policy, processor = grpo.load_policy(path, cfg, CPU)
-    optimizer = grpo.make_optimizer(policy, cfg)
+    policy, processor = sft.load_policy(path, cfg, CPU)
+    optimizer = sft.make_optimizer(policy, cfg)
     records = ({"question": text, "images": [], "answer_type": "text"} for text in ("one", "two three"))
-    batch = grpo.collate([(grpo.encode_prompt(r, processor, 10**6), [3, 4]) for r in records], None, 0, CPU)
+    batch = sft.collate([(sft.encode_prompt(r, processor, 10**6), [3, 4]) for r in records], None, 0, CPU)
     policy.token_logprobs(*batch).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -37,10 +38,10 @@ def test_a_checkpoint_restores_weights_and_moments(group, tiny, tmp_path, scored
     if scored_first:
         with torch.no_grad():
             policy.token_logprobs(*batch)
-    grpo.save_checkpoint(cfg, 7, policy, processor, optimizer)
-    again, _ = grpo.load_policy(tmp_path / "run" / "step_000007", cfg, CPU)
-    fresh = grpo.make_optimizer(again, cfg)
-    assert grpo.load_checkpoint(tmp_path / "run" / "step_000007", again, fresh) == (7, None)
+    sft.save_checkpoint(cfg, 7, policy, processor, optimizer)
+    again, _ = sft.load_policy(tmp_path / "run" / "step_000007", cfg, CPU)
+    fresh = sft.make_optimizer(again, cfg)
+    assert sft.load_checkpoint(tmp_path / "run" / "step_000007", again, fresh) == (7, None)
     assert len(kept) > 10
     for name, p in again.named_parameters():
         assert torch.equal(full(p), weights[name]), name

@@ -1,8 +1,6 @@
 """Command lines: every stage's Config through parse_config."""
 import dataclasses
-import functools
 import importlib
-import inspect
 import re
 import shlex
 import subprocess
@@ -12,18 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import data_prep
 import rewards
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = [s for s in ("sft", "grpo", "rise", "eval", "data_prep") if (ROOT / f"{s}.py").exists()]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """parse_config reads its class's source on every call; read it once."""
-    usual, inspect.getsource = inspect.getsource, functools.cache(inspect.getsource)
-    yield
-    inspect.getsource = usual
 
 
 @pytest.fixture(params=STAGES)
@@ -42,6 +33,12 @@ def refusal(stage, *argv):
         stage.parse_config(stage.Config, list(argv))
     assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
     return stop.value.code
+
+
+def choices(stage, field):
+    """The values that a field's comment allows, [] for any."""
+    comment = re.search(rf"^    {field.name}: .*?  # (.+)$", Path(stage.__file__).read_text(), re.M)[1]
+    return data_prep.allowed_values(comment)
 
 
 def of_type(stage, kind):
@@ -63,10 +60,34 @@ def test_every_field_takes_its_own_default(stage):
 def test_every_number_and_text_can_be_set(stage, form):
     for kind, written, value in ((int, "7", 7), (float, "2.5e-3", 0.0025), (str, "some/where", "some/where")):
         for f in of_type(stage, kind):
+            if choices(stage, f):
+                continue
             expected = dataclasses.replace(stage.Config(), **{f.name: value})
             assert parse(stage, form.format(f.name, written)) == expected
     for f in of_type(stage, str):
-        assert getattr(parse(stage, f"--{f.name}="), f.name) == ""
+        if not choices(stage, f):
+            assert getattr(parse(stage, f"--{f.name}="), f.name) == ""
+
+
+def test_alternatives_in_a_comment_are_the_allowed_values(stage):
+    for f in of_type(stage, str):
+        allowed = choices(stage, f)
+        assert not allowed or f.default in allowed
+        for value in allowed:
+            assert getattr(parse(stage, f"--{f.name} {value}"), f.name) == value
+        if allowed:
+            message = refusal(stage, f"--{f.name}", "no-such-thing")
+            assert f"--{f.name}: no-such-thing: use {' | '.join(allowed)}" in message
+
+
+@pytest.mark.parametrize("comment, allowed", [
+    ("token | sequence", ["token", "sequence"]),
+    ("hf (transformers) | vllm (here, on this GPU) | server (--servers)", ["hf", "vllm", "server"]),
+    ("cut responses: keep | zero (reward 0) | mask (no gradient)", ["keep", "zero", "mask"]),
+    ("sdpa | flash_attention_2 | eager", ["sdpa", "flash_attention_2", "eager"]),
+    ("7b (base) | 32b (trained)", ["7b", "32b"]), ("0 = off", []), ("a file (x | y)", []), ("", [])])
+def test_allowed_values(comment, allowed):
+    assert data_prep.allowed_values(comment) == allowed
 
 
 @pytest.mark.parametrize("written, value", [
@@ -145,6 +166,15 @@ def test_help_of_a_script():
     done = subprocess.run([sys.executable, ROOT / "data_prep.py", "--help"],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "--source" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("profiler", ["cProfile", "pdb"])
+def test_a_stage_runs_under_a_profiler_and_a_debugger(profiler, tmp_path):
+    """There __main__ is another module, and the comments of Config must still be found."""
+    extra = ["-c", "continue"] if profiler == "pdb" else []
+    done = subprocess.run([sys.executable, "-m", profiler, *extra, ROOT / "data_prep.py", "--help"], cwd=tmp_path,
+                          input="q\n", capture_output=True, text=True, timeout=120)
+    assert "--source" in done.stdout and "records (--input" in done.stdout, done.stderr
 
 
 def test_a_bad_flag_of_a_script_is_one_line_and_no_traceback():

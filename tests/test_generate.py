@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import sft
+import eval as evaluation
 import grpo
 
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ def transformers_greedy(family, prompt, stop):
 def teacher_forced(policy, family, rows, temperature=1.0):
     """token_logprobs of (prompt, response) rows, split by row."""
     with torch.no_grad():
-        inputs, mask = grpo.collate(rows, family.prompts["image"], 0, CPU)
+        inputs, mask = sft.collate(rows, family.prompts["image"], 0, CPU)
         return policy.token_logprobs(inputs, mask, temperature)[mask].split([len(r) for _, r in rows])
 
 
@@ -57,7 +59,7 @@ def same(a, b):
 @pytest.mark.parametrize("many_stops", [False, True])
 def test_greedy_equals_transformers(family, request, many_stops):
     stop = request.getfixturevalue("stops") if many_stops else family.engine.stop
-    got = grpo.generate(family.engine, [*family.prompts.values()], [0] * 5, GREEDY)
+    got = evaluation.generate(family.engine, [*family.prompts.values()], [0] * 5, GREEDY)
     expected = [transformers_greedy(family, p, stop) for p in family.prompts.values()]
     assert [ids for ids, _, _ in got] == expected
     assert [cut for _, _, cut in got] == [ids[-1] not in stop for ids, _, _ in got]
@@ -69,7 +71,7 @@ def test_greedy_equals_transformers(family, request, many_stops):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_equal_teacher_forcing(family, stops, temperature):
     prompts = [p for p in family.prompts.values() for _ in range(4)]
-    samples = grpo.generate(family.engine, prompts, range(len(prompts)),
+    samples = evaluation.generate(family.engine, prompts, range(len(prompts)),
                             dataclasses.replace(CFG, temperature=temperature))
     lengths = {len(ids) for ids, _, _ in samples}
     assert len(lengths) > 3 and any(cut for _, _, cut in samples) and not all(cut for _, _, cut in samples)
@@ -79,7 +81,7 @@ def test_sampled_logprobs_equal_teacher_forcing(family, stops, temperature):
 
 def test_greedy_logprobs_are_those_of_the_unscaled_policy(family):
     prompts = [*family.prompts.values()]
-    samples = grpo.generate(family.engine, prompts, [0] * 5, GREEDY)
+    samples = evaluation.generate(family.engine, prompts, [0] * 5, GREEDY)
     rows = [(p, ids) for p, (ids, _, _) in zip(prompts, samples)]
     agree(samples, teacher_forced(family.policy, family, rows))
 
@@ -87,20 +89,20 @@ def test_greedy_logprobs_are_those_of_the_unscaled_policy(family):
 @pytest.mark.parametrize("train", ["all", "language"])
 def test_sync_makes_the_engine_equal_to_the_policy(family, train):
     cfg = dataclasses.replace(CFG, freeze_vision=train == "language", lr=0.02)
-    policy, processor = grpo.load_policy(family.path, cfg, CPU)
-    engine = grpo.build_engine(family.path, processor, cfg, CPU)
+    policy, processor = sft.load_policy(family.path, cfg, CPU)
+    engine = evaluation.build_engine(family.path, processor, cfg, CPU)
     prompts = [*family.prompts.values()]
-    before = grpo.generate(engine, prompts, range(5), cfg)
-    optimizer = grpo.make_optimizer(policy, cfg)
+    before = evaluation.generate(engine, prompts, range(5), cfg)
+    optimizer = sft.make_optimizer(policy, cfg)
     rows = [(p, ids) for p, (ids, _, _) in zip(prompts, before)]
-    inputs, mask = grpo.collate(rows, None, 0, CPU)
+    inputs, mask = sft.collate(rows, None, 0, CPU)
     policy.token_logprobs(inputs, mask).sum().backward()
     optimizer.step()
     moved = torch.cat(teacher_forced(policy, family, rows)) - torch.cat([s[1] for s in before])
     assert moved.abs().max() > 0.01
     for _ in range(2):
         grpo.sync_weights(policy, engine)
-    after = grpo.generate(engine, prompts, range(5), cfg)
+    after = evaluation.generate(engine, prompts, range(5), cfg)
     agree(after, teacher_forced(policy, family, [(p, ids) for p, (ids, _, _) in zip(prompts, after)]))
     mine = dict(engine.named_parameters())
     for name, p in policy.named_parameters():
@@ -109,8 +111,8 @@ def test_sync_makes_the_engine_equal_to_the_policy(family, train):
 
 def test_sync_leaves_no_graph_behind(family):
     """An engine weight that remembers where it was copied from keeps every earlier copy's graph alive."""
-    policy, processor = grpo.load_policy(family.path, CFG, CPU)
-    engine = grpo.build_engine(family.path, processor, CFG, CPU)
+    policy, processor = sft.load_policy(family.path, CFG, CPU)
+    engine = evaluation.build_engine(family.path, processor, CFG, CPU)
     grpo.sync_weights(policy, engine)
     assert not any(p.requires_grad for p in engine.parameters())
 
@@ -122,21 +124,21 @@ def test_sync_leaves_no_graph_behind(family):
 def test_rollouts_do_not_depend_on_rollout_tokens(family, stops, rollout_tokens):
     prompts = [p for p in family.prompts.values() for _ in range(3)]
     cfg = dataclasses.replace(CFG, rollout_tokens=rollout_tokens)
-    same(grpo.generate(family.engine, prompts, range(15), cfg),
-         grpo.generate(family.engine, prompts, range(15), CFG))
+    same(evaluation.generate(family.engine, prompts, range(15), cfg),
+         evaluation.generate(family.engine, prompts, range(15), CFG))
 
 
 def test_rollouts_do_not_depend_on_companions_order_or_object_identity(family, stops):
     prompts, seeds = [p for p in family.prompts.values() for _ in range(2)], [*range(10)]
-    together = grpo.generate(family.engine, prompts, seeds, CFG)
-    same([grpo.generate(family.engine, [p], [s], CFG)[0] for p, s in zip(prompts, seeds)], together)
-    same(grpo.generate(family.engine, prompts[::-1], seeds[::-1], CFG)[::-1], together)
-    same(grpo.generate(family.engine, [dict(p) for p in prompts], seeds, CFG), together)
+    together = evaluation.generate(family.engine, prompts, seeds, CFG)
+    same([evaluation.generate(family.engine, [p], [s], CFG)[0] for p, s in zip(prompts, seeds)], together)
+    same(evaluation.generate(family.engine, prompts[::-1], seeds[::-1], CFG)[::-1], together)
+    same(evaluation.generate(family.engine, [dict(p) for p in prompts], seeds, CFG), together)
 
 
 def test_same_seed_same_rollout_other_seed_another(family):
     prompt = family.prompts["image"]
-    ids = [tuple(s[0]) for s in grpo.generate(family.engine, [prompt] * 16, [*range(8)] * 2, CFG)]
+    ids = [tuple(s[0]) for s in evaluation.generate(family.engine, [prompt] * 16, [*range(8)] * 2, CFG)]
     assert ids[:8] == ids[8:] and len(set(ids[:8])) == 8
 
 
@@ -152,7 +154,7 @@ def test_rollout_seeds_are_distinct_and_fixed():
 def test_no_prompts():
     engine = torch.nn.Identity()
     engine.banned, engine.stop = torch.tensor([1]), [0]
-    assert grpo.generate(engine, [], [], CFG) == []
+    assert evaluation.generate(engine, [], [], CFG) == []
 
 
 # ----- sampling
@@ -164,7 +166,7 @@ def test_frequencies_follow_the_softmax(family, name, temperature):
     """Chi-square of 4,000 first tokens; bins of fewer than 5 expected draws are merged."""
     prompt, n = family.prompts[name], 4000
     cfg = dataclasses.replace(CFG, temperature=temperature, max_new_tokens=1, rollout_tokens=10**7)
-    counts = Counter(ids[0] for ids, _, _ in grpo.generate(family.engine, [prompt] * n, range(n), cfg))
+    counts = Counter(ids[0] for ids, _, _ in evaluation.generate(family.engine, [prompt] * n, range(n), cfg))
     family.plain.model.rope_deltas = None
     with torch.no_grad():
         logits = family.plain(**prompt).logits[0, -1] / temperature
@@ -179,8 +181,8 @@ def test_frequencies_follow_the_softmax(family, name, temperature):
 
 def test_top_k_1_is_greedy(family):
     prompts = [*family.prompts.values()]
-    got = grpo.generate(family.engine, prompts, range(5), dataclasses.replace(CFG, top_k=1))
-    greedy = grpo.generate(family.engine, prompts, [0] * 5, GREEDY)
+    got = evaluation.generate(family.engine, prompts, range(5), dataclasses.replace(CFG, top_k=1))
+    greedy = evaluation.generate(family.engine, prompts, [0] * 5, GREEDY)
     assert [ids for ids, _, _ in got] == [ids for ids, _, _ in greedy]
     assert all((logps == 0).all() for _, logps, _ in got)
 
@@ -188,7 +190,7 @@ def test_top_k_1_is_greedy(family):
 def test_a_draw_of_exactly_zero_does_not_pick_a_banned_first_id(family, monkeypatch):
     monkeypatch.setattr(family.engine, "banned", torch.tensor([0, 1]))
     monkeypatch.setattr(torch, "rand", lambda *size, generator=None, **kind: torch.zeros(*size, **kind))
-    (ids, logps, _), = grpo.generate(family.engine, [family.prompts["text"]], [0], CFG)
+    (ids, logps, _), = evaluation.generate(family.engine, [family.prompts["text"]], [0], CFG)
     assert set(ids) == {2} and logps.isfinite().all()
 
 
@@ -204,7 +206,7 @@ def test_truncated_sampling_stays_inside_and_renormalises(family, top_k, top_p):
     for i, p in ranked:
         if sum(kept.values()) < top_p * total:
             kept[i] = p
-    samples = grpo.generate(family.engine, [prompt] * n, range(n), cfg)
+    samples = evaluation.generate(family.engine, [prompt] * n, range(n), cfg)
     assert 1 < len({ids[0] for ids, _, _ in samples}) and {ids[0] for ids, _, _ in samples} <= kept.keys()
     for ids, logps, _ in samples:
         assert logps.item() == pytest.approx(math.log(kept[ids[0]] / sum(kept.values())), abs=1e-4)
@@ -218,7 +220,7 @@ def test_truncated_sampling_stays_inside_and_renormalises(family, top_k, top_p):
 def test_truncate_table(top_k, top_p, kept):
     """Probabilities .05 .5 .15 .3; the nucleus is taken of what top-k left, renormalised."""
     logits = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log()
-    cut = grpo.truncate(logits, SimpleNamespace(top_k=top_k, top_p=top_p))
+    cut = evaluation.truncate(logits, SimpleNamespace(top_k=top_k, top_p=top_p))
     assert cut.isfinite()[0].nonzero()[:, 0].tolist() == kept
     assert torch.equal(cut[0, kept], logits[0, kept])
 
@@ -228,14 +230,14 @@ def test_truncate_table(top_k, top_p, kept):
 
 def test_vision_tokens_are_never_sampled_however_large_their_logits(family):
     prompts = [p for p in family.prompts.values() for _ in range(2)]
-    usual = [grpo.generate(family.engine, prompts, range(10), cfg) for cfg in (CFG, GREEDY)]
+    usual = [evaluation.generate(family.engine, prompts, range(10), cfg) for cfg in (CFG, GREEDY)]
 
     def favour(module, args, out):
         out.logits[..., family.engine.banned] += 1e4
 
     hook = family.engine.register_forward_hook(favour)
     try:
-        shouted = [grpo.generate(family.engine, prompts, range(10), cfg) for cfg in (CFG, GREEDY)]
+        shouted = [evaluation.generate(family.engine, prompts, range(10), cfg) for cfg in (CFG, GREEDY)]
     finally:
         hook.remove()
     for a, b in zip(shouted, usual):
@@ -249,11 +251,11 @@ def test_sampling_ignores_the_checkpoints_generation_config(family, tmp_path):
     shipped = json.loads((path / "generation_config.json").read_text())
     odd = dict(do_sample=True, temperature=0.01, top_k=1, top_p=0.001, repetition_penalty=1.5)
     (path / "generation_config.json").write_text(json.dumps(shipped | odd))
-    engine = grpo.build_engine(path, family.processor, CFG, CPU)
+    engine = evaluation.build_engine(path, family.processor, CFG, CPU)
     assert engine.stop == family.engine.stop
     prompts = [family.prompts["image"]] * 8
-    group = grpo.generate(engine, prompts, range(8), CFG)
-    same(group, grpo.generate(family.engine, prompts, range(8), CFG))
+    group = evaluation.generate(engine, prompts, range(8), CFG)
+    same(group, evaluation.generate(family.engine, prompts, range(8), CFG))
     assert len({tuple(ids) for ids, _, _ in group}) > 4
 
 
@@ -270,8 +272,8 @@ def test_first_stop_token_is_what_the_template_writes(family):
 def test_stop_ids_also_hold_the_checkpoints_own(family, known, more):
     tok = family.processor.tokenizer
     expected = [tok.eos_token_id, *more]  # in these families the tokenizer's own is what the template writes
-    assert grpo.stop_ids(SimpleNamespace(eos_token_id=known), family.processor) == expected
-    again = grpo.stop_ids(SimpleNamespace(eos_token_id=[tok.eos_token_id, *more]), family.processor)
+    assert sft.stop_ids(SimpleNamespace(eos_token_id=known), family.processor) == expected
+    again = sft.stop_ids(SimpleNamespace(eos_token_id=[tok.eos_token_id, *more]), family.processor)
     assert again == expected
 
 
@@ -283,11 +285,11 @@ def test_ordinary_text_after_a_turn_is_no_stop_token(family, tail):
 
     tok = family.processor.tokenizer
     processor = SimpleNamespace(tokenizer=tok, apply_chat_template=template)
-    assert grpo.stop_ids(SimpleNamespace(eos_token_id=None), processor) == [tok.eos_token_id]
+    assert sft.stop_ids(SimpleNamespace(eos_token_id=None), processor) == [tok.eos_token_id]
 
 
 def test_a_response_ends_with_its_only_stop_token_or_is_truncated(family, stops):
-    samples = grpo.generate(family.engine, [family.prompts["image"]] * 32, range(32), CFG)
+    samples = evaluation.generate(family.engine, [family.prompts["image"]] * 32, range(32), CFG)
     for ids, logps, cut in samples:
         assert len(ids) == len(logps) <= CFG.max_new_tokens and not set(ids[:-1]) & set(stops)
         assert cut == (ids[-1] not in stops) and (len(ids) == CFG.max_new_tokens or not cut)

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import data_prep
+import sft
+import eval as evaluation
 import grpo
 from bench_rollout import save_shape
 from test_stages import GRPO, SFT, environment, launch as run, metrics, newest, weights, work  # noqa: F401
@@ -45,22 +47,22 @@ def alone(function, *args):
 
 def setup(name, path, data, **options):
     """A policy, its engine and 16 prompts of the mini suite, 4 rows each, as grpo.py makes them."""
-    _, _, device = grpo.init_distributed()
+    _, _, device = sft.init_distributed()
     cfg = grpo.Config(engine=name, **options)
-    policy, processor = grpo.load_policy(path, cfg, device)
-    engine = grpo.build_engine(path, processor, cfg, device)
+    policy, processor = sft.load_policy(path, cfg, device)
+    engine = evaluation.build_engine(path, processor, cfg, device)
     grpo.sync_weights(policy, engine)
     records = data_prep.read_records(data, limit=16)
-    prompts = [grpo.encode_prompt(record, processor, cfg.max_pixels) for record in records]
+    prompts = [sft.encode_prompt(record, processor, cfg.max_pixels) for record in records]
     return policy, engine, [prompt for prompt in prompts for _ in range(4)], cfg
 
 
 def mismatch(policy, engine, prompts, cfg):
     """Sample every prompt; returns mean and max of |trainer - sampler| over the response tokens, nats."""
-    samples = grpo.generate(engine, prompts, range(len(prompts)), cfg)
+    samples = evaluation.generate(engine, prompts, range(len(prompts)), cfg)
     assert len({tuple(ids) for ids, _, _ in samples}) > len(samples) / 2
     rows = [(prompt, ids) for prompt, (ids, _, _) in zip(prompts, samples)]
-    inputs, mask = grpo.collate(rows, None, 0, policy.banned.device)
+    inputs, mask = sft.collate(rows, None, 0, policy.banned.device)
     with torch.no_grad():
         logps = policy.token_logprobs(inputs, mask, cfg.temperature)[mask].cpu()
     gap = (logps - torch.cat([logps for _, logps, _ in samples])).abs()

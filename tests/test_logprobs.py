@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import grpo
+import sft
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def naive(family, prompt, response, temperature=1.0):
 
 def scored(family, rows, temperature=1.0, pad_id=0, policy=None):
     """token_logprobs of collated rows, split by row."""
-    inputs, mask = grpo.collate(rows, family.prompts["image"], pad_id, CPU)
+    inputs, mask = sft.collate(rows, family.prompts["image"], pad_id, CPU)
     logps = (policy or family.policy).token_logprobs(inputs, mask, temperature)
     assert logps.shape == (len(inputs["input_ids"]), inputs["input_ids"].shape[1] - 1) == mask.shape
     assert (logps[~mask] == 0).all()
@@ -83,7 +83,7 @@ def test_gradients_equal_those_of_full_logits(family, temperature):
 
 def test_a_batch_without_any_response_gives_zero_gradients(family):
     """A rank that has nothing to train still runs forward and backward: FSDP's collectives must match."""
-    inputs, mask = grpo.collate([], family.prompts["image"], 0, CPU)
+    inputs, mask = sft.collate([], family.prompts["image"], 0, CPU)
     family.policy.zero_grad()
     loss = family.policy.token_logprobs(inputs, mask).sum()
     loss.backward()
@@ -111,7 +111,7 @@ def test_placeholder_ids_are_banned_and_have_no_probability(family):
     assert placeholder in family.policy.banned.tolist()
     hidden, head = torch.randn(3, 8), torch.randn(20, 8)
     banned, targets = torch.tensor([4, 11]), torch.tensor([4, 3, 11])
-    logps = grpo.ResponseLogprob.apply(hidden, head, targets, 1.0, banned)
+    logps = sft.ResponseLogprob.apply(hidden, head, targets, 1.0, banned)
     assert logps.tolist()[::2] == [-torch.inf] * 2 and logps[1].isfinite()
 
 
@@ -127,7 +127,7 @@ def test_pad_id_does_not_matter(family, pad_id):
 
 def test_garbage_in_padding_changes_nothing(family):
     rows = list(zip(family.prompts.values(), responses(family, 5)))
-    inputs, mask = grpo.collate(rows, None, 0, CPU)
+    inputs, mask = sft.collate(rows, None, 0, CPU)
     padding = inputs["attention_mask"] == 0
     garbage = torch.randint(0, 250, inputs["input_ids"].shape, generator=torch.Generator().manual_seed(0))
     dirty = inputs | {"input_ids": torch.where(padding, garbage, inputs["input_ids"])}
@@ -172,7 +172,7 @@ def test_images_and_their_order_matter(family):
 def test_collate_layout():
     long = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     short = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
-    inputs, mask = grpo.collate([(long, [8]), (short, [8, 9, 4])], None, 1, CPU)
+    inputs, mask = sft.collate([(long, [8]), (short, [8, 9, 4])], None, 1, CPU)
     assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 1], [5, 6, 8, 9, 4]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
     assert mask.tolist() == [[False, False, True, False], [False, True, True, True]]
@@ -183,14 +183,14 @@ def test_collate_aligns_a_key_that_the_first_row_lacks():
     ids = [torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 8]])]
     rows = [({"input_ids": ids[0]}, [9]),
             ({"input_ids": ids[1], "token_type_ids": torch.tensor([[0, 1, 1, 0]])}, [9])]
-    inputs, _ = grpo.collate(rows, None, 0, CPU)
+    inputs, _ = sft.collate(rows, None, 0, CPU)
     assert inputs["token_type_ids"].tolist() == [[0] * 5, [0, 1, 1, 0, 0]]
 
 
 def test_collate_adds_the_dummy_only_to_batches_without_images(family):
     text, image = family.prompts["text"], family.prompts["image"]
     for rows, more in (([(text, [1])], 1), ([(image, [1])], 0), ([(text, [1]), (image, [2])], 0), ([], 1)):
-        inputs, mask = grpo.collate(rows, image, 0, CPU)
+        inputs, mask = sft.collate(rows, image, 0, CPU)
         assert len(inputs["input_ids"]) == len(rows) + more and "pixel_values" in inputs
         assert mask.sum() == len(rows)
 
@@ -209,14 +209,14 @@ def fake_policy(hidden, head, banned=()):
 def test_chunk_boundaries(tokens):
     """A vocabulary of 2^20 leaves 32 positions to a chunk: one exactly, one and a half."""
     vocab, generator = 2**20, torch.Generator().manual_seed(0)
-    chunks = grpo.ResponseLogprob.chunks(torch.zeros(33, 1), torch.zeros(vocab, 1), 1.0, [])
+    chunks = sft.ResponseLogprob.chunks(torch.zeros(33, 1), torch.zeros(vocab, 1), 1.0, [])
     assert [rows.stop - rows.start for rows, _ in chunks] == [32, 32]
     hidden = torch.randn(1, tokens + 1, 16, generator=generator)
     head = torch.randn(vocab, 16, generator=generator) / 4
     ids, banned = torch.randint(0, vocab, (1, tokens + 1), generator=generator), [3, 77]
     weights = torch.randn(tokens, generator=generator)
     leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    logps = grpo.token_logprobs(fake_policy(*leaves, banned), {"input_ids": ids},
+    logps = sft.token_logprobs(fake_policy(*leaves, banned), {"input_ids": ids},
                                 torch.ones(1, tokens, dtype=torch.bool), 0.5)
     (logps[0] * weights).sum().backward()
     exact = head.double()  # fp32 log_softmax loses 1e-4 over so many ids
@@ -235,6 +235,6 @@ def test_chunk_boundaries(tokens):
 
 def test_frozen_head_gets_no_gradient():
     hidden, head = torch.randn(1, 4, 3, requires_grad=True), torch.randn(9, 3)
-    grpo.token_logprobs(fake_policy(hidden, head), {"input_ids": torch.arange(4)[None]},
+    sft.token_logprobs(fake_policy(hidden, head), {"input_ids": torch.arange(4)[None]},
                         torch.ones(1, 3, dtype=torch.bool)).sum().backward()
     assert head.grad is None and hidden.grad[:, :3].abs().sum() > 0 and (hidden.grad[:, 3] == 0).all()

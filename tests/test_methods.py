@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import conftest
+import sft
+import eval as evaluation
 import grpo
 from test_stages import GRPO, SFT, close, metrics, newest, run, weights, work  # noqa: F401
 
@@ -235,9 +237,9 @@ def check_forced(policy, engine, processor, records, monkeypatch):
     ends = range(3, len(processor.tokenizer), 6)  # so that random models end
     monkeypatch.setattr(engine, "stop", [*engine.stop, *ends])
     monkeypatch.setattr(grpo, "accuracy", lambda text, record: 1.0)
-    prompts = {q: grpo.encode_prompt(record, processor, 10**6) for q, record in enumerate(records)}
+    prompts = {q: sft.encode_prompt(record, processor, 10**6) for q, record in enumerate(records)}
     asked = [q for q in prompts for _ in range(4)]
-    samples = grpo.generate(engine, [prompts[q] for q in asked], [7 * i for i in range(len(asked))], cfg)
+    samples = evaluation.generate(engine, [prompts[q] for q in asked], [7 * i for i in range(len(asked))], cfg)
     rollouts = [grpo.Rollout(q, *sample, "one") for q, sample in zip(asked, samples)]
     before = list(rollouts)
     sums = grpo.force_rethink(engine, rollouts, prompts, records, processor.tokenizer, 1, cfg)
@@ -249,7 +251,7 @@ def check_forced(policy, engine, processor, records, monkeypatch):
             assert new.response[start:stop] in [processor.tokenizer(t, add_special_tokens=False)["input_ids"]
                                                 for t in grpo.TRIGGERS.values()]
             assert not set(new.response) & set(engine.banned.tolist())
-            inputs, mask = grpo.collate([(prompts[new.question], new.response)], None, 0, conftest.CPU)
+            inputs, mask = sft.collate([(prompts[new.question], new.response)], None, 0, conftest.CPU)
             with torch.no_grad():
                 logps = policy.token_logprobs(inputs, mask)[mask]
             sampled = ~new.sampler_logps.isnan()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import sft
 import grpo
 
 EIGHT = {k: [1.0] * k + [0.0] * (8 - k) for k in range(9)}
@@ -276,7 +277,7 @@ COSINE = dataclasses.replace(grpo.Config(), steps=750, warmup=23, lr=1e-6, lr_fl
 ])
 def test_lr_at(cfg, step, lr):
     cfg = dataclasses.replace(grpo.Config(), lr=1.0, **cfg) if isinstance(cfg, dict) else cfg
-    assert grpo.lr_at(step, cfg) == pytest.approx(lr, rel=1e-3, abs=1e-12)
+    assert sft.lr_at(step, cfg) == pytest.approx(lr, rel=1e-3, abs=1e-12)
 
 
 # ----- data order
@@ -285,7 +286,7 @@ def test_lr_at(cfg, step, lr):
 @pytest.mark.parametrize("total, per_step", [(10, 3), (12, 4), (7, 7), (5, 8), (1, 1), (1, 4), (100, 32)])
 def test_schedule_covers_every_record_and_repeats_none_within_a_step(total, per_step):
     steps = 2 * total + 3
-    plan = grpo.schedule(total, per_step, 0, steps, 0)
+    plan = sft.schedule(total, per_step, 0, steps, 0)
     assert len(plan) == steps and all(len(set(drawn)) == len(drawn) for drawn in plan)
     assert all(set(drawn) <= set(range(total)) and drawn for drawn in plan)
     drawn_at_least = [sum(i in drawn for drawn in plan) for i in range(total)]
@@ -293,7 +294,7 @@ def test_schedule_covers_every_record_and_repeats_none_within_a_step(total, per_
 
 
 def test_an_epoch_shows_every_record_exactly_once():
-    plan = grpo.schedule(12, 4, 0, 9, 5)
+    plan = sft.schedule(12, 4, 0, 9, 5)
     for epoch in range(3):
         assert sorted(sum(plan[3 * epoch:3 * epoch + 3], [])) == list(range(12))
     assert plan[:3] != plan[3:6]
@@ -301,11 +302,11 @@ def test_an_epoch_shows_every_record_exactly_once():
 
 @pytest.mark.parametrize("total, per_step", [(10, 3), (12, 4), (5, 8)])
 def test_schedule_resumes_anywhere_and_depends_on_the_seed_alone(total, per_step):
-    plan = grpo.schedule(total, per_step, 0, 20, 7)
+    plan = sft.schedule(total, per_step, 0, 20, 7)
     random.seed(123)
     torch.manual_seed(123)
-    assert all(grpo.schedule(total, per_step, done, 20, 7) == plan[done:] for done in range(21))
-    assert grpo.schedule(total, per_step, 0, 30, 7)[:20] == plan != grpo.schedule(total, per_step, 0, 20, 8)
+    assert all(sft.schedule(total, per_step, done, 20, 7) == plan[done:] for done in range(21))
+    assert sft.schedule(total, per_step, 0, 30, 7)[:20] == plan != sft.schedule(total, per_step, 0, 20, 8)
 
 
 # ----- micro-batches
@@ -317,13 +318,13 @@ def test_schedule_resumes_anywhere_and_depends_on_the_seed_alone(total, per_step
     ([2, 2, 2, 2, 2, 2], 4, [[0, 1], [2, 3], [4, 5]]),
 ])
 def test_micro_batches_table(group, lengths, budget, expected):
-    assert grpo.micro_batches(lengths, budget) == expected
+    assert sft.micro_batches(lengths, budget) == expected
 
 
 @pytest.mark.parametrize("budget", [1, 50, 256, 10**6])
 def test_micro_batches_keep_the_budget_and_every_row(group, budget):
     lengths = [random.Random(budget + i).randint(1, 60) for i in range(200)]
-    groups = grpo.micro_batches(lengths, budget)
+    groups = sft.micro_batches(lengths, budget)
     assert sorted(sum(groups, [])) == list(range(200))
     assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= budget for g in groups)
     longest = [max(lengths[i] for i in g) for g in groups]

@@ -12,6 +12,8 @@ from PIL import Image
 
 import data_prep
 import rewards
+import eval as evaluation
+import sft
 import rise
 from test_stages import close, metrics, newest, run, weights
 
@@ -78,7 +80,7 @@ def stage(world, group):
     records = data_prep.read_records(world / "world/train.jsonl")
     processor = rise.AutoProcessor.from_pretrained(path)
     return SimpleNamespace(cfg=cfg, processor=processor, records=records, path=path,
-                           engine=rise.build_engine(path, processor, cfg, CPU))
+                           engine=evaluation.build_engine(path, processor, cfg, CPU))
 
 
 def encoded(stage, questions, cfg=None):
@@ -167,7 +169,7 @@ def test_samples_differ_though_the_checkpoint_asks_for_greedy(world, stage, tmp_
         "temperature": 0.01, "top_p": 0.001, "top_k": 1, "do_sample": True, "repetition_penalty": 1.05}))
     cfg, drawn = dataclasses.replace(stage.cfg, group_size=8), []
     for folder in (stage.path, str(tmp_path / "cold")):
-        engine = rise.build_engine(folder, stage.processor, cfg, CPU)
+        engine = evaluation.build_engine(folder, stage.processor, cfg, CPU)
         hops = rise.two_hops(engine, encoded(stage, [0, 1]), stage.records, stage.processor, 1, cfg)
         drawn.append([rollout.text for rollouts in (hops[0], hops[2]) for rollout in rollouts])
     assert drawn[0] == drawn[1] and len(set(drawn[0][:8])) > 1
@@ -247,7 +249,7 @@ def test_gradient_reaches_the_graded_segment_only(world, group, monkeypatch, tmp
         logps.register_hook(count)
         return logps
 
-    token_logprobs = rise.token_logprobs
+    token_logprobs = sft.token_logprobs
     processor = rise.AutoProcessor.from_pretrained(data_prep.newest_step(world / "warm"))
     monkeypatch.setattr(rise, "token_logprobs", watched)
     rows = train(world, monkeypatch, tmp_path, "--steps", "1", "--graded", graded)
@@ -268,7 +270,7 @@ def train(world, monkeypatch, tmp_path, *flags):
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_the_reference_exists_only_with_a_kl_term(world, group, monkeypatch, tmp_path, beta):
-    built, load = [], rise.load_policy
+    built, load = [], sft.load_policy
 
     def counted(path, cfg, device, trainable=True):
         built.append(trainable)

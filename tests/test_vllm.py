@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 import conftest
 import data_prep
+import sft
+import eval as evaluation
 import grpo
 from test_api import Server
 from test_bridge import Asked
@@ -63,7 +65,7 @@ def make_family(name, folder):
 def gap(policy, prompts, samples, temperature):
     """Largest difference between the engine's logprobs and the policy's."""
     rows = [(prompt, ids) for prompt, (ids, _, _) in zip(prompts, samples)]
-    inputs, mask = grpo.collate(rows, None, 0, conftest.CPU)
+    inputs, mask = sft.collate(rows, None, 0, conftest.CPU)
     with torch.no_grad():
         logps = policy.token_logprobs(inputs, mask, temperature)[mask]
     return (logps - torch.cat([logps for _, logps, _ in samples])).abs().max().item()
@@ -81,32 +83,32 @@ def shift(policy, scale):
 def check_family(path):
     """Prompt ids, logprobs before and after syncs, seeds, stops and bans of one family."""
     cfg = grpo.Config(engine="vllm", max_new_tokens=12, temperature=0.8, freeze_vision=True)
-    grpo.init_distributed()
+    sft.init_distributed()
     torch.manual_seed(0)
-    policy, processor = grpo.load_policy(path, dataclasses.replace(cfg, freeze_vision=False), conftest.CPU)
-    engine = grpo.build_engine(path, processor, cfg, conftest.CPU)
+    policy, processor = sft.load_policy(path, dataclasses.replace(cfg, freeze_vision=False), conftest.CPU)
+    engine = evaluation.build_engine(path, processor, cfg, conftest.CPU)
     # vLLM's attention on CPU is causal inside an image too; Gemma 3's is not.
     gemma = policy.config.model_type == "gemma3"
     records = [r for r in conftest.RECORDS.values() if not (gemma and r["images"])]
-    unique = [grpo.encode_prompt(record, processor, 10**6) for record in records]
+    unique = [sft.encode_prompt(record, processor, 10**6) for record in records]
     prompts = [prompt for prompt in unique for _ in range(4)]
     seeds = [100 * (i // 4) + i % 4 for i in range(len(prompts))]
-    first = grpo.generate(engine, prompts, seeds, cfg)
+    first = evaluation.generate(engine, prompts, seeds, cfg)
     assert gap(policy, prompts, first, 0.8) < TOLERANCE
     ids = [row for row, _, _ in first]
     assert len({tuple(row) for row in ids}) > len(ids) / 2
     assert all(truncated == (row[-1] not in engine.stop) for row, _, truncated in first)
     assert all(len(row) == 12 for row, _, truncated in first if truncated)
-    assert [row for row, _, _ in grpo.generate(engine, prompts, seeds, cfg)] == ids
-    alone_again = grpo.generate(engine, prompts[4:8], seeds[4:8], cfg)
+    assert [row for row, _, _ in evaluation.generate(engine, prompts, seeds, cfg)] == ids
+    alone_again = evaluation.generate(engine, prompts[4:8], seeds[4:8], cfg)
     assert [row for row, _, _ in alone_again] == ids[4:8]
-    assert [row for row, _, _ in grpo.generate(engine, prompts, [s + 7 for s in seeds], cfg)] != ids
+    assert [row for row, _, _ in evaluation.generate(engine, prompts, [s + 7 for s in seeds], cfg)] != ids
 
     for _ in range(2):  # everything trained, then with a frozen vision tower
         shift(policy, 0.1)
         assert gap(policy, prompts, first, 0.8) > 0.01
         grpo.sync_weights(policy, engine)
-        assert gap(policy, prompts, grpo.generate(engine, prompts, seeds, cfg), 0.8) < TOLERANCE
+        assert gap(policy, prompts, evaluation.generate(engine, prompts, seeds, cfg), 0.8) < TOLERANCE
         for name, p in policy.named_parameters():
             p.requires_grad_("visual" not in name and "vision" not in name)
 
@@ -114,14 +116,14 @@ def check_family(path):
         head = dict(policy.named_parameters()).get("lm_head.weight", policy.get_input_embeddings().weight)
         head[policy.banned] = 100 * head.mean(0)
     grpo.sync_weights(policy, engine)
-    sampled = grpo.generate(engine, prompts, seeds, cfg)
+    sampled = evaluation.generate(engine, prompts, seeds, cfg)
     assert not {token for row, _, _ in sampled for token in row} & set(engine.banned.tolist())
 
     greedy = dataclasses.replace(cfg, temperature=0.0)
-    plain = grpo.build_engine(path, processor, dataclasses.replace(cfg, engine="hf"), conftest.CPU)
+    plain = evaluation.build_engine(path, processor, dataclasses.replace(cfg, engine="hf"), conftest.CPU)
     plain.asleep = True  # take the frozen weights too
     grpo.sync_weights(policy, plain)
-    ours, theirs = (grpo.generate(e, unique, [0] * len(unique), greedy) for e in (engine, plain))
+    ours, theirs = (evaluation.generate(e, unique, [0] * len(unique), greedy) for e in (engine, plain))
     assert [row for row, _, _ in ours] == [row for row, _, _ in theirs]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -129,7 +131,7 @@ def check_family(path):
 
     wrong = {**unique[-1], "input_ids": unique[-1]["input_ids"][:, 1:]}
     with pytest.raises(ValueError, match="processors differ"):
-        grpo.generate(engine, [wrong], [0], cfg)
+        evaluation.generate(engine, [wrong], [0], cfg)
 
 
 @pytest.mark.parametrize("name", conftest.FAMILIES)
