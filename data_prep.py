@@ -1064,6 +1064,12 @@ def check_choice(cfg, flag: str, allowed: Iterable[str]) -> None:
         raise ValueError(f"--{flag} {value}: use {' | '.join(filter(None, allowed))}")
 
 
+def check_at_least(least: int, cfg, *flags: str) -> None:
+    for flag in flags:
+        if getattr(cfg, flag) < least:
+            raise ValueError(f"--{flag} must be at least {least}")
+
+
 def convert_input(cfg) -> None:
     """Copy any readable --input to OUT/SPLIT.jsonl and OUT/images, less the rows that are refused.
 

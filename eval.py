@@ -208,6 +208,8 @@ class Config:
 
 def build_engine(path, processor, cfg, device):
     """What samples: a plain copy of the model outside FSDP (--engine hf), or vLLM in this process (vllm)."""
+    if cfg.engine == "server":
+        return Server(path, processor, cfg)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if cfg.engine == "vllm":
         engine = VLLM(path, dtype, cfg)

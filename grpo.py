@@ -43,25 +43,20 @@ import itertools
 import math
 import random
 import re
-import resource
-import signal
-import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from PIL import Image
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
-from data_prep import newest_step, parse_config, read_records, resolve_model
-from sft import (RunLog, collate, describe, encode_prompt, global_max, global_sum, init_distributed,
-                 load_checkpoint, load_policy, lr_at, make_optimizer, micro_batches, prepared,
-                 save_checkpoint, schedule)
+from data_prep import check_at_least, parse_config
+from sft import (RunLog, Stopwatch, blank_prompt, catch_sigterm, collate, data_order, describe, encode_prompt,
+                 full_weights, global_max, global_sum, init_distributed, is_over_tokens, load_policy, lr_at,
+                 micro_batches, one_line_errors, open_run, optimizer_step, peak_memory, prepared, readable,
+                 save_checkpoint)
 from eval import Server, VLLM, build_engine, generate
 
 
@@ -153,9 +148,22 @@ class Rollout:
     rewound: int = 0  # tokens of its first ending that were dropped before the trigger
 
 
+# ----- sampling --------------------------------------------------------------------------------------------
+
+
 def rollout_seed(cfg, step, question, sample):
     """The random stream of one rollout, independent of rank and batch."""
     return random.Random(f"{cfg.seed}/{step}/{question}/{sample}").getrandbits(62)
+
+
+def sample_rollouts(engine, keys, prompts, seeds, tokenizer, cfg):
+    """One rollout for each key of `prompts`; a key that comes G times makes a group."""
+    samples = generate(engine, [prompts[key] for key in keys], seeds, cfg)
+    texts = tokenizer.batch_decode([ids for ids, _, _ in samples], skip_special_tokens=True)
+    rollouts = []
+    for key, (ids, logps, truncated), text in zip(keys, samples, texts):
+        rollouts.append(Rollout(key, ids, logps, truncated, text))
+    return rollouts
 
 
 @torch.no_grad()
@@ -164,24 +172,22 @@ def sync_weights(policy, engine):
 
     Frozen weights are where they were, unless the engine slept: that dropped them all.
     """
-    policy.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
-    moved = ((name, p.detach().to(engine.dtype)) for name, p in policy.named_parameters()
-             if p.requires_grad or engine.asleep)
-    full = ((name, p.full_tensor() if isinstance(p, DTensor) else p) for name, p in moved)
+    weights = full_weights(policy, engine.dtype, frozen=engine.asleep)
     if isinstance(engine, torch.nn.Module):
         target = dict(engine.named_parameters())
-        for name, weight in full:
+        for name, weight in weights:
             target[name].copy_(weight)
         return
+
     # Other engines know parameters by the names that checkpoints of the family use.
-    named = (pair for name, weight in full
-             for pair in revert_weight_conversion(policy, {name: weight}).items())
+    weights = checkpoint_names(policy, weights)
     if isinstance(engine, Server):
-        return engine.reload(named)
+        engine.reload(weights)
+        return
     if engine.asleep:
         torch.cuda.empty_cache()  # waking up needs what the trainer's allocator keeps
         engine.llm.wake_up(["weights"])
-    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     engine.llm.apply_model(repack_heads)
     if engine.asleep:
         engine.llm.wake_up(["kv_cache"])
@@ -189,6 +195,12 @@ def sync_weights(policy, engine):
     engine.llm.reset_prefix_cache()
     engine.llm.reset_mm_cache()
     engine.llm.llm_engine.reset_encoder_cache()
+
+
+def checkpoint_names(policy, weights):
+    """Iterate over (name, tensor) as a checkpoint of the family holds them: renamed, split or merged."""
+    for name, weight in weights:
+        yield from revert_weight_conversion(policy, {name: weight}).items()
 
 
 def repack_heads(model):
@@ -206,71 +218,289 @@ def sleep_engine(engine):
         engine.asleep = True
 
 
-def all_logprobs(policy, rollouts, prompts, dummy, cfg):
-    """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
-    out, device = [None] * len(rollouts), policy.banned.device
-    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
-    with torch.no_grad():
-        for group in micro_batches(lengths, cfg.token_budget):
-            rows = [(prompts[rollouts[i].question], rollouts[i].response) for i in group]
-            inputs, mask = collate(rows, dummy, 0, device)
-            logps = policy.token_logprobs(inputs, mask, cfg.temperature)
-            for i, row in zip(group, logps[mask].cpu().split([len(rollouts[i].response) for i in group])):
-                out[i] = row
-    return out
+# ----- rewards and advantages ------------------------------------------------------------------------------
+
+
+def score_rollouts(rollouts, records, spec, step, cfg):
+    """Set every rollout's reward; returns what each is made of, {reward name: value, "solved": bool}."""
+    parts = []
+    for r in rollouts:
+        record = records[r.question] | {"truncated": r.truncated, "forced": bool(r.trigger)}
+        part = {name: REWARDS[name](r.text, record) for name in spec}
+        r.reward = sum(weight * part[name] for name, weight in spec.items())
+        if r.truncated and cfg.truncated == "zero":
+            r.reward = 0.0
+        right = part["accuracy"] if "accuracy" in part else accuracy(r.text, record)
+        part["solved"] = right == 1
+        parts.append(part)
+    if cfg.length_bonus and step >= cfg.length_after:
+        add_length_bonus(rollouts, parts, cfg)
+    return parts
+
+
+def add_length_bonus(rollouts, parts, cfg):
+    """Reason-RFT's reward for the shorter responses of a group (rewards.length_bonus)."""
+    for start in range(0, len(rollouts), cfg.group_size):
+        group = rollouts[start:start + cfg.group_size]
+        solved = [part["solved"] for part in parts[start:start + cfg.group_size]]
+        bonuses = length_bonus([len(r.text) for r in group], solved)
+        for r, bonus in zip(group, bonuses):
+            r.reward += cfg.length_bonus * bonus
 
 
 def group_advantages(rewards, std=True, eps=1e-4):
     """(Q, G) rewards -> advantages r - mean, over the sample std + eps if `std`; equal rewards give 0."""
     centred = rewards - rewards.mean(1, keepdim=True)
     same = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    return torch.where(same, 0.0, centred / (rewards.std(1, keepdim=True) + eps) if std else centred)
+    if std:
+        centred = centred / (rewards.std(1, keepdim=True) + eps)
+    return torch.where(same, 0.0, centred)
 
 
-def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, cfg):
-    """The clipped objective of the module docstring. Tensors (B, T-1); `weights` are 0 outside the response.
+# ----- the objective ---------------------------------------------------------------------------------------
 
-    Returns the loss (a sum, since the weights carry the global denominator) and weighted sums for the log.
-    ref_logps may be None when cfg.kl_beta = 0. KL estimator: Schulman's k3, exp(d) - d - 1, d = ref - policy.
+
+def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, mask, cfg):
+    """The clipped objective of the module docstring. Tensors (B, T-1).
+
+    mask: True at the response tokens that the policy chose (no forced trigger); weights are 0 elsewhere and
+    carry the global denominator, so the loss is a sum. ref_logps may be None when cfg.kl_beta = 0.
+    Returns the loss and weighted sums for the log. KL: Schulman's k3, exp(d) - d - 1, d = ref - policy.
     """
     ratio = (logps - old_logps).exp()
     correction = (old_logps - sampler_logps).exp().clamp(max=cfg.is_cap)
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     loss = -(weights * correction * surrogate).sum()
-    stats = {"loss/policy": loss.detach(),
-             "loss/clip_low": (weights * ((ratio < 1 - cfg.clip_low) & (advantages < 0))).sum(),
-             "loss/clip_high": (weights * ((ratio > 1 + cfg.clip_high) & (advantages > 0))).sum()}
+    clipped_low = (ratio < 1 - cfg.clip_low) & (advantages < 0)
+    clipped_high = (ratio > 1 + cfg.clip_high) & (advantages > 0)
+    sums = {"loss/policy": loss.detach(), "loss/clip_low": (weights * clipped_low).sum(),
+            "loss/clip_high": (weights * clipped_high).sum()}
     if cfg.kl_beta:
         gap = ref_logps - logps
         kl = (weights * (gap.exp() - gap - 1)).sum()
-        loss, stats["loss/kl"] = loss + cfg.kl_beta * kl, kl.detach()
-    return loss, stats
+        loss = loss + cfg.kl_beta * kl
+        sums["loss/kl"] = kl.detach()
+    return loss, sums
 
 
-# ----- this stage ------------------------------------------------------------------------------------------
+def train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg):
+    """The step's updates: one for each slice, this rank's rollouts of it. Returns their sums, for the log.
 
-
-def parse_ptst(text):
-    """"4096x16:100,8192x8:100" -> [(max_new_tokens, group_size, steps)]. Raises ValueError."""
-    if not re.fullmatch(r"\d+x\d+:\d+(,\d+x\d+:\d+)*", text):
-        raise ValueError(f"--ptst {text}: stages are LENGTHxGROUP:STEPS, separated by commas")
-    return [tuple(map(int, re.split("[x:]", stage))) for stage in text.split(",")]
-
-
-def staged(cfg, step):
-    """(stage, the configuration of a step): progressive thinking suppression, Vision-R1, arXiv 2503.06749.
-
-    Short responses in large groups first, then longer ones in smaller groups: a model that was taught long
-    chains of thought first learns which are right before it may think longer.
+    prompts: {question: encode_prompt's result}. reference: the frozen start model, None without a KL term.
     """
-    ends = itertools.accumulate(steps for _, _, steps in parse_ptst(cfg.ptst)) if cfg.ptst else ()
-    for stage, end in enumerate(ends):
-        if step <= end:
-            length, size, _ = parse_ptst(cfg.ptst)[stage]
-            return stage + 1, dataclasses.replace(cfg, max_new_tokens=length, group_size=size)
-    return 0, cfg
+    # A rollout may stand in several slices, drawn from the buffer in the step in which it was new.
+    trained = {}
+    for r in itertools.chain.from_iterable(slices):
+        if has_gradient(r, cfg):
+            trained[id(r)] = r
+    trained = list(trained.values())
 
+    # The log-probabilities before the updates; with a single update they are those of the update itself.
+    if cfg.updates > 1:
+        fresh = [r for r in trained if r.old_logps is None]
+        for r, logps in zip(fresh, all_logprobs(policy, fresh, prompts, dummy, cfg)):
+            r.old_logps = logps
+    if reference:
+        fresh = [r for r in trained if r.ref_logps is None]
+        for r, logps in zip(fresh, all_logprobs(reference, fresh, prompts, dummy, cfg)):
+            r.ref_logps = logps
+
+    updates = []
+    for rollouts in slices:
+        active = [r for r in rollouts if has_gradient(r, cfg)]
+        # Rollouts without advantage have no gradient, but they count in the denominator.
+        if cfg.loss_mean == "token":
+            size = sum(float(policy_mask(r, cfg).sum()) for r in rollouts)
+        else:
+            size = len(rollouts)
+        imitated_tokens = sum(len(r.response) for r in active if is_imitated(r))
+        denominator, imitated_tokens, anywhere = global_sum([size, imitated_tokens, len(active)])
+        if anywhere:
+            updates.append(update(policy, optimizer, active, denominator, imitated_tokens, prompts, dummy,
+                                  step, log, cfg))
+    return updates
+
+
+def has_gradient(r, cfg):
+    """Whether a rollout takes part in the update: without an advantage only a KL term moves anything."""
+    return bool(r.advantage or cfg.kl_beta)
+
+
+def update_of(place, total, updates):
+    """Which of the step's updates the place-th of `total` trains: cut alike for every number of ranks."""
+    return place * updates // total
+
+
+def all_logprobs(policy, rollouts, prompts, dummy, cfg):
+    """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
+    out = [None] * len(rollouts)
+    device = policy.banned.device
+    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
+    with torch.no_grad():
+        for group in micro_batches(lengths, cfg.token_budget):
+            rows = [rollouts[i] for i in group]
+            inputs, mask = collate([(prompts[r.question], r.response) for r in rows], dummy, 0, device)
+            logps = policy.token_logprobs(inputs, mask, cfg.temperature)
+            for i, own in zip(group, by_rollout(logps, mask, rows)):
+                out[i] = own
+    return out
+
+
+def by_rollout(values, mask, rollouts):
+    """(B, T-1) -> a CPU tensor (len(response),) for each rollout."""
+    return values[mask].cpu().split([len(r.response) for r in rollouts])
+
+
+def over_tokens(values, mask):
+    """A tensor (len(response),) for each rollout -> (B, T-1), 0 outside the mask: by_rollout's inverse."""
+    flat = torch.cat([*values, torch.zeros(0)]).to(mask.device)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
+
+
+def policy_mask(r, cfg):
+    """(len(response),): 1 where the policy loss counts a token; a trigger was not the policy's choice."""
+    mask = torch.ones(len(r.response))
+    if r.trigger and cfg.rethink_mask != "none":
+        start, stop = r.trigger
+        mask[0 if cfg.rethink_mask == "prefix" else start:stop] = 0
+    return mask
+
+
+def is_imitated(r):
+    """Whether the NLL of forced rethinking counts a rollout."""
+    return r.trigger is not None and r.advantage > 0
+
+
+def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, dummy, step, log, cfg):
+    """One optimizer step on this rank's rollouts; returns sums for the log.
+
+    denominator: the global count of tokens (or rollouts) in the policy loss; imitated_tokens: that of tokens
+    in the NLL on forced responses.
+    """
+    device = policy.banned.device
+    totals = Counter()
+    largest_gap = 0.0
+    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
+    for group in micro_batches(lengths, cfg.token_budget):
+        rows = [rollouts[i] for i in group]
+        inputs, mask = collate([(prompts[r.question], r.response) for r in rows], dummy, 0, device)
+        logps = policy.token_logprobs(inputs, mask, cfg.temperature)  # (B, T-1)
+
+        # Rollouts that have no old log-probabilities yet were sampled by this very policy. They keep these:
+        # what is replayed later is compared with the policy that it came from.
+        for r, own in zip(rows, by_rollout(logps.detach(), mask, rows)):
+            if r.old_logps is None:
+                r.old_logps = own
+        old = over_tokens([r.old_logps for r in rows], mask)
+        sampler = over_tokens([r.sampler_logps for r in rows], mask)
+        sampler = torch.where(sampler.isnan(), old, sampler)  # nobody sampled a trigger: nothing to correct
+        reference = over_tokens([r.ref_logps for r in rows], mask) if cfg.kl_beta else None
+
+        # The same advantage at every token, and a weight that divides by the global count.
+        advantages = over_tokens([torch.full((len(r.response),), r.advantage) for r in rows], mask)
+        weights = []
+        for r in rows:
+            chosen = policy_mask(r, cfg)
+            weights.append(chosen / (denominator if cfg.loss_mean == "token" else denominator * chosen.sum()))
+        weights = over_tokens(weights, mask)
+        loss, sums = grpo_loss(logps, old, sampler, reference, advantages, weights, weights > 0, cfg)
+        if imitated_tokens:  # what a right rethought response wrote, trigger included, is also imitated
+            imitated = [torch.full((len(r.response),), float(is_imitated(r))) for r in rows]
+            imitated = over_tokens(imitated, mask)
+            sums["loss/nll"] = -(imitated * logps).sum() / imitated_tokens
+            loss = loss + cfg.rethink_nll * sums["loss/nll"]
+
+        # FSDP averages gradients over ranks; the weights already sum to 1 over all ranks together.
+        (loss * dist.get_world_size()).backward()
+
+        gap = (old - sampler)[mask].abs()
+        sums |= {"gap": gap.sum(), "tokens": mask.sum()}
+        for name, value in sums.items():
+            totals[name] += value.item()
+        largest_gap = max(largest_gap, gap.max().item() if len(gap) else 0.0)
+    norm = optimizer_step(policy, optimizer, lr_at(step, cfg), cfg.max_grad_norm, log)
+    return {**totals, "largest_gap": largest_gap, "norm": norm}
+
+
+# ----- selective sample replay (VL-Rethinker, arXiv 2504.08837) --------------------------------------------
+
+
+class ReplayBuffer:
+    """Rollouts with an advantage, to fill a batch that lacks them.
+
+    All ranks know all entries, (key, |advantage|) with the key (step, question's place, sample), and so draw
+    the same; a rollout itself (ids and logprobs, no image) stays with the rank that sampled it, which also
+    trains on it again.
+    """
+
+    def __init__(self, state=None):
+        self.clear()
+        if state:
+            self.entries, held = state
+            self.held = {key: Rollout(**fields) for key, fields in held.items()}
+
+    def clear(self):
+        self.entries = []  # of all ranks, the oldest first
+        self.held = {}  # {key: rollout} of this rank
+
+    def state(self):
+        return self.entries, {key: vars(r) for key, r in self.held.items()}
+
+    def add(self, fresh, cap):
+        """Enter this rank's {key: rollout}; beyond `cap` entries the oldest leave. Collective."""
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, [(key, abs(r.advantage)) for key, r in fresh.items()])
+        entered = sorted(itertools.chain.from_iterable(shares))
+        self.entries = (self.entries + entered)[-cap:]
+        held = self.held | fresh
+        self.held = {key: held[key] for key, _ in self.entries if key in held}
+
+    def draw(self, count, alpha, chance):
+        """`count` keys with replacement, P(j) = |A_j|^alpha / sum_k |A_k|^alpha (Eq. 1); none if empty."""
+        if not self.entries:
+            return []
+        weights = [size ** alpha for _, size in self.entries]
+        drawn = chance.choices(self.entries, weights, k=count)
+        return [key for key, _ in drawn]
+
+
+def select(rollouts, questions, buffer, step, cfg):
+    """The rollouts that count in the loss, one list for each update, and how many of them are replayed.
+
+    off: all. filter: those with an advantage. replay: those, and as many drawn from the buffer (which holds
+    them, too) as the whole batch lacks (Algorithm 1). questions: of all ranks, in the order they were drawn.
+    """
+    place_of = {q: place for place, q in enumerate(questions)}
+    slices = [[] for _ in range(cfg.updates)]
+    effective = {}
+    lacking = 0
+    for i, r in enumerate(rollouts):
+        if r.truncated and cfg.truncated == "mask":
+            continue
+        if not r.advantage and cfg.ssr != "off":
+            lacking += 1
+            continue
+        place = place_of[r.question]
+        slices[update_of(place, len(questions), cfg.updates)].append(r)
+        effective[step, place, i % cfg.group_size] = r
+    if cfg.ssr != "replay":
+        return slices, 0
+
+    if cfg.ssr_episode and (step - 1) % cfg.ssr_episode == 0:
+        buffer.clear()
+    buffer.add(effective, cfg.ssr_cap)
+    lacking = int(global_sum([lacking])[0])
+    drawn = buffer.draw(lacking, cfg.ssr_alpha, random.Random(f"{cfg.seed}/ssr/{step}"))
+    replayed = 0
+    for place, key in enumerate(drawn):
+        if key in buffer.held:
+            slices[update_of(place, len(drawn), cfg.updates)].append(buffer.held[key])
+            replayed += 1
+    return slices, replayed
+
+
+# ----- forced rethinking (VL-Rethinker, arXiv 2504.08837) --------------------------------------------------
 
 # Each opens a paragraph with the hesitation that rewards.reflections counts.
 TRIGGERS = {
@@ -279,7 +509,84 @@ TRIGGERS = {
     "verify": "\n\nWait, let me go over this once more.",
     "correct": "\n\nWait, there must be a mistake somewhere.",
 }
-RETHINK = ("frac", "fixed", "broke", "accepted")  # counts of force_rethink
+
+
+@dataclass
+class Retry:
+    """A finished response that is made to go on: `prefix`, what is left of it, then a forced `trigger`."""
+    place: int  # of its rollout in the batch
+    prefix: list[int]
+    trigger: list[int]
+    seed: int
+
+
+def force_rethink(engine, rollouts, prompts, records, tokenizer, step, cfg):
+    """Continue a share of the finished responses behind a trigger; replaces rollouts in place.
+
+    Spliced as token ids: prefix + trigger + continuation. At most two right results a question replace their
+    originals; everything else stays as it was, so G does too. Returns counts for the log.
+    """
+    right = [accuracy(r.text, records[r.question]) == 1 for r in rollouts]
+    retries = choose_retries(rollouts, right, tokenizer, step, cfg)
+    begun = []
+    for retry in retries:
+        prompt = prompts[rollouts[retry.place].question]
+        begun.append(continued(prompt, retry.prefix + retry.trigger))
+    samples = generate(engine, begun, [retry.seed for retry in retries],
+                       dataclasses.replace(cfg, max_new_tokens=cfg.rethink_max))
+
+    counts = Counter(frac=len(retries))
+    accepted = Counter()  # by question
+    for retry, (ids, logps, truncated) in zip(retries, samples):
+        r = rollouts[retry.place]
+        was_right = right[retry.place]
+        response = retry.prefix + retry.trigger + ids
+        text = tokenizer.decode(response, skip_special_tokens=True)
+        now_right = not truncated and accuracy(text, records[r.question]) == 1
+        counts["fixed"] += now_right and not was_right
+        counts["broke"] += was_right and not now_right
+
+        # A result of a few words did not reconsider, one that hesitates again and again does not end.
+        hesitations = 1 + reflections(tokenizer.decode(ids))
+        fitting = len(ids) >= cfg.rethink_min and hesitations <= 4
+        if now_right and fitting and accepted[r.question] < 2:
+            accepted[r.question] += 1
+            start = len(retry.prefix)
+            stop = start + len(retry.trigger)
+            unsampled = torch.full((len(retry.trigger),), math.nan)
+            rollouts[retry.place] = Rollout(
+                r.question, response, torch.cat([r.sampler_logps[:start], unsampled, logps]), truncated=False,
+                text=text, trigger=(start, stop), rewound=len(r.response) - 1 - start)
+    counts["accepted"] = sum(accepted.values())
+    return counts
+
+
+def choose_retries(rollouts, right, tokenizer, step, cfg):
+    """Which responses are forced to rethink, by which trigger and from where; drawn anew for each step.
+
+    Where more than 70 % of a group is right, its wrong ones are left alone.
+    """
+    weights = dict(kind.split("=") for kind in cfg.rethink_kinds.split(","))
+    retries = []
+    for place, r in enumerate(rollouts):
+        sample = place % cfg.group_size
+        group = right[place - sample:place - sample + cfg.group_size]
+        chance = random.Random(f"{cfg.seed}/rethink/{step}/{r.question}/{sample}")
+        if chance.random() >= cfg.rethink_frac:
+            continue
+        no_room = len(r.response) > cfg.max_new_tokens - cfg.rethink_max - 1
+        easy_but_wrong = sum(group) > 0.7 * cfg.group_size and not right[place]
+        if r.truncated or no_room or easy_but_wrong:
+            continue
+        kind = chance.choices(list(weights), map(float, weights.values()))[0]
+        if kind == "outcome":
+            kind = "verify" if right[place] else "correct"
+        prefix = r.response[:-1]  # without its stop token
+        if chance.random() < cfg.rethink_rewind:
+            prefix = prefix[:before_answer(prefix, tokenizer)]
+        trigger = tokenizer(TRIGGERS[kind], add_special_tokens=False)["input_ids"]
+        retries.append(Retry(place, prefix, trigger, seed=chance.getrandbits(62)))
+    return retries
 
 
 def before_answer(ids, tokenizer):
@@ -290,250 +597,197 @@ def before_answer(ids, tokenizer):
     text = tokenizer.decode(ids)
     end = text.rfind("</think>")
     if end < 0:
-        cues = [m.start() for m in re.finditer(r"<answer>|\\boxed|\banswer\b", text, re.IGNORECASE)]
-        end = max(text.rfind("\n\n", 0, cues[-1]), 0) or cues[-1] if cues else len(text)
-    return bisect.bisect_right(range(len(ids) + 1), end, key=lambda n: len(tokenizer.decode(ids[:n]))) - 1
+        end = len(text)
+        cues = list(re.finditer(r"<answer>|\\boxed|\banswer\b", text, re.IGNORECASE))
+        if cues:
+            cue = cues[-1].start()
+            paragraph = text.rfind("\n\n", 0, cue)
+            end = paragraph if paragraph > 0 else cue
+
+    def characters(n):
+        return len(tokenizer.decode(ids[:n]))
+
+    # The most tokens whose text does not reach beyond `end`, by halving: each look decodes them all.
+    return bisect.bisect_right(range(len(ids) + 1), end, key=characters) - 1
 
 
 def continued(prompt, ids):
     """encode_prompt's result for a prompt whose response has begun with `ids`; pixels are shared."""
     fill = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    other, shape = torch.zeros(1, len(ids), dtype=torch.long), prompt["input_ids"].shape
-    request = prompt["request"] | {"ids": prompt["request"]["ids"] + ids}
-    return {key: torch.cat([value, fill.get(key, other)], 1) if value.shape == shape else value
-            for key, value in prompt.items() if key != "request"} | {"request": request}
+    zeros = torch.zeros(1, len(ids), dtype=torch.long)
+    longer = {}
+    for name, value in prompt.items():
+        if name == "request":
+            longer[name] = value | {"ids": value["ids"] + ids}
+        elif is_over_tokens(prompt, name):
+            longer[name] = torch.cat([value, fill.get(name, zeros)], 1)
+        else:
+            longer[name] = value
+    return longer
 
 
-def force_rethink(engine, rollouts, prompts, records, tokenizer, step, cfg):
-    """Forced rethinking, VL-Rethinker (arXiv 2504.08837); replaces rollouts in place.
+# ----- staged lengths (PTST of Vision-R1, arXiv 2503.06749) ------------------------------------------------
 
-    A share of the finished responses loses its stop token, half of them their answer too, gets a trigger and
-    is continued: prefix + trigger + continuation, spliced as token ids. Where more than 70 % of a group is
-    right, its wrong ones are left alone. At most two right results a question replace their originals;
-    everything else stays as it was, so G does too. Returns sums for the log.
+
+class Stage(NamedTuple):
+    max_new_tokens: int
+    group_size: int
+    steps: int
+
+
+def parse_ptst(text):
+    """"4096x16:100,8192x8:100" -> [Stage]; [] without stages. Raises ValueError."""
+    if not text:
+        return []
+    if not re.fullmatch(r"\d+x\d+:\d+(,\d+x\d+:\d+)*", text):
+        raise ValueError(f"--ptst {text}: stages are LENGTHxGROUP:STEPS, separated by commas")
+    return [Stage(*map(int, re.split("[x:]", stage))) for stage in text.split(",")]
+
+
+def staged(cfg, stages, step):
+    """(number of the stage, cfg with its length and group size); (0, cfg) without stages.
+
+    Short responses in large groups first, then longer ones in smaller groups: a model that was taught long
+    chains of thought first learns which are right before it may think longer.
     """
-    kinds = dict(kind.split("=") for kind in cfg.rethink_kinds.split(","))
-    tries, right = [], [accuracy(r.text, records[r.question]) == 1 for r in rollouts]
-    for place, r in enumerate(rollouts):
-        first = place - place % cfg.group_size
-        chance = random.Random(f"{cfg.seed}/rethink/{step}/{r.question}/{place - first}")
-        easy = sum(right[first:first + cfg.group_size]) > 0.7 * cfg.group_size
-        if (chance.random() >= cfg.rethink_frac or r.truncated or easy and not right[place]
-                or len(r.response) > cfg.max_new_tokens - cfg.rethink_max - 1):
-            continue
-        kind, = chance.choices([*kinds], map(float, kinds.values()))
-        kind = kind if kind != "outcome" else "verify" if right[place] else "correct"
-        prefix = r.response[:-1]
-        if chance.random() < cfg.rethink_rewind:
-            prefix = prefix[:before_answer(prefix, tokenizer)]
-        trigger = tokenizer(TRIGGERS[kind], add_special_tokens=False)["input_ids"]
-        tries.append((place, prefix, trigger, chance.getrandbits(62)))
-    begun = [continued(prompts[rollouts[place].question], prefix + trigger)
-             for place, prefix, trigger, _ in tries]
-    samples = generate(engine, begun, [seed for *_, seed in tries],
-                       dataclasses.replace(cfg, max_new_tokens=cfg.rethink_max))
-    accepted, sums = Counter(), Counter({"frac": len(tries)})
-    for (place, prefix, trigger, _), (ids, logps, truncated) in zip(tries, samples):
-        r, cut = rollouts[place], len(prefix)
-        text = tokenizer.decode(prefix + trigger + ids, skip_special_tokens=True)
-        good = not truncated and accuracy(text, records[r.question]) == 1
-        sums["fixed"] += good and not right[place]
-        sums["broke"] += right[place] and not good
-        hesitations = 1 + reflections(tokenizer.decode(ids))
-        if good and len(ids) >= cfg.rethink_min and accepted[r.question] < 2 and hesitations <= 4:
-            accepted[r.question] += 1
-            forced = torch.full((len(trigger),), math.nan)  # nobody sampled these
-            rollouts[place] = Rollout(
-                r.question, prefix + trigger + ids, torch.cat([r.sampler_logps[:cut], forced, logps]), False,
-                text, trigger=(cut, cut + len(trigger)), rewound=len(r.response) - 1 - cut)
-    sums["accepted"] = sum(accepted.values())
-    return sums
+    end = 0
+    for number, stage in enumerate(stages, 1):
+        end += stage.steps
+        if step <= end:
+            return number, dataclasses.replace(cfg, max_new_tokens=stage.max_new_tokens,
+                                               group_size=stage.group_size)
+    return 0, cfg
 
 
-def policy_mask(r, cfg):
-    """(len(response),): 1 where the policy loss counts a token; a trigger was not the policy's choice."""
-    mask = torch.ones(len(r.response))
-    if r.trigger and cfg.rethink_mask != "none":
-        mask[0 if cfg.rethink_mask == "prefix" else r.trigger[0]:r.trigger[1]] = 0
-    return mask
+# ----- the log ---------------------------------------------------------------------------------------------
+
+LOSSES = ("loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl")
+RETHINK = ("frac", "fixed", "broke", "accepted")  # counts of force_rethink
 
 
-class ReplayBuffer:
-    """Rollouts with an advantage, to fill a batch that lacks them: VL-Rethinker's selective sample replay.
-
-    All ranks know all entries, (step, place, sample) and |advantage|, and so draw the same; a rollout itself
-    (ids and logprobs, no image) stays with the rank that sampled it, which also trains on it again.
-    """
-
-    def __init__(self, state=None):
-        self.entries, held = state or ([], {})
-        self.held = {key: Rollout(**fields) for key, fields in held.items()}
-
-    def state(self):
-        return self.entries, {key: vars(r) for key, r in self.held.items()}
-
-    def add(self, fresh, cap):
-        """Enter this rank's {key: rollout}; beyond `cap` entries the oldest leave. Collective."""
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, [(key, abs(r.advantage)) for key, r in fresh.items()])
-        self.entries = (self.entries + sorted(itertools.chain(*shares)))[-cap:]
-        self.held |= fresh
-        self.held = {key: self.held[key] for key, _ in self.entries if key in self.held}
-
-    def draw(self, count, alpha, chance):
-        """`count` keys with replacement, P(j) = |A_j|^alpha / sum_k |A_k|^alpha (Eq. 1); none if empty."""
-        weights = [size ** alpha for _, size in self.entries]
-        return [key for key, _ in chance.choices(self.entries, weights, k=count)] if weights else []
+def global_means(pairs):
+    """{name: (sum, count) of this rank} -> {name: mean over all ranks}."""
+    sums = global_sum([float(total) for total, _ in pairs.values()])
+    counts = global_sum([float(count) for _, count in pairs.values()])
+    return {name: total / max(1.0, count) for name, total, count in zip(pairs, sums, counts)}
 
 
-def select(rollouts, questions, buffer, step, cfg):
-    """This rank's rollouts that count in the loss, as [(update, rollout)], and how many were replayed.
-
-    off: all. filter: those with an advantage. replay: those, and as many drawn from the buffer (which holds
-    them, too) as the whole batch lacks (VL-Rethinker, Algorithm 1).
-    """
-    place = {q: j for j, q in enumerate(questions)}
-    keys = [(step, place[r.question], i % cfg.group_size) for i, r in enumerate(rollouts)]
-    batch = {key: r for key, r in zip(keys, rollouts) if not (r.truncated and cfg.truncated == "mask")}
-    effective = {key: r for key, r in batch.items() if r.advantage or cfg.ssr == "off"}
-    chosen = [(j * cfg.updates // len(questions), r) for (_, j, _), r in effective.items()]
-    if cfg.ssr != "replay":
-        return chosen, 0
-    if cfg.ssr_episode and (step - 1) % cfg.ssr_episode == 0:
-        buffer.entries, buffer.held = [], {}
-    buffer.add(effective, cfg.ssr_cap)
-    deficit, = global_sum([len(batch) - len(effective)])
-    drawn = buffer.draw(int(deficit), cfg.ssr_alpha, random.Random(f"{cfg.seed}/ssr/{step}"))
-    again = [(j * cfg.updates // len(drawn), buffer.held[key]) for j, key in enumerate(drawn)
-             if key in buffer.held]
-    return chosen + again, len(again)
+def difficulty(right, size):
+    """What a group is for the policy: the name of its share of right answers."""
+    for name, limit in (("all_wrong", 1/8), ("hard", 3/8), ("medium", 6/8), ("easy", 1)):
+        if right / size < limit:
+            return name
+    return "all_right"
 
 
-def imitated(r):
-    """Whether the NLL of forced rethinking counts a rollout."""
-    return r.trigger is not None and r.advantage > 0
+def update_metrics(updates, losses, cfg):
+    """What train_on's updates measured, over all ranks; a loss is the mean over the step's updates."""
+    sums = global_sum([sum(u.get(name, 0.0) for u in updates) / cfg.updates for name in losses])
+    metrics = dict(zip(losses, sums))
+    gap, tokens = global_sum([sum(u["gap"] for u in updates), sum(u["tokens"] for u in updates)])
+    metrics["mismatch/mean"] = gap / max(1.0, tokens)
+    metrics["mismatch/max"] = global_max(max((u["largest_gap"] for u in updates), default=0.0))
+    metrics["optim/grad_norm"] = updates[-1]["norm"] if updates else 0.0
+    return metrics
 
 
-def update(policy, optimizer, rollouts, denominator, forced_tokens, prompts, dummy, cfg):
-    """One optimizer step on this rank's rollouts.
-
-    denominator: the global count of tokens (or rollouts) in the policy loss; forced_tokens: that of tokens in
-    the NLL on forced responses. Fills in missing old_logps: this very policy sampled those rollouts.
-    """
-    device, stats = policy.banned.device, {}
-    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
-    for group in micro_batches(lengths, cfg.token_budget):
-        rows = [rollouts[i] for i in group]
-        inputs, mask = collate([(prompts[r.question], r.response) for r in rows], dummy, 0, device)
-
-        def spread(parts):  # one value a response token -> (B, T-1)
-            values = torch.cat([*parts, torch.zeros(0)]).to(device)
-            return torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
-
-        logps = policy.token_logprobs(inputs, mask, cfg.temperature)
-        for r, own in zip(rows, logps.detach()[mask].cpu().split([len(r.response) for r in rows])):
-            r.old_logps = own if r.old_logps is None else r.old_logps
-        old = spread([r.old_logps for r in rows])
-        sampler = spread([torch.where(r.sampler_logps.isnan(), r.old_logps, r.sampler_logps) for r in rows])
-        reference = spread([r.ref_logps for r in rows]) if cfg.kl_beta else None
-        advantages = spread([torch.full((len(r.response),), r.advantage) for r in rows])
-        masks = [policy_mask(r, cfg) for r in rows]
-        weights = spread([one / (denominator if cfg.loss_mean == "token" else denominator * one.sum())
-                          for one in masks])
-        loss, extra = grpo_loss(logps, old, sampler, reference, advantages, weights, cfg)
-        if forced_tokens:  # what a right rethought response wrote, trigger included, is also imitated
-            chosen = spread([torch.full((len(r.response),), float(imitated(r))) for r in rows])
-            extra["loss/nll"] = -(chosen * logps).sum() / forced_tokens
-            loss = loss + cfg.rethink_nll * extra["loss/nll"]
-        # FSDP averages gradients over ranks; the weights already sum to 1 over all ranks together.
-        (loss * dist.get_world_size()).backward()
-        gap = (old - sampler)[mask].abs()
-        for k, v in {**extra, "gap": gap.sum(), "tokens": mask.sum()}.items():
-            stats[k] = stats.get(k, 0.0) + v.item()
-        stats["gap_max"] = max([stats.get("gap_max", 0.0), *gap.tolist()])
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-    stats["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if math.isfinite(stats["norm"]):
-        optimizer.step()
-    optimizer.zero_grad()
-    return stats
-
-
-def step_metrics(rollouts, batch, rewards, parts, totals, cfg):
-    """The step's numbers over all ranks; `batch` is what counts in the loss. The README explains each key."""
-    solved = [part["solved"] for part in parts]
-    level = [bisect.bisect_right([1/8, 3/8, 6/8, 1], sum(solved[i:i + cfg.group_size]) / cfg.group_size)
-             for i in range(0, len(solved), cfg.group_size)]
-    sums = {"reward/mean": (rewards.sum(), rewards.numel()),
-            "reward/std": (rewards.std(1).sum(), len(rewards)),
-            "groups/effective_frac": ((rewards != rewards[:, :1]).any(1).sum(), len(rewards)),
-            "groups/trained_frac": (sum(bool(r.advantage) for r in batch), len(batch)),
-            "len/mean": (sum(len(r.response) for r in rollouts), len(rollouts)),
-            "len/truncated": (sum(r.truncated for r in rollouts), len(rollouts)),
-            "len/reflect": (sum(bool(reflections(r.text)) for r in rollouts), len(rollouts)),
-            **{f"groups/{name}": (level.count(k), len(level))
-               for k, name in enumerate(("all_wrong", "hard", "medium", "easy", "all_right"))},
-            "mismatch/mean": (sum(t["gap"] for t in totals), sum(t["tokens"] for t in totals))}
-    for name in parse_reward_spec(cfg.reward):  # not parts[0]: a rank may have no rollout at all
-        sums[f"reward/{name}"] = (sum(part[name] for part in parts), len(parts))
-    flat = global_sum([float(x) for pair in sums.values() for x in pair])
-    metrics = {name: flat[2 * i] / max(1.0, flat[2 * i + 1]) for i, name in enumerate(sums)}
+def rollout_metrics(rollouts, batch, rewards, parts, spec, cfg):
+    """Rewards, groups and lengths over all ranks; `batch` is what counts in the loss."""
+    n, groups = len(rollouts), len(rewards)
+    differing = (rewards != rewards[:, :1]).any(1)
+    pairs = {"reward/mean": (rewards.sum(), rewards.numel()),
+             "reward/std": (rewards.std(1).sum(), groups),
+             "groups/effective_frac": (differing.sum(), groups),
+             "groups/trained_frac": (sum(bool(r.advantage) for r in batch), len(batch)),
+             "len/mean": (sum(len(r.response) for r in rollouts), n),
+             "len/truncated": (sum(r.truncated for r in rollouts), n),
+             "len/reflect": (sum(bool(reflections(r.text)) for r in rollouts), n)}
+    levels = Counter()
+    for start in range(0, n, cfg.group_size):
+        right = sum(part["solved"] for part in parts[start:start + cfg.group_size])
+        levels[difficulty(right, cfg.group_size)] += 1
+    for name in ("all_wrong", "hard", "medium", "easy", "all_right"):
+        pairs[f"groups/{name}"] = (levels[name], groups)
+    for name in spec:  # not the names in parts[0]: a rank may have no rollout at all
+        pairs[f"reward/{name}"] = (sum(part[name] for part in parts), n)
+    metrics = global_means(pairs)
     metrics["groups/zero_adv_frac"] = 1 - metrics["groups/effective_frac"]
-    keys = ["loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl", "loss/nll"]
-    metrics |= dict(zip(keys, global_sum([sum(t.get(k, 0.0) for t in totals) / cfg.updates for k in keys])))
-    metrics["tokens/gen"], metrics["tokens/train"] = global_sum(
-        [sum(len(r.response) for r in rollouts),
-         sum(len(r.response) for r in batch if r.advantage or cfg.kl_beta)])
-    metrics["mismatch/max"] = global_max(max((t["gap_max"] for t in totals), default=0.0))
-    metrics["optim/grad_norm"] = totals[-1]["norm"] if totals else 0.0
     return metrics
 
 
 def shown_groups(rollouts, records, tokenizer, step, group_size):
     """All rollouts of the first three groups that differ inside, as rows: the ones worth reading."""
-    groups = [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
-    for r in itertools.chain(*[g for g in groups if any(r.advantage for r in g)][:3]):
-        record, trigger = records[r.question], None
+    shown = []
+    for start in range(0, len(rollouts), group_size):
+        group = rollouts[start:start + group_size]
+        if any(r.advantage for r in group) and len(shown) < 3 * group_size:
+            shown += group
+    rows = []
+    for r in shown:
+        record = records[r.question]
+        trigger = None
         if r.trigger:  # where its characters are
             trigger = [len(tokenizer.decode(r.response[:n], skip_special_tokens=True)) for n in r.trigger]
-        yield {"step": step, "id": record["id"], "question": record["question"], "answer": record["answer"],
-               "response": r.text, "trigger": trigger, "rewound": r.rewound, "reward": r.reward,
-               "advantage": r.advantage, "tokens": len(r.response), "truncated": r.truncated}
+        rows.append({"step": step, "id": record["id"], "question": record["question"],
+                     "answer": record["answer"], "response": r.text, "trigger": trigger, "rewound": r.rewound,
+                     "reward": r.reward, "advantage": r.advantage, "tokens": len(r.response),
+                     "truncated": r.truncated})
+    return rows
+
+
+def encode_share(records, encode, workers):
+    """This rank's share of the records: {index: encode(record)} of what can be read, and how many it is."""
+    share = list(range(dist.get_rank(), len(records), dist.get_world_size()))
+    prompts = {}
+    for drawn in prepared([share], lambda i, _: encode(records[i]), workers):
+        prompts |= {i: prompt for i, prompt in drawn if not isinstance(prompt, ValueError)}
+    return prompts, len(share)
 
 
 def evaluate(engine, records, processor, cfg):
     """Greedy accuracy and mean response length on held-out records, sharded over ranks."""
-    share = [list(range(dist.get_rank(), len(records), dist.get_world_size()))]
     encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels)
-    drawn = [pair for batch in prepared(share, lambda i: encode(records[i]), cfg.workers) for pair in batch]
-    good = [(i, prompt) for i, prompt in drawn if not isinstance(prompt, ValueError)]  # the rest is wrong
+    prompts, n = encode_share(records, encode, cfg.workers)  # what cannot be read counts as wrong
     greedy = dataclasses.replace(cfg, temperature=0.0)
-    answers = [ids for ids, _, _ in generate(engine, [prompt for _, prompt in good], [0] * len(good), greedy)]
-    texts = processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    right, length, n = global_sum([sum(accuracy(text, records[i]) for text, (i, _) in zip(texts, good)),
-                                   sum(map(len, answers)), len(drawn)])
+    seeds = [0] * len(prompts)  # greedy decoding draws nothing
+    rollouts = sample_rollouts(engine, list(prompts), prompts, seeds, processor.tokenizer, greedy)
+    right = sum(accuracy(r.text, records[r.question]) for r in rollouts)
+    length = sum(len(r.response) for r in rollouts)
+    right, length, n = global_sum([right, length, n])
     return {"eval/accuracy": right / n, "eval/len": length / n}
 
 
-def check(cfg):
-    """Refuse what cannot train. Raises ValueError naming the flag."""
-    for flag in ("steps", "prompts_per_step", "max_new_tokens", "rollout_tokens", "updates", "tp",
-                 "token_budget", "eval_every", "eval_n", "save_every", "samples_every", "keep"):
-        if getattr(cfg, flag) < 1:
-            raise ValueError(f"--{flag} must be at least 1")
-    if cfg.group_size < 2:
-        raise ValueError("--group_size must be at least 2: the advantage compares the rollouts of a group")
+# ----- the run ---------------------------------------------------------------------------------------------
+
+
+def check_engine(cfg):
+    """Refuse an engine that cannot work. Raises ValueError naming the flag."""
     if cfg.engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
     if (cfg.engine == "server") != bool(cfg.servers):
         raise ValueError("--engine server and --servers URL... go together")
     if cfg.tp > 1 and (cfg.engine != "vllm" or dist.get_world_size() % cfg.tp):
         raise ValueError(f"--tp {cfg.tp} needs --engine vllm and a multiple of {cfg.tp} ranks")
+    if not 0 < cfg.gpu_memory_utilization <= 1:
+        raise ValueError("--gpu_memory_utilization is a share, above 0 and at most 1")
+    if cfg.temperature <= 0:
+        raise ValueError("--temperature must be above 0: greedy rollouts of a group are all the same")
+
+
+def check(cfg, stages):
+    """Refuse what cannot train. Raises ValueError naming the flag."""
+    check_engine(cfg)
+    check_at_least(1, cfg, "steps", "prompts_per_step", "max_new_tokens", "rollout_tokens", "updates", "tp",
+                   "token_budget", "eval_every", "eval_n", "save_every", "samples_every", "keep")
+    if cfg.group_size < 2:
+        raise ValueError("--group_size must be at least 2: the advantage compares the rollouts of a group")
+    if any(stage.group_size < 2 for stage in stages):
+        raise ValueError(f"--ptst {cfg.ptst}: a group has at least 2 rollouts")
     if not 0 <= cfg.rethink_frac < 1:
         raise ValueError("--rethink_frac is a share, at least 0 and below 1")
-    lengths = [length for length, _, _ in parse_ptst(cfg.ptst)] if cfg.ptst else [cfg.max_new_tokens]
-    if cfg.rethink_frac and min(lengths) <= cfg.rethink_max + 1:
-        raise ValueError(f"--rethink_max {cfg.rethink_max}: a response of at most {min(lengths)} tokens "
+    shortest = min([stage.max_new_tokens for stage in stages], default=cfg.max_new_tokens)
+    if cfg.rethink_frac and shortest <= cfg.rethink_max + 1:
+        raise ValueError(f"--rethink_max {cfg.rethink_max}: a response of at most {shortest} tokens "
                          "leaves no room for rethinking")
     if cfg.rethink_frac and cfg.engine == "server":
         raise ValueError("--rethink_frac: a server takes text, and a forced response goes on from token ids; "
@@ -541,178 +795,116 @@ def check(cfg):
     if not re.fullmatch(r"((bare|question|verify|correct|outcome)=[\d.]+(,|$))+", cfg.rethink_kinds):
         raise ValueError(f"--rethink_kinds {cfg.rethink_kinds}: use bare, question, verify, correct, "
                          "outcome, each with =WEIGHT, separated by commas")
-    if cfg.ptst and any(size < 2 for _, size, _ in parse_ptst(cfg.ptst)):
-        raise ValueError(f"--ptst {cfg.ptst}: a group has at least 2 rollouts")
-    if not 0 < cfg.gpu_memory_utilization <= 1:
-        raise ValueError("--gpu_memory_utilization is a share, above 0 and at most 1")
-    if cfg.temperature <= 0:
-        raise ValueError("--temperature must be above 0: greedy rollouts of a group are all the same")
 
 
 def main(cfg):
-    """Train. A step has ten beats, numbered below."""
+    """Train. A step has nine beats, numbered below."""
     rank, world, device = init_distributed()
-    try:
-        check(cfg)
-        if cfg.ptst:
-            cfg = dataclasses.replace(cfg, steps=sum(steps for _, _, steps in parse_ptst(cfg.ptst)))
+    with one_line_errors():
+        stages = parse_ptst(cfg.ptst)
+        if stages:
+            cfg = dataclasses.replace(cfg, steps=sum(stage.steps for stage in stages))
+        check(cfg, stages)
         spec = parse_reward_spec(cfg.reward)
-        # The default held-out file belongs to the default data.
-        eval_data = cfg.eval_data if cfg.data == Config.data or cfg.eval_data != Config.eval_data else ""
-        start = newest_step(cfg.out) if cfg.resume else None
-        first = resolve_model(cfg.model)
-        origin = Path(first).resolve()
-        if not cfg.resume and Path(cfg.out).resolve() in [origin, *origin.parents]:
-            raise ValueError(f"--out {cfg.out} holds the model to start from: "
-                             "name another --out, or --resume")
-        records = read_records(cfg.data, need=("answer",))
-        held_out = read_records(eval_data, limit=cfg.eval_n) if eval_data else []
-        policy, processor = load_policy(start or first, cfg, device)
-        optimizer = make_optimizer(policy, cfg)
-        done, replayable = load_checkpoint(start, policy, optimizer) if start else (0, None)
-        engine = (Server(first, processor, cfg) if cfg.engine == "server"
-                  else build_engine(first, processor, cfg, device))
-        log = RunLog(cfg, done)
-    except (ValueError, OSError) as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
-    reference = load_policy(first, cfg, device, trainable=False)[0] if cfg.kl_beta else None
+        run = open_run(cfg, device, need=("answer",))
+        engine = build_engine(run.origin, run.processor, cfg, device)
+        log = RunLog(cfg, run.done)
+    policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
+    tokenizer = processor.tokenizer
+    reference = load_policy(run.origin, cfg, device, trainable=False)[0] if cfg.kl_beta else None
+    buffer = ReplayBuffer(run.extra)
     sync_weights(policy, engine)
-    encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels)
-    dummy = encode({"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"})
-    log.note(describe(policy, cfg, (cfg.engine == "hf") + bool(cfg.kl_beta)))
+    dummy = blank_prompt(processor, cfg.max_pixels)
+
+    def encode(q, step):  # what the policy sees of a question; `step` is there for what changes over the run
+        return encode_prompt(records[q], processor, cfg.max_pixels)
+
+    log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} questions; a step: {cfg.prompts_per_step} x {cfg.group_size} rollouts "
              f"on {world} rank(s)")
-    buffer = ReplayBuffer(replayable)
     if cfg.ssr == "replay":
-        size = cfg.ssr_cap * staged(cfg, cfg.steps)[1].max_new_tokens * 44  # an id is a Python int
+        longest = staged(cfg, stages, cfg.steps)[1].max_new_tokens
+        size = cfg.ssr_cap * longest * 44  # an id is a Python int
         log.note(f"replay buffer: at most {cfg.ssr_cap} rollouts, {size / 2**30:.2f} GiB over all ranks")
-    stopping = []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    if held_out and not done:
-        before = evaluate(engine, held_out, processor, staged(cfg, 1)[1])
+    if run.held_out and not run.done:
+        before = evaluate(engine, run.held_out, processor, staged(cfg, stages, 1)[1])
         log.write("metrics.jsonl", [{"step": 0, **before}])
         log.note(f"before training: {before['eval/accuracy']:.3f} "
-                 f"of {len(held_out)} held-out questions right")
+                 f"of {len(run.held_out)} held-out questions right")
+    stopping = catch_sigterm()
 
-    plan = schedule(len(records), cfg.prompts_per_step, done, cfg.steps, cfg.seed)
-    share = prepared([drawn[rank::world] for drawn in plan], lambda i: encode(records[i]), cfg.workers)
-    failures, whole = 0, cfg
-    for step, questions, drawn in zip(itertools.count(done + 1), plan, share):
-        clock, (stage, cfg) = [time.time()], staged(whole, step)
-
-        def tick():
-            clock.append(time.time())
-            return clock[-1] - clock[-2]
+    order = data_order(len(records), cfg.prompts_per_step, run.done, cfg.steps, cfg.seed)
+    shares = [questions[rank::world] for questions in order]
+    drawn_ahead = prepared(shares, encode, cfg.workers, first_step=run.done + 1)
+    for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
+        watch = Stopwatch()
+        stage, now = staged(cfg, stages, step)  # `now` is cfg with the stage's length and group size
 
         # 1. draw this rank's questions; their images were prepared in the background
-        prompts = {q: prompt for q, prompt in drawn if not isinstance(prompt, ValueError)}
-        for q, error in drawn:
-            if q not in prompts:
-                if cfg.strict:
-                    log.fail(error)
-                log.note(f"question {records[q]['id']} skipped: {error}")
+        prompts = readable(drawn, records, cfg.strict, log)
         unreadable = len(drawn) - len(prompts)
-        if step == done + 1 and prompts:
-            ids = next(iter(prompts.values()))["input_ids"][0]
-            log.note("first prompt: " + processor.tokenizer.decode(ids))
+        if step == run.done + 1 and prompts:
+            first = next(iter(prompts.values()))
+            log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
 
-        # 2. generate G rollouts of each
-        asked = [(q, g) for q in prompts for g in range(cfg.group_size)]
-        seeds = [rollout_seed(cfg, step, q, g) for q, g in asked]
-        samples = generate(engine, [prompts[q] for q, _ in asked], seeds, cfg)
-        texts = processor.tokenizer.batch_decode([ids for ids, _, _ in samples], skip_special_tokens=True)
-        rollouts = [Rollout(q, *sample, text) for (q, _), sample, text in zip(asked, samples, texts)]
-        forced = (force_rethink(engine, rollouts, prompts, records, processor.tokenizer, step, cfg)
-                  if cfg.rethink_frac else {})
+        # 2. generate G rollouts of each, those of a question side by side
+        keys = [q for q in prompts for _ in range(now.group_size)]
+        seeds = [rollout_seed(cfg, step, q, i % now.group_size) for i, q in enumerate(keys)]
+        rollouts = sample_rollouts(engine, keys, prompts, seeds, tokenizer, now)
+        rethought = Counter()
+        if cfg.rethink_frac:
+            rethought = force_rethink(engine, rollouts, prompts, records, tokenizer, step, now)
         sleep_engine(engine)
-        seconds = {"time/gen": tick()}
+        watch.lap("time/gen")
 
         # 3. score
-        parts = []
-        for r in rollouts:
-            record = records[r.question] | {"truncated": r.truncated, "forced": bool(r.trigger)}
-            part = {name: REWARDS[name](r.text, record) for name in spec}
-            r.reward = 0.0 if r.truncated and cfg.truncated == "zero" else sum(
-                weight * part[name] for name, weight in spec.items())
-            solved = part["accuracy"] if "accuracy" in part else accuracy(r.text, record)
-            parts.append({**part, "solved": solved == 1})
-        if cfg.length_bonus and step >= cfg.length_after:
-            for i in range(0, len(rollouts), cfg.group_size):
-                group, own = rollouts[i:i + cfg.group_size], parts[i:i + cfg.group_size]
-                bonuses = length_bonus([len(r.text) for r in group], [part["solved"] for part in own])
-                for r, bonus in zip(group, bonuses):
-                    r.reward += cfg.length_bonus * bonus
-        seconds["time/score"] = tick()
+        parts = score_rollouts(rollouts, records, spec, step, now)
+        watch.lap("time/score")
 
         # 4. advantages within each group
-        rewards = torch.tensor([r.reward for r in rollouts]).view(len(prompts), cfg.group_size)  # (Q, G)
+        rewards = torch.tensor([r.reward for r in rollouts]).view(len(prompts), now.group_size)  # (Q, G)
         advantages = group_advantages(rewards, cfg.adv_std)
-        for r, a in zip(rollouts, advantages.flatten().tolist()):
-            r.advantage = a
+        for r, advantage in zip(rollouts, advantages.flatten().tolist()):
+            r.advantage = advantage
 
-        # 5. select what counts; a rollout without advantage has no gradient, unless there is a KL term
-        batch, replayed = select(rollouts, questions, buffer, step, cfg)
-        trained = [r for _, r in batch if r.advantage or cfg.kl_beta]
-        older = list(dict.fromkeys(r.question for r in trained if r.question not in prompts))
-        for q, prompt in itertools.chain(*prepared([older] if older else [], lambda i: encode(records[i]),
-                                                   cfg.workers)):
-            if isinstance(prompt, ValueError):
-                log.fail(f"question {records[q]['id']} was readable when it was first sampled: {prompt}")
-            prompts[q] = prompt
+        # 5. select what counts; a replayed rollout's question is encoded again
+        slices, replayed = select(rollouts, questions, buffer, step, now)
+        batch = list(itertools.chain.from_iterable(slices))
+        older = [r.question for r in batch if has_gradient(r, cfg) and r.question not in prompts]
+        older = [list(dict.fromkeys(older))] if older else []
+        for again in prepared(older, encode, cfg.workers, first_step=step):
+            prompts |= readable(again, records, strict=True, log=log)
 
-        # 6. logprobs before the updates; with one update they are those of the update itself
-        if cfg.updates > 1:
-            fresh = [r for r in trained if r.old_logps is None]
-            for r, logps in zip(fresh, all_logprobs(policy, fresh, prompts, dummy, cfg)):
-                r.old_logps = logps
-        if reference:
-            fresh = [r for r in trained if r.ref_logps is None]
-            for r, logps in zip(fresh, all_logprobs(reference, fresh, prompts, dummy, cfg)):
-                r.ref_logps = logps
+        # 6. update
+        updates = train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg)
+        watch.lap("time/train")
 
-        # 7. update: slices of questions, cut alike for every number of ranks
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg)
-        totals = []
-        for u in range(cfg.updates):
-            part = [r for update, r in batch if update == u]
-            mine = [r for r in part if r.advantage or cfg.kl_beta]
-            size = sum(policy_mask(r, cfg).sum() for r in part) if cfg.loss_mean == "token" else len(part)
-            denominator, forced_tokens, active = global_sum(
-                [float(size), sum(len(r.response) for r in mine if imitated(r)), len(mine)])
-            if active:
-                totals.append(update(policy, optimizer, mine, denominator, forced_tokens, prompts, dummy,
-                                     cfg))
-                failures = 0 if math.isfinite(totals[-1]["norm"]) else failures + 1
-        if failures >= 3:
-            log.fail(f"step {step}: gradient norm not finite {failures} times in a row; "
-                     f"the last checkpoint in {cfg.out} is sound, lower --lr")
-        seconds["time/train"] = tick()
-
-        # 8. sync
+        # 7. hand the new weights to the sampler
         sync_weights(policy, engine)
-        seconds["time/sync"] = tick()
+        watch.lap("time/sync")
 
-        # 9. log
-        metrics = step_metrics(rollouts, [r for _, r in batch], rewards, parts, totals, cfg)
-        metrics["data/unreadable"], stop_now, again, *counts = global_sum(
-            [unreadable, len(stopping), replayed, *(forced.get(k, 0) for k in RETHINK)])
-        size = len(questions) * cfg.group_size
-        metrics |= {f"rethink/{name}": count / size for name, count in zip(RETHINK, counts)}
-        metrics |= {"replay/frac": again / size, "ptst/stage": stage}
-        metrics |= {"optim/lr": lr_at(step, cfg), **seconds, "time/step": clock[-1] - clock[0],
-                    "mem/peak_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
-                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        # 8. log
+        metrics = rollout_metrics(rollouts, batch, rewards, parts, spec, now)
+        metrics |= update_metrics(updates, (*LOSSES, "loss/nll"), cfg)
+        generated = sum(len(r.response) for r in rollouts)
+        trained = sum(len(r.response) for r in batch if has_gradient(r, cfg))
+        metrics["tokens/gen"], metrics["tokens/train"] = global_sum([generated, trained])
+        metrics["data/unreadable"], replayed, stop_now = global_sum([unreadable, replayed, len(stopping)])
+        asked = len(questions) * now.group_size
+        metrics["replay/frac"] = replayed / asked
+        for name, count in zip(RETHINK, global_sum([rethought[name] for name in RETHINK])):
+            metrics[f"rethink/{name}"] = count / asked
+        metrics |= {"ptst/stage": stage, "optim/lr": lr_at(step, cfg), **watch.laps,
+                    "time/step": watch.total(), "mem/peak_gb": peak_memory(device)}
         if step % cfg.samples_every == 0:
-            rows = shown_groups(rollouts, records, processor.tokenizer, step, cfg.group_size)
-            log.write("samples.jsonl", rows)
+            log.write("samples.jsonl", shown_groups(rollouts, records, tokenizer, step, now.group_size))
 
-        # 10. evaluate and save
-        if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
-            metrics |= evaluate(engine, held_out, processor, cfg)
-            log.note(f"step {step}: {metrics['eval/accuracy']:.3f} of {len(held_out)} held-out questions "
+        # 9. evaluate and save
+        if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
+            metrics |= evaluate(engine, run.held_out, processor, now)
+            log.note(f"step {step}: {metrics['eval/accuracy']:.3f} of {len(run.held_out)} held-out questions "
                      f"right, {metrics['eval/len']:.1f} tokens long")
-        log.step(step, metrics, ("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))
+        log.step(step, metrics, shown=("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             save_checkpoint(cfg, step, policy, processor, optimizer, buffer.state())
         if stop_now:

@@ -19,12 +19,15 @@ What differs from the usual recipe, and why:
 Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -32,11 +35,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -50,7 +52,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data_prep import build_messages, load_image, newest_step, parse_config, read_records, resolve_model
+from data_prep import (build_messages, check_at_least, load_image, newest_step, parse_config, read_records,
+                       resolve_model)
 
 
 @dataclass(frozen=True)
@@ -90,28 +93,54 @@ class Config:
     keep: int = 1  # checkpoints kept
 
 
+# ----- processes -------------------------------------------------------------------------------------------
+
+
+def fail(text):
+    """End this process with one line."""
+    sys.exit(f"{Path(sys.argv[0]).name}: {text}")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """A wrong flag, file or model is the user's to mend: it ends the run in one line, not in a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error).strip().splitlines()[0])
+
+
 def init_distributed():
     """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    rank, world, local, neighbours = (int(os.environ.get(name, default)) for name, default in names.items())
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    # The usual soft limit of a login shell, 1,024, is little for sockets, workers and an engine.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
         # One core stays free for the process that prepares images:
         # OpenMP threads that spin on a busy core are 20x slower.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // neighbours - 1))
+        torch.set_num_threads(max(1, cores // local_world - 1))
         device, backend = torch.device("cpu"), "gloo"
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend, **alone)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     transformers.utils.logging.disable_progress_bar()
     return rank, world, device
 
 
 def global_sum(values):
-    """Add each number up over all ranks."""
+    """Add each number of a list up over all ranks."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
@@ -124,6 +153,16 @@ def global_max(value):
     return most.item()
 
 
+def catch_sigterm():
+    """A list that stays empty until SIGTERM comes: a loop that sees it filled saves its step and ends."""
+    stopping = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    return stopping
+
+
+# ----- the policy ------------------------------------------------------------------------------------------
+
+
 def load_policy(path, cfg, device, trainable=True):
     """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
 
@@ -134,59 +173,52 @@ def load_policy(path, cfg, device, trainable=True):
     processor = AutoProcessor.from_pretrained(path)
     vision = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
     for name, p in policy.named_parameters():
-        p.requires_grad_(trainable and not (cfg.freeze_vision and vision.search(name)))
+        frozen = cfg.freeze_vision and vision.search(name)
+        p.requires_grad_(trainable and not frozen)
     if trainable and cfg.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy.train(trainable)
+
     on_gpu = device.type == "cuda"
-    master = torch.bfloat16 if cfg.param_dtype == "bf16" or on_gpu and not trainable else torch.float32
-    shard = functools.partial(
-        fully_shard, mesh=dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),)),
-        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy(),
-        offload_policy=CPUOffloadPolicy() if cfg.cpu_offload and on_gpu else OffloadPolicy())
-    for block in [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)] + [policy]:
-        shard(block.to(master))
+    halved = cfg.param_dtype == "bf16" or on_gpu and not trainable
+    master = torch.bfloat16 if halved else torch.float32
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
+    offload = CPUOffloadPolicy() if cfg.cpu_offload and on_gpu else OffloadPolicy()
+    blocks = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for block in [*blocks, policy]:
+        fully_shard(block.to(master), mesh=mesh, mp_policy=precision, offload_policy=offload)
+
     policy.banned = vision_ids(policy.config, device)
     policy.token_logprobs = MethodType(token_logprobs, policy)
-    register_fsdp_forward_method(policy, "token_logprobs")
+    register_fsdp_forward_method(policy, "token_logprobs")  # it needs the root's parameters, as forward does
     return policy, processor
 
 
 def vision_ids(config, device):
     """Ids of image and video placeholders. A response must hold none: the model would look for features."""
-    ids = config.to_dict()
-    named = [k for k in ids if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", k)]
-    return torch.tensor(sorted({ids[k] for k in named if isinstance(ids[k], int)}), device=device)
+    found = set()
+    for name, value in config.to_dict().items():
+        if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", name) and isinstance(value, int):
+            found.add(value)
+    return torch.tensor(sorted(found), device=device)
 
 
 def stop_ids(generation_config, processor):
     """Token ids that end a response; the first is what the chat template writes after an assistant turn."""
-    turn = [{"role": "user", "content": [{"type": "text", "text": "-"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
-    tail = processor.apply_chat_template(turn, tokenize=False).rpartition("@@")[2]
-    written = processor.tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
+    tokenizer = processor.tokenizer
+    turns = [{"role": "user", "content": [{"type": "text", "text": "-"}]},
+             {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
+    after_turn = processor.apply_chat_template(turns, tokenize=False).rpartition("@@")[2]
+    written = tokenizer(after_turn, add_special_tokens=False)["input_ids"][:1]
     # Some templates write a space or nothing there.
-    written = [i for i in written if i in processor.tokenizer.all_special_ids]
+    written = [token for token in written if token in tokenizer.all_special_ids]
     known = generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known] if known is not None else []
-    return list(dict.fromkeys(written + known + [processor.tokenizer.eos_token_id]))
-
-
-def lr_at(step, cfg):
-    """Learning rate of a step: linear warm-up, then cosine or linear decay to lr_floor * lr, or constant."""
-    if step < cfg.warmup:
-        return cfg.lr * step / cfg.warmup
-    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
-    return cfg.lr * (cfg.lr_floor + (1 - cfg.lr_floor) * shape[cfg.schedule])
-
-
-def make_optimizer(policy, cfg):
-    """AdamW over the trained parameters; norms and biases (1-D) are not decayed."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
+    if known is None:
+        known = []
+    elif isinstance(known, int):
+        known = [known]
+    return list(dict.fromkeys([*written, *known, tokenizer.eos_token_id]))
 
 
 def describe(policy, cfg, copies):
@@ -195,20 +227,26 @@ def describe(policy, cfg, copies):
     Activations: 34 bytes a token, layer and hidden unit in bf16, 2 with checkpointing (Korthikanti et al.,
     arXiv 2205.05198, without the attention matrix, which the kernels here do not keep).
     """
-    total = sum(p.numel() for p in policy.parameters())
+    sizes = [p.numel() for p in policy.parameters()]
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    width = 2 if cfg.param_dtype == "bf16" else 4
-    states = (total * width + trained * 3 * width) / dist.get_world_size()
-    compute = 2 if policy.banned.device.type == "cuda" else 4  # bytes a number
+    total = sum(sizes)
+    master_bytes = 2 if cfg.param_dtype == "bf16" else 4
+    compute_bytes = 2 if policy.banned.device.type == "cuda" else 4
+    # A trained number has a gradient and two moments beside it.
+    states = (total + 3 * trained) * master_bytes / dist.get_world_size()
     text = policy.config.get_text_config()
-    activations = cfg.token_budget * text.num_hidden_layers * text.hidden_size * compute / 2
-    activations *= 2 if cfg.gradient_checkpointing else 34
-    vocab = policy.get_output_embeddings().weight.shape[0]
-    return (f"{type(policy).__name__.removeprefix('FSDP')}: {total / 1e6:.1f}M parameters, "
-            f"{trained / 1e6:.1f}M trained, vocabulary {vocab}\n"
+    hidden_units = cfg.token_budget * text.num_hidden_layers * text.hidden_size
+    per_unit = 2 if cfg.gradient_checkpointing else 34
+    activations = hidden_units * per_unit * compute_bytes / 2
+    vocabulary = policy.get_output_embeddings().weight.shape[0]
+    name = type(policy).__name__.removeprefix("FSDP")
+    return (f"{name}: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained, vocabulary {vocabulary}\n"
             f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
-            f"{copies * total * compute / 2**30:.2f} GiB model copies, about {activations / 2**30:.2f} GiB "
-            f"activations at --token_budget {cfg.token_budget}")
+            f"{copies * total * compute_bytes / 2**30:.2f} GiB model copies, "
+            f"about {activations / 2**30:.2f} GiB activations at --token_budget {cfg.token_budget}")
+
+
+# ----- rows: from a record to tensors ----------------------------------------------------------------------
 
 
 def encode_prompt(record, processor, max_pixels):
@@ -226,39 +264,105 @@ def encode_prompt(record, processor, max_pixels):
     return {**inputs, "request": {"ids": ids, "images": images, "messages": messages}}
 
 
-def schedule(total, per_step, done, steps, seed):
+def blank_prompt(processor, max_pixels):
+    """The prompt of a small grey image, which stands in where a micro-batch has no image (see collate)."""
+    blank = Image.new("RGB", (56, 56))
+    return encode_prompt({"question": "", "images": [blank], "answer_type": "text"}, processor, max_pixels)
+
+
+def encode_row(record, processor, stop, banned, cfg):
+    """(prompt tensors, response ids with the stop token); None if over cfg.max_tokens. Raises BadImage."""
+    prompt = encode_prompt(record, processor, cfg.max_pixels)
+    del prompt["request"]  # its images would travel from the worker unused
+    response = processor.tokenizer(record["response"], add_special_tokens=False)["input_ids"]
+    response.append(stop)
+    if banned & set(response):
+        raise ValueError(f"row {record['id']}: the response holds a vision placeholder token")
+    if prompt["input_ids"].shape[1] + len(response) > cfg.max_tokens:
+        return None
+    return prompt, response
+
+
+def data_order(total, per_step, done, steps, seed):
     """Record indices of steps done+1..steps: slices of endless seeded permutations, no index twice in a step.
 
     A function of the seed alone, so a resumed run needs no saved cursor.
     """
-    epochs = (random.Random(f"{seed}/{epoch}").sample(range(total), total) for epoch in itertools.count())
-    stream = itertools.islice(itertools.chain.from_iterable(epochs), done * per_step, None)
-    return [list(dict.fromkeys(itertools.islice(stream, per_step))) for _ in range(done, steps)]
+    def endless():
+        for epoch in itertools.count():
+            yield from random.Random(f"{seed}/{epoch}").sample(range(total), total)
+
+    stream = itertools.islice(endless(), done * per_step, None)
+    order = []
+    for _ in range(done, steps):
+        drawn = itertools.islice(stream, per_step)
+        order.append(list(dict.fromkeys(drawn)))
+    return order
 
 
-def prepared(batches, encode, workers):
-    """Iterate over lists of record indices, as lists of (index, encode(index)) prepared ahead in processes.
-
-    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record that
-    cannot be encoded (an unreadable image, a stray placeholder token) comes back as (index, ValueError).
-    """
-    class Rows:
-        def __getitem__(self, i):
-            try:
-                return i, encode(i)
-            except ValueError as error:
-                return i, error
-
-    def end_with(trainer):  # if that is killed, a worker waits for ever to hand over its last batch
-        while os.getppid() == trainer:
-            time.sleep(1)
+def end_with(trainer):
+    """Have the kernel end this worker when its trainer dies, even by kill -9: it would wait for ever."""
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    if os.getppid() != trainer:  # it died before the line above
         os._exit(1)
 
-    def watch(worker, trainer=os.getpid()):
-        threading.Thread(target=end_with, args=(trainer,), daemon=True).start()
 
-    return DataLoader(Rows(), batch_sampler=batches, num_workers=workers, collate_fn=list,
-                      worker_init_fn=watch, multiprocessing_context="fork" if workers else None)
+def prepared(batches, encode, workers, first_step=0):
+    """Iterate over each step's record indices, as lists of (index, encode(index, step)), prepared ahead.
+
+    In processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record
+    that cannot be encoded (an unreadable image, a stray placeholder token) comes back as (index, ValueError).
+    A row travels as one pickle through a pipe. Sent as tensors, each of its inputs would take shared memory,
+    of which a container may have 64 MiB, and a file descriptor, of which a login shell has 1,024.
+    """
+    class Rows:
+        def __getitem__(self, place):
+            i, step = place
+            try:
+                row = encode(i, step)
+            except ValueError as error:
+                row = error
+            return pickle.dumps((i, row))
+
+    places = []
+    for step, batch in enumerate(batches, first_step):
+        places += [(i, step) for i in batch]
+    if not places:
+        yield from batches  # no process is forked for nothing
+        return
+    # Workers may be a batch ahead of the trainer, all together.
+    largest = max(map(len, batches), default=0)
+    ahead = max(2, largest // workers) if workers else None
+    loader = DataLoader(Rows(), sampler=places, batch_size=None, num_workers=workers, prefetch_factor=ahead,
+                        worker_init_fn=lambda worker, trainer=os.getpid(): end_with(trainer),
+                        multiprocessing_context="fork" if workers else None)
+    rows = iter(loader)
+    try:
+        for batch in batches:
+            yield [pickle.loads(next(rows)) for _ in batch]
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        fail("a process that prepares images died, perhaps for want of memory: "
+             f"lower --workers or --max_pixels ({error})")
+
+
+def readable(drawn, records, strict, log):
+    """{index: row} of what `prepared` gives. What could not be encoded is named, or ends the run."""
+    rows = {}
+    for i, row in drawn:
+        if not isinstance(row, ValueError):
+            rows[i] = row
+        elif strict:
+            log.fail(row)
+        else:
+            log.note(f"record {records[i]['id']} skipped: {row}")
+    return rows
+
+
+# ----- micro-batches ---------------------------------------------------------------------------------------
 
 
 def micro_batches(lengths, budget):
@@ -267,13 +371,15 @@ def micro_batches(lengths, budget):
     FSDP's collectives run per forward pass, so a rank with fewer groups gets empty ones (collate fills in the
     dummy).
     """
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in longest_first:
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
             groups[-1].append(i)
         else:
             groups.append([i])
-    return groups + [[]] * (int(global_max(len(groups))) - len(groups))
+    missing = int(global_max(len(groups))) - len(groups)
+    return groups + [[]] * missing
 
 
 def collate(rows, dummy, pad_id, device):
@@ -282,34 +388,62 @@ def collate(rows, dummy, pad_id, device):
     A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the
     vision tower, or FSDP waits for ever for those that do not.
     """
-    if dummy and not any("pixel_values" in p for p, _ in rows):
+    if dummy and not any("pixel_values" in prompt for prompt, _ in rows):
         rows = rows + [(dummy, [])]
-    width = max(p["input_ids"].shape[1] + len(response) for p, response in rows)
-    inputs, mask = {}, torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    for key in dict.fromkeys(k for p, _ in rows for k in p if k != "request"):
-        owners = [p for p, _ in rows if key in p]
-        parts = [p[key] for p in owners]
-        if parts[0].shape == owners[0]["input_ids"].shape:
-            out = torch.full((len(rows), width), pad_id if key == "input_ids" else 0)  # (B, T)
-            for row, (p, response) in zip(out, rows):
-                n = p["input_ids"].shape[1]
-                row[:n] = p[key][0] if key in p else 0
-                if key == "input_ids":
-                    row[n:n + len(response)] = torch.tensor(response, dtype=torch.long)
-                elif key == "attention_mask":
-                    row[n:n + len(response)] = 1
-            inputs[key] = out
+    width = max(prompt["input_ids"].shape[1] + len(response) for prompt, response in rows)
+    inputs = {}
+    for name in input_names(rows):
+        having = [prompt for prompt, _ in rows if name in prompt]
+        if is_over_tokens(having[0], name):
+            inputs[name] = padded_tokens(rows, name, width, pad_id).to(device)  # (B, T)
         else:
-            # Patches (Qwen) concatenate as they are;
-            # frames (Idefics3, which drops frames of zeros) are padded first.
-            most = [max(sizes) for sizes in zip(*(x.shape[1:] for x in parts))]
-            pads = [[w for have, want in zip(x.shape[:0:-1], most[::-1]) for w in (0, want - have)]
-                    for x in parts]
-            inputs[key] = torch.cat([torch.nn.functional.pad(x, pad) for x, pad in zip(parts, pads)])
-    for row, (p, response) in zip(mask, rows):
-        n = p["input_ids"].shape[1]
-        row[n - 1:n - 1 + len(response)] = True
-    return {k: v.to(device) for k, v in inputs.items()}, mask.to(device)
+            inputs[name] = joined_images([prompt[name] for prompt in having]).to(device)
+    mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)  # (B, T-1)
+    for row, (prompt, response) in zip(mask, rows):
+        start = prompt["input_ids"].shape[1] - 1  # column t belongs to token t+1
+        row[start:start + len(response)] = True
+    return inputs, mask.to(device)
+
+
+def input_names(rows):
+    """Names of the model inputs that any of the prompts has, in order."""
+    names = {}
+    for prompt, _ in rows:
+        names |= dict.fromkeys(prompt)
+    names.pop("request", None)  # for engines that process images themselves
+    return list(names)
+
+
+def is_over_tokens(prompt, name):
+    """Whether an input has a value for each token, as masks and token types have, unlike pixels and grids."""
+    return prompt[name].shape == prompt["input_ids"].shape
+
+
+def padded_tokens(rows, name, width, pad_id):
+    """An input over tokens for prompts with their responses, right-padded to `width`. (B, T)"""
+    out = torch.full((len(rows), width), pad_id if name == "input_ids" else 0)
+    for row, (prompt, response) in zip(out, rows):
+        start = prompt["input_ids"].shape[1]
+        end = start + len(response)
+        row[:start] = prompt[name][0] if name in prompt else 0
+        if name == "input_ids":
+            row[start:end] = torch.tensor(response, dtype=torch.long)
+        elif name == "attention_mask":
+            row[start:end] = 1
+    return out
+
+
+def joined_images(tensors):
+    """Concatenate image inputs. Patches (Qwen) fit as they are; frames (Idefics3) are padded with zeros."""
+    largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
+    padded = []
+    for x in tensors:
+        pad = []
+        # F.pad takes the last dimension first.
+        for want, have in zip(reversed(largest), reversed(x.shape[1:])):
+            pad += [0, want - have]
+        padded.append(torch.nn.functional.pad(x, pad))
+    return torch.cat(padded)
 
 
 class ResponseLogprob(torch.autograd.Function):
@@ -319,9 +453,10 @@ class ResponseLogprob(torch.autograd.Function):
     def chunks(hidden, weight, temperature, banned):
         size = max(1, 2**25 // weight.shape[0])  # 2^25 fp32 logits = 128 MiB
         for start in range(0, len(hidden), size):
-            logits = (hidden[start:start + size] @ weight.T).float().div_(temperature)  # (n, V)
+            rows = slice(start, start + size)
+            logits = (hidden[rows] @ weight.T).float().div_(temperature)  # (n, V)
             logits[:, banned] = -torch.inf
-            yield slice(start, start + size), logits
+            yield rows, logits
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, banned):
@@ -329,18 +464,20 @@ class ResponseLogprob(torch.autograd.Function):
         ctx.temperature = temperature
         logps = torch.empty(len(hidden), device=hidden.device)  # (N,)
         for rows, logits in ResponseLogprob.chunks(hidden, weight, temperature, banned):
-            logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(1)
+            chosen = logits.gather(1, targets[rows, None])[:, 0]
+            logps[rows] = chosen - logits.logsumexp(1)
         return logps
 
     @staticmethod
     def backward(ctx, grad):
+        """d logp / d logits = (onehot(target) - softmax) / temperature, written over the logits."""
         hidden, weight, targets, banned = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for rows, logits in ResponseLogprob.chunks(hidden, weight, ctx.temperature, banned):
-            g = grad[rows, None] / ctx.temperature
-            logits = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-g)
-            d_logits = logits.scatter_add_(1, targets[rows, None], g).to(weight.dtype)  # g (onehot - softmax)
+            g = grad[rows, None] / ctx.temperature  # (n, 1)
+            softmax = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_()
+            d_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g).to(weight.dtype)
             d_hidden[rows] = d_logits @ weight
             if d_weight is not None:
                 d_weight.addmm_(d_logits.T, hidden[rows])
@@ -359,6 +496,113 @@ def token_logprobs(policy, inputs, mask, temperature=1.0):
     return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps)
 
 
+# ----- optimizer -------------------------------------------------------------------------------------------
+
+
+def lr_at(step, cfg):
+    """Learning rate of a step: linear warm-up, then cosine or linear decay to lr_floor * lr, or constant."""
+    if step < cfg.warmup:
+        return cfg.lr * step / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return cfg.lr * (cfg.lr_floor + (1 - cfg.lr_floor) * shape[cfg.schedule])
+
+
+def make_optimizer(policy, cfg):
+    """AdamW over the trained parameters; norms and biases (1-D) are not decayed."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay}
+    vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=cfg.lr, betas=(0.9, 0.95))
+    optimizer.skipped = 0  # updates in a row, see optimizer_step
+    return optimizer
+
+
+def optimizer_step(policy, optimizer, lr, max_norm, log):
+    """Clip the gradient, step and forget it; returns its norm before clipping, alike on all ranks.
+
+    A gradient that is not finite is skipped; the third in a row ends the run.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if math.isfinite(norm):
+        optimizer.skipped = 0
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    else:
+        optimizer.skipped += 1
+    optimizer.zero_grad()
+    if optimizer.skipped == 3:
+        log.fail("gradient norm not finite 3 times in a row; "
+                 f"the last checkpoint in {log.out} is sound, lower --lr")
+    return norm
+
+
+class Stopwatch:
+    """Wall seconds by name: lap("time/gen") stores those since the lap before it."""
+
+    def __init__(self):
+        self.began = self.last = time.time()
+        self.laps = {}
+
+    def lap(self, name):
+        now = time.time()
+        self.laps[name] = now - self.last
+        self.last = now
+
+    def total(self):
+        return self.last - self.began
+
+
+def peak_memory(device):
+    """GiB at most so far: of the GPU, or of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ----- the run directory -----------------------------------------------------------------------------------
+
+
+def open_run(cfg, device, need):
+    """What every trainer opens with: data, policy and optimizer, new or from the newest step of --out.
+
+    need: the fields that training data must have. Returns a namespace: origin (the start model, also when
+    resuming), records, held_out, policy, processor, optimizer, done (steps), extra (as save_checkpoint took).
+    Raises ValueError or OSError.
+    """
+    start = newest_step(cfg.out) if cfg.resume else None
+    origin = resolve_model(cfg.model)
+    folder = Path(origin).resolve()
+    if not cfg.resume and Path(cfg.out).resolve() in [folder, *folder.parents]:
+        raise ValueError(f"--out {cfg.out} holds the model to start from: name another --out, or --resume")
+    records = read_records(cfg.data, need=need)
+    # The default held-out file belongs to the default data.
+    usual = type(cfg)
+    foreign = cfg.data != usual.data and cfg.eval_data == usual.eval_data
+    held_out = []
+    if cfg.eval_data and not foreign:
+        held_out = read_records(cfg.eval_data, need=need, limit=cfg.eval_n)
+    policy, processor = load_policy(start or origin, cfg, device)
+    optimizer = make_optimizer(policy, cfg)
+    done, extra = load_checkpoint(start, policy, optimizer) if start else (0, None)
+    return SimpleNamespace(origin=origin, records=records, held_out=held_out, policy=policy,
+                           processor=processor, optimizer=optimizer, done=done, extra=extra)
+
+
+def full_weights(policy, dtype=None, frozen=True):
+    """Iterate over (name, whole tensor) of the policy's parameters. Collective: all ranks gather each.
+
+    They are cast to `dtype` before they travel; with frozen=False only trained ones are given.
+    """
+    policy.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
+    for name, p in policy.named_parameters():
+        if p.requires_grad or frozen:
+            weight = p.detach().to(dtype or p.dtype)
+            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
 def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
     """Write out/step_000200, complete or not at all: HF weights and processor, one trainer file per rank.
 
@@ -368,34 +612,39 @@ def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
     removed. With several nodes --out must be on a file system they share. On a full disk it raises OSError
     and earlier checkpoints stay as they are.
     """
-    policy.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
     final = Path(cfg.out) / f"step_{step:06d}"
     tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
     if rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir()
     dist.barrier()
+
     weights = {}
-    for name, p in policy.named_parameters():
-        full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+    for name, weight in full_weights(policy):
         if rank == 0:  # all ranks take part in gathering, one keeps the result
-            weights[name] = full.cpu()
+            weights[name] = weight.cpu()
     if rank == 0:
         policy.save_pretrained(tmp, state_dict=weights)
         processor.save_pretrained(tmp)
-        (tmp / "meta.json").write_text(json.dumps({"step": step, "world_size": dist.get_world_size()}))
-    moments = {name: {k: v.to_local() if isinstance(v, DTensor) else v for k, v in optimizer.state[p].items()}
-               for name, p in policy.named_parameters() if p in optimizer.state}
-    torch.save({"optimizer": moments, "rng": torch.get_rng_state(), "extra": extra},
-               tmp / f"trainer_rank{rank}.pt")
+        meta = {"step": step, "world_size": dist.get_world_size()}
+        (tmp / "meta.json").write_text(json.dumps(meta))
+
+    moments = {}
+    for name, p in policy.named_parameters():
+        state = optimizer.state.get(p, {})
+        moments[name] = {key: x.to_local() if isinstance(x, DTensor) else x for key, x in state.items()}
+    state = {"optimizer": moments, "rng": torch.get_rng_state(), "extra": extra}
+    torch.save(state, tmp / f"trainer_rank{rank}.pt")
     dist.barrier()
+
     if rank == 0:
         for path in [*tmp.iterdir(), tmp]:
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
         tmp.rename(final)
-        for old in sorted(Path(cfg.out).glob("step_??????"))[:-cfg.keep]:
+        complete = sorted(Path(cfg.out).glob("step_??????"))
+        for old in complete[:-cfg.keep]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -426,78 +675,77 @@ class RunLog:
     A new run moves an existing directory aside; a resumed one drops the lines written after its checkpoint.
     """
 
-    def __init__(self, cfg, start=0):
-        self.out, self.rank, self.began = Path(cfg.out), dist.get_rank(), time.time()
+    def __init__(self, cfg, done=0):
+        self.out, self.rank = Path(cfg.out), dist.get_rank()
         if self.rank == 0:
             if self.out.exists() and not cfg.resume:
-                olds = (self.out.with_name(f"{self.out.name}.old{i}") for i in itertools.count(1))
-                aside = next(path for path in olds if not path.exists())
-                self.out.rename(aside)
-                print(f"{self.out} existed: moved to {aside}")
+                self.move_aside()
             self.out.mkdir(parents=True, exist_ok=True)
-            written = ("metrics.jsonl", "samples.jsonl", "rationales.jsonl")
-            for path in filter(Path.exists, map(self.out.joinpath, written)):
-                lines = path.read_text().splitlines(True)
-                kept = [x for x in lines if start and x.endswith("\n") and json.loads(x)["step"] <= start]
-                path.write_text("".join(kept))
-            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                 capture_output=True, text=True)
-            (self.out / "config.json").write_text(json.dumps({
-                "config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(),
-                "world_size": dist.get_world_size(),
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            }, indent=1))
+            for name in ("metrics.jsonl", "samples.jsonl", "rationales.jsonl"):
+                if (self.out / name).exists():
+                    self.drop_lines_after(done, self.out / name)
+            self.write_config(cfg)
         # Piped into a file, a line every ten seconds is enough.
-        self.bar = tqdm(total=cfg.steps, initial=start, disable=self.rank > 0, dynamic_ncols=True,
+        self.bar = tqdm(total=cfg.steps, initial=done, disable=self.rank > 0, dynamic_ncols=True,
                         mininterval=0.2 if sys.stderr.isatty() else 10)
         dist.barrier()
 
+    def move_aside(self):
+        for i in itertools.count(1):
+            aside = self.out.with_name(f"{self.out.name}.old{i}")
+            if not aside.exists():
+                break
+        self.out.rename(aside)
+        print(f"{self.out} existed: moved to {aside}")
+
+    def drop_lines_after(self, done, path):
+        kept = []
+        for line in path.read_text().splitlines(keepends=True):
+            complete = line.endswith("\n")
+            if done and complete and json.loads(line)["step"] <= done:
+                kept.append(line)
+        path.write_text("".join(kept))
+
+    def write_config(self, cfg):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                             capture_output=True, text=True)
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        config = {"config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(),
+                  "world_size": dist.get_world_size(), "versions": versions}
+        (self.out / "config.json").write_text(json.dumps(config, indent=1))
+
     def note(self, text):
+        """Print a line above the progress bar."""
         if self.rank == 0:
             self.bar.write(text)
 
     def fail(self, text):
+        """End this process with one line."""
         self.bar.close()
-        sys.exit(f"{Path(sys.argv[0]).name}: {text}")
+        fail(text)
 
     def write(self, name, rows):
+        """Append rows to a file of JSON lines."""
         if self.rank == 0:
             with open(self.out / name, "a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+                for row in rows:
+                    f.write(json.dumps(row) + "\n")
 
     def step(self, step, metrics, shown):
+        """Write a step's metrics; those in `shown` stand beside the progress bar."""
         self.write("metrics.jsonl", [{"step": step, **metrics}])
-        self.bar.set_postfix({k: f"{metrics[k]:.3g}" for k in shown if k in metrics}, refresh=False)
+        beside = {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
+        self.bar.set_postfix(beside, refresh=False)
         self.bar.update()
 
 
 # ----- this stage ------------------------------------------------------------------------------------------
 
 
-def encode_row(record, processor, stop, banned, cfg):
-    """(prompt tensors, response ids with the stop token); None if over cfg.max_tokens. Raises BadImage."""
-    prompt = encode_prompt(record, processor, cfg.max_pixels)
-    del prompt["request"]  # its images would travel from the worker unused
-    response = processor.tokenizer(record["response"], add_special_tokens=False)["input_ids"] + stop[:1]
-    if banned & set(response):
-        raise ValueError(f"row {record['id']}: the response holds a vision placeholder token")
-    return (prompt, response) if prompt["input_ids"].shape[1] + len(response) <= cfg.max_tokens else None
-
-
-def usable(drawn, records, log, cfg):
-    """Rows without those that cannot be encoded (an unreadable image) or have too many tokens."""
-    for i, row in drawn:
-        if isinstance(row, ValueError):
-            if cfg.strict:
-                log.fail(row)
-            log.note(f"row {records[i]['id']} skipped: {row}")
-        elif row:
-            yield row
-
-
 def losses(policy, rows, dummy, cfg):
     """Yield the summed negative log-likelihood of each micro-batch of `rows`."""
-    for group in micro_batches([p["input_ids"].shape[1] + len(r) for p, r in rows], cfg.token_budget):
+    lengths = [prompt["input_ids"].shape[1] + len(response) for prompt, response in rows]
+    for group in micro_batches(lengths, cfg.token_budget):
         inputs, mask = collate([rows[i] for i in group], dummy, 0, policy.banned.device)
         yield -policy.token_logprobs(inputs, mask).sum()
 
@@ -507,100 +755,76 @@ def evaluate(policy, rows, dummy, cfg):
     """Mean negative log-likelihood per response token of held-out rows; each rank holds its share."""
     policy.eval()
     total = sum(loss.item() for loss in losses(policy, rows, dummy, cfg))
-    total, tokens = global_sum([total, sum(len(r) for _, r in rows)])
+    tokens = sum(len(response) for _, response in rows)
+    total, tokens = global_sum([total, tokens])
     policy.train()
     return {"eval/loss": total / max(1, tokens)}
-
-
-def check(cfg):
-    """Refuse what cannot train. Raises ValueError naming the flag."""
-    for flag in ("steps", "batch_size", "token_budget", "max_tokens", "eval_every", "eval_n", "save_every",
-                 "keep"):
-        if getattr(cfg, flag) < 1:
-            raise ValueError(f"--{flag} must be at least 1")
 
 
 def main(cfg):
     """Train: draw rows, update, log, evaluate and save."""
     rank, world, device = init_distributed()
-    try:
-        check(cfg)
-        start = newest_step(cfg.out) if cfg.resume else None
-        first = start or resolve_model(cfg.model)
-        origin = Path(first).resolve()
-        if not cfg.resume and Path(cfg.out).resolve() in [origin, *origin.parents]:
-            raise ValueError(f"--out {cfg.out} holds the model to start from: "
-                             "name another --out, or --resume")
-        records = read_records(cfg.data, need=("response",))
+    with one_line_errors():
+        check_at_least(1, cfg, "steps", "batch_size", "token_budget", "max_tokens", "eval_every", "eval_n",
+                       "save_every", "keep")
+        run = open_run(cfg, device, need=("response",))
         if cfg.epochs:
-            cfg = dataclasses.replace(cfg, steps=max(1, round(cfg.epochs * len(records) / cfg.batch_size)))
-        # The default held-out file belongs to the default data.
-        eval_data = cfg.eval_data if cfg.data == Config.data or cfg.eval_data != Config.eval_data else ""
-        held_out = read_records(eval_data, need=("response",), limit=cfg.eval_n) if eval_data else []
-        policy, processor = load_policy(first, cfg, device)
-        optimizer = make_optimizer(policy, cfg)
-        done = load_checkpoint(start, policy, optimizer)[0] if start else 0
-        log = RunLog(cfg, done)
-    except (ValueError, OSError) as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
-    encode = functools.partial(encode_row, processor=processor,
-                               stop=stop_ids(policy.generation_config, processor),
-                               banned=set(policy.banned.tolist()), cfg=cfg)
-    blank = {"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"}
-    dummy = encode_prompt(blank, processor, cfg.max_pixels)
-    log.note(describe(policy, cfg, 0))
+            steps = round(cfg.epochs * len(run.records) / cfg.batch_size)
+            cfg = dataclasses.replace(cfg, steps=max(1, steps))
+        log = RunLog(cfg, run.done)
+    policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
+    dummy = blank_prompt(processor, cfg.max_pixels)
+    stop = stop_ids(policy.generation_config, processor)[0]
+    encode = functools.partial(encode_row, processor=processor, stop=stop, banned=set(policy.banned.tolist()),
+                               cfg=cfg)
+    log.note(describe(policy, cfg, copies=0))
     epochs = cfg.steps * cfg.batch_size / len(records)
     log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) "
              f"= {epochs:.2f} epochs")
-    stopping = []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    share = [list(range(rank, len(held_out), world))]
-    held_out = [row for drawn in prepared(share, lambda i: encode(held_out[i]), cfg.workers)
-                for row in usable(drawn, held_out, log, cfg)]
-    plan = schedule(len(records), cfg.batch_size, done, cfg.steps, cfg.seed)
-    mine = prepared([drawn[rank::world] for drawn in plan], lambda i: encode(records[i]), cfg.workers)
-    failures = 0
-    for step, drawn in enumerate(mine, done + 1):
+    stopping = catch_sigterm()
+
+    # Held-out rows stay encoded in memory; each rank has every world-th.
+    held_out = []
+    shares = [list(range(rank, len(run.held_out), world))]
+    for drawn in prepared(shares, lambda i, _: encode(run.held_out[i]), cfg.workers):
+        rows = readable(drawn, run.held_out, cfg.strict, log)
+        held_out += [row for row in rows.values() if row]
+
+    order = data_order(len(records), cfg.batch_size, run.done, cfg.steps, cfg.seed)
+    shares = [drawn[rank::world] for drawn in order]
+    drawn_ahead = prepared(shares, lambda i, _: encode(records[i]), cfg.workers)
+    for step, drawn in enumerate(drawn_ahead, run.done + 1):
         began = time.time()
 
         # 1. draw this rank's rows; their images were prepared in the background
-        rows = list(usable(drawn, records, log, cfg))
-        if step == done + 1 and rows:
-            shown = [processor.tokenizer.decode(ids) for ids in (rows[0][0]["input_ids"][0], rows[0][1])]
-            log.note("first row, what is learnt in [[ ]]: {}[[{}]]".format(*shown))
+        rows = [row for row in readable(drawn, records, cfg.strict, log).values() if row]
+        if step == run.done + 1 and rows:
+            prompt, response = rows[0]
+            shown = processor.tokenizer.decode(prompt["input_ids"][0])
+            learnt = processor.tokenizer.decode(response)
+            log.note(f"first row, what is learnt in [[ ]]: {shown}[[{learnt}]]")
 
         # 2. update, with the denominator counted over all ranks before the first backward
-        counts = [sum(len(r) for _, r in rows), len(drawn) - len(rows), len(stopping)]
-        tokens, left_out, stop_now = global_sum(counts)
+        tokens = sum(len(response) for _, response in rows)
+        tokens, left_out, stop_now = global_sum([tokens, len(drawn) - len(rows), len(stopping)])
         total = 0.0
         for loss in losses(policy, rows, dummy, cfg):
             # FSDP averages gradients over ranks; here their sum is divided by the common token count instead.
             (loss * world / max(1, tokens)).backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg)
-        if math.isfinite(norm) and tokens:
-            optimizer.step()
-        optimizer.zero_grad()
-        failures = 0 if math.isfinite(norm) else failures + 1
-        if failures >= 3:
-            log.fail(f"step {step}: gradient norm not finite {failures} times in a row; "
-                     f"the last checkpoint in {cfg.out} is sound, lower --lr")
+        norm = optimizer_step(policy, optimizer, lr_at(step, cfg), cfg.max_grad_norm, log)
 
         # 3. log
-        metrics = {"loss/nll": global_sum([total])[0] / max(1, tokens),
-                   "optim/lr": lr_at(step, cfg), "optim/grad_norm": norm,
-                   "tokens/train": tokens, "data/left_out": left_out, "time/step": time.time() - began,
-                   "mem/peak_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
-                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        nll = global_sum([total])[0] / max(1, tokens)
+        metrics = {"loss/nll": nll, "optim/lr": lr_at(step, cfg), "optim/grad_norm": norm,
+                   "tokens/train": tokens, "data/left_out": left_out,
+                   "time/step": time.time() - began, "mem/peak_gb": peak_memory(device)}
 
         # 4. evaluate and save
-        if eval_data and (step % cfg.eval_every == 0 or step == cfg.steps):
+        if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics |= evaluate(policy, held_out, dummy, cfg)
-            log.note(f"step {step}: loss {metrics['loss/nll']:.4f}, held-out loss {metrics['eval/loss']:.4f}")
-        log.step(step, metrics, ("loss/nll", "eval/loss"))
+            log.note(f"step {step}: loss {nll:.4f}, held-out loss {metrics['eval/loss']:.4f}")
+        log.step(step, metrics, shown=("loss/nll", "eval/loss"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             save_checkpoint(cfg, step, policy, processor, optimizer)
         if stop_now:
