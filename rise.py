@@ -43,33 +43,27 @@ Tensors over tokens are (B, T-1), aligned to the predicted token: column t belon
 """
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import math
 import re
-import resource
-import signal
-import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
-from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor
 
 from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, format_think_answer,
                      gold_distribution, leaks, parse_boxes, parse_distribution, reconstruct_prompt, scrub)
-from data_prep import (check_record, check_records, complete_rows, newest_step, parse_config, read_records,
+from data_prep import (check_at_least, check_record, check_records, complete_rows, parse_config, read_records,
                        resolve_model, save_image, write_records)
-from sft import (RunLog, collate, describe, encode_prompt, global_max, global_sum, init_distributed,
-                 load_checkpoint, load_policy, lr_at, make_optimizer, micro_batches, prepared,
-                 save_checkpoint, schedule)
-from eval import Server, build_engine, generate
-from grpo import Rollout, all_logprobs, group_advantages, grpo_loss, rollout_seed, sleep_engine, sync_weights
+from sft import (RunLog, Stopwatch, blank_prompt, catch_sigterm, data_order, describe, encode_prompt,
+                 global_max, global_sum, init_distributed, load_policy, lr_at, one_line_errors, open_run,
+                 peak_memory, prepared, readable, save_checkpoint)
+from eval import build_engine
+from grpo import (LOSSES, check_engine, encode_share, group_advantages, has_gradient, rollout_seed,
+                  sample_rollouts, sleep_engine, sync_weights, train_on, update_metrics, update_of)
 
 
 @dataclass(frozen=True)
@@ -132,8 +126,7 @@ class Config:
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
 
-
-# ----- this stage ------------------------------------------------------------------------------------------
+# ----- two hops --------------------------------------------------------------------------------------------
 
 
 def hop(record, question, images):
@@ -145,27 +138,10 @@ def hop(record, question, images):
 def encode_cot(record, processor, cfg):
     """encode_prompt of hop 1. Raises ValueError beyond --max_prompt_tokens: no prompt is ever cut."""
     prompt = encode_prompt(hop(record, cot_prompt(record), record["images"]), processor, cfg.max_pixels)
-    if (length := prompt["input_ids"].shape[1]) > cfg.max_prompt_tokens:
+    length = prompt["input_ids"].shape[1]
+    if length > cfg.max_prompt_tokens:
         raise ValueError(f"its prompt has {length} tokens, --max_prompt_tokens is {cfg.max_prompt_tokens}")
     return prompt
-
-
-def readable(drawn, records, log, cfg):
-    """{question: prompt} of what could be encoded; the rest is named, or ends the run with --strict."""
-    prompts = {q: prompt for q, prompt in drawn if not isinstance(prompt, ValueError)}
-    for q, error in drawn:
-        if q not in prompts:
-            if cfg.strict:
-                log.fail(error)
-            log.note(f"question {records[q]['id']} skipped: {error}")
-    return prompts
-
-
-def sample(engine, keys, prompts, seeds, tokenizer, cfg):
-    """One rollout for each key of `prompts`."""
-    samples = generate(engine, [prompts[key] for key in keys], seeds, cfg)
-    texts = tokenizer.batch_decode([ids for ids, _, _ in samples], skip_special_tokens=True)
-    return [Rollout(key, *drawn, text) for key, drawn, text in zip(keys, samples, texts)]
 
 
 def two_hops(engine, prompts, records, processor, step, cfg):
@@ -174,34 +150,49 @@ def two_hops(engine, prompts, records, processor, step, cfg):
     Three lists of Q * G, those of a question side by side. `prompts` {question: hop 1} gains the prompts of
     hop 2 under (question, sample), which is the `question` of a reconstruction's rollout.
     """
-    asked = [(q, g) for q in prompts for g in range(cfg.group_size)]
-    tokenizer, seed = processor.tokenizer, functools.partial(rollout_seed, cfg, step)
-    cots = sample(engine, [q for q, _ in asked], prompts, [seed(q, g) for q, g in asked], tokenizer, cfg)
-    # A placeholder that the policy spelled out would be read as an image.
-    special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    texts = [re.sub("|".join(special) or "(?!)", " ", scrub(cot.text, records[cot.question])) for cot in cots]
-    for (q, g), text in zip(asked, texts):
+    tokenizer = processor.tokenizer
+    keys = [(q, g) for q in list(prompts) for g in range(cfg.group_size)]
+
+    # Hop 1: image and annotation -> rationale.
+    seeds = [rollout_seed(cfg, step, q, g) for q, g in keys]
+    cots = sample_rollouts(engine, [q for q, _ in keys], prompts, seeds, tokenizer, cfg)
+
+    # What gives the annotation away is taken out, and so is a placeholder that the policy spelled out:
+    # it would be read as an image.
+    special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    placeholders = re.compile("|".join(special) or "(?!)")
+    texts = [placeholders.sub(" ", scrub(cot.text, records[cot.question])) for cot in cots]
+
+    # Hop 2: image and scrubbed rationale -> annotation.
+    for (q, g), text in zip(keys, texts):
         images = [] if cfg.blind else prompts[q]["request"]["images"]
         second = hop(records[q], reconstruct_prompt(records[q], text), images)
         prompts[q, g] = encode_prompt(second, processor, cfg.max_pixels)
-    seeds = [seed(q, f"{g}/reconstruction") for q, g in asked]
-    return cots, texts, sample(engine, asked, prompts, seeds, tokenizer, cfg)
+    seeds = [rollout_seed(cfg, step, q, f"{g}/reconstruction") for q, g in keys]
+    backs = sample_rollouts(engine, keys, prompts, seeds, tokenizer, cfg)
+    return cots, texts, backs
 
 
-def scored(cots, texts, backs, records, cfg):
-    """[(question, sample, parts of the reward)] of what two_hops returns."""
-    return [(*back.question, score(cot, text, back, records[cot.question], cfg))
-            for cot, text, back in zip(cots, texts, backs)]
+def score_rationales(cots, texts, backs, records, cfg):
+    """Rows (question, sample, parts of the reward) of what two_hops returns."""
+    rows = []
+    for cot, text, back in zip(cots, texts, backs):
+        q, g = back.question
+        rows.append((q, g, score_rationale(cot, text, back, records[q], cfg)))
+    return rows
 
 
-def score(cot, text, back, record, cfg):
+def score_rationale(cot, text, back, record, cfg):
     """The reward of a rationale and what it is made of, as rationales.jsonl has them."""
-    whole, said = f"<think> {text} </think> {back.text}", leaks(cot.text, record)
-    agrees, form = agreement(whole, record), REWARDS[format_name(record)](whole, record)
-    worth = agrees * (cfg.leak_penalty if said else 1) + cfg.format_weight * form
-    return {"cot": cot.text, "rationale": text, "reconstruction": back.text,
-            "reward": worth if text.strip() and not cot.truncated else 0.0,
-            "agreement": agrees, "format": form, "leaks": said, "parsed": is_parsed(whole, record),
+    whole = f"<think> {text} </think> {back.text}"
+    leaked = leaks(cot.text, record)  # in the rationale as it was sampled, before scrubbing
+    agrees = agreement(whole, record)
+    form = REWARDS[format_name(record)](whole, record)
+    reward = agrees * (cfg.leak_penalty if leaked else 1) + cfg.format_weight * form
+    if cot.truncated or not text.strip():
+        reward = 0.0
+    return {"cot": cot.text, "rationale": text, "reconstruction": back.text, "reward": reward,
+            "agreement": agrees, "format": form, "leaks": leaked, "parsed": is_parsed(whole, record),
             "truncated": cot.truncated, "tokens": len(cot.response)}
 
 
@@ -220,95 +211,55 @@ def is_parsed(response, record):
     return extract_answer(response) is not None
 
 
+# ----- the log ---------------------------------------------------------------------------------------------
+
+
 def gathered(rows, questions):
-    """All ranks' (question, sample, parts), in the order of `questions`. Collective."""
-    shares, place = [None] * dist.get_world_size(), {q: j for j, q in enumerate(questions)}
+    """All ranks' rows (question, sample, parts), in the order of `questions`. Collective."""
+    shares = [None] * dist.get_world_size()
     dist.all_gather_object(shares, rows)
-    return sorted(itertools.chain(*shares), key=lambda row: (place[row[0]], row[1]))
+    place_of = {q: place for place, q in enumerate(questions)}
+    return sorted(itertools.chain.from_iterable(shares), key=lambda row: (place_of[row[0]], row[1]))
 
 
 def write_rationales(log, step, rows, records):
     """Append the step's rationales to rationales.jsonl with the records they are about, images as paths."""
-    def path(ref):
-        return ref if isinstance(ref, str) else str((log.out / save_image(ref, log.out)).resolve())
+    if log.rank > 0:
+        return
 
-    if log.rank == 0:
-        kept = {q: {k: v for k, v in records[q].items() if k != "response"} for q, *_ in rows}
-        kept = {q: record | {"images": [path(ref) for ref in record["images"]]} for q, record in kept.items()}
-        log.write("rationales.jsonl", [{"step": step, "sample": g, **parts, "record": kept[q]}
-                                       for q, g, parts in rows])
+    def path_of(image):
+        return image if isinstance(image, str) else str((log.out / save_image(image, log.out)).resolve())
 
-
-def update(policy, optimizer, rollouts, denominator, prompts, dummy, cfg):
-    """One optimizer step on this rank's rollouts, of either hop.
-
-    denominator: the global count of tokens (or rollouts) in the policy loss. Fills in missing old_logps: this
-    very policy sampled those rollouts.
-    """
-    device, stats = policy.banned.device, {}
-    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
-    for group in micro_batches(lengths, cfg.token_budget):
-        rows = [rollouts[i] for i in group]
-        inputs, mask = collate([(prompts[r.question], r.response) for r in rows], dummy, 0, device)
-
-        def spread(parts):  # one value a response token -> (B, T-1)
-            values = torch.cat([*parts, torch.zeros(0)]).to(device)
-            return torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
-
-        logps = policy.token_logprobs(inputs, mask, cfg.temperature)
-        for r, own in zip(rows, logps.detach()[mask].cpu().split([len(r.response) for r in rows])):
-            r.old_logps = own if r.old_logps is None else r.old_logps
-        old = spread([r.old_logps for r in rows])
-        sampler = spread([r.sampler_logps for r in rows])
-        reference = spread([r.ref_logps for r in rows]) if cfg.kl_beta else None
-        advantages = spread([torch.full((len(r.response),), r.advantage) for r in rows])
-        ones = [torch.ones(len(r.response)) for r in rows]
-        weights = spread([one / (denominator if cfg.loss_mean == "token" else denominator * len(one))
-                          for one in ones])
-        loss, extra = grpo_loss(logps, old, sampler, reference, advantages, weights, cfg)
-        # FSDP averages gradients over ranks; the weights already sum to 1 over all ranks together.
-        (loss * dist.get_world_size()).backward()
-        gap = (old - sampler)[mask].abs()
-        for k, v in {**extra, "gap": gap.sum(), "tokens": mask.sum()}.items():
-            stats[k] = stats.get(k, 0.0) + v.item()
-        stats["gap_max"] = max([stats.get("gap_max", 0.0), *gap.tolist()])
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-    stats["norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if math.isfinite(stats["norm"]):
-        optimizer.step()
-    optimizer.zero_grad()
-    return stats
+    kept = {}
+    for q in dict.fromkeys(q for q, _, _ in rows):
+        kept[q] = {name: value for name, value in records[q].items() if name != "response"}
+        kept[q]["images"] = [path_of(image) for image in records[q]["images"]]
+    lines = [{"step": step, "sample": g, **parts, "record": kept[q]} for q, g, parts in rows]
+    log.write("rationales.jsonl", lines)
 
 
 def quality(rows):
     """Means over the rationales of all ranks, of which there may be none."""
-    parts, n = [parts for *_, parts in rows], max(1, len(rows))
-    return {"reward/mean": sum(p["reward"] for p in parts) / n,
-            "reward/agreement": sum(p["agreement"] for p in parts) / n,
-            "reward/format": sum(p["format"] for p in parts) / n,
-            "cot/leaks": sum(bool(p["leaks"]) for p in parts) / n,
-            "cot/empty": sum(not p["rationale"].strip() for p in parts) / n,
-            "reconstruction/parsed": sum(p["parsed"] for p in parts) / n,
-            "len/mean": sum(p["tokens"] for p in parts) / n,
-            "len/truncated": sum(p["truncated"] for p in parts) / n}
+    def mean(value):
+        return sum(value(parts) for _, _, parts in rows) / max(1, len(rows))
+
+    return {"reward/mean": mean(lambda p: p["reward"]),
+            "reward/agreement": mean(lambda p: p["agreement"]),
+            "reward/format": mean(lambda p: p["format"]),
+            "cot/leaks": mean(lambda p: bool(p["leaks"])),
+            "cot/empty": mean(lambda p: not p["rationale"].strip()),
+            "reconstruction/parsed": mean(lambda p: p["parsed"]),
+            "len/mean": mean(lambda p: p["tokens"]),
+            "len/truncated": mean(lambda p: p["truncated"])}
 
 
-def step_metrics(rows, rollouts, trained, totals, cfg):
-    """The step's numbers over all ranks: `rows` are of all, rollouts and totals of this one."""
-    rewards = torch.tensor([parts["reward"] for *_, parts in rows]).view(-1, cfg.group_size)  # (Q, G)
-    metrics = {**quality(rows), "reward/std": rewards.std(1).mean().nan_to_num().item(),
-               "groups/effective_frac": (rewards != rewards[:, :1]).any(1).float().mean().nan_to_num().item()}
-    metrics["groups/zero_adv_frac"] = 1 - metrics["groups/effective_frac"]
-    keys = ["loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl"]
-    metrics |= dict(zip(keys, global_sum([sum(t.get(k, 0.0) for t in totals) / cfg.updates for k in keys])))
-    gap, tokens, metrics["tokens/gen"], metrics["tokens/train"] = global_sum(
-        [sum(t["gap"] for t in totals), sum(t["tokens"] for t in totals),
-         sum(len(r.response) for r in rollouts),
-         sum(len(r.response) for r in trained)])
-    metrics["mismatch/mean"] = gap / max(1, tokens)
-    metrics["mismatch/max"] = global_max(max((t["gap_max"] for t in totals), default=0.0))
-    metrics["optim/grad_norm"] = totals[-1]["norm"] if totals else 0.0
-    return metrics
+def group_metrics(rows, group_size):
+    """How the rewards of a group differ; `rows` are of all ranks."""
+    rewards = torch.tensor([parts["reward"] for _, _, parts in rows]).view(-1, group_size)  # (Q, G)
+    differing = (rewards != rewards[:, :1]).any(1).float()
+    effective = differing.mean().nan_to_num().item()
+    return {"reward/std": rewards.std(1).mean().nan_to_num().item(),
+            "groups/effective_frac": effective, "groups/zero_adv_frac": 1 - effective}
 
 
 def evaluate(engine, records, processor, cfg):
@@ -316,20 +267,19 @@ def evaluate(engine, records, processor, cfg):
 
     Sampled as in training, since it is samples that --phase annotate keeps.
     """
-    share = [list(range(dist.get_rank(), len(records), dist.get_world_size()))]
     encode = functools.partial(encode_cot, processor=processor, cfg=cfg)
-    drawn = [pair for batch in prepared(share, lambda i: encode(records[i]), cfg.workers) for pair in batch]
-    prompts = {i: prompt for i, prompt in drawn if not isinstance(prompt, ValueError)}  # the rest counts as 0
+    prompts, n = encode_share(records, encode, cfg.workers)  # what cannot be read counts as 0
     once = dataclasses.replace(cfg, group_size=1)
-    rows = scored(*two_hops(engine, prompts, records, processor, 0, once), records, cfg)
-    parts = [parts for *_, parts in rows]
-    agrees, leaky, length, n = global_sum(
-        [sum(p["agreement"] for p in parts), sum(bool(p["leaks"]) for p in parts),
-         sum(p["tokens"] for p in parts), len(drawn)])
+    hops = two_hops(engine, prompts, records, processor, 0, once)
+    rows = score_rationales(*hops, records, cfg)
+    agrees = sum(parts["agreement"] for _, _, parts in rows)
+    leaky = sum(bool(parts["leaks"]) for _, _, parts in rows)
+    length = sum(parts["tokens"] for _, _, parts in rows)
+    agrees, leaky, length, n = global_sum([agrees, leaky, length, n])
     return {"eval/agreement": agrees / n, "eval/leaks": leaky / n, "eval/len": length / n}
 
 
-# ----- annotate: filter and export
+# ----- annotate: filter and export -------------------------------------------------------------------------
 
 
 def read_rationales(path):
@@ -356,8 +306,10 @@ def refusal(row, tau):
         return "cut off or empty"
     if row["agreement"] < tau:
         return f"below --tau {tau}"
-    told = sft_response(row), row["record"]
-    return "" if accuracy(*told) == format_think_answer(*told) == 1 else "unreadable as a response"
+    response, record = sft_response(row), row["record"]
+    if accuracy(response, record) < 1 or format_think_answer(response, record) < 1:
+        return "unreadable as a response"
+    return ""
 
 
 def best_of(rows, tau):
@@ -365,15 +317,49 @@ def best_of(rows, tau):
 
     Best by reward, then agreement, then the shorter rationale, then the first in the file.
     """
-    best, reasons = {}, Counter()
+    best = {}  # record id -> (rank, row)
+    reasons = Counter()
     for row in rows:
-        reason, name = refusal(row, tau), row["record"]["id"]
-        reasons[reason] += 1
+        reason = refusal(row, tau)
+        if reason:
+            reasons[reason] += 1
+            continue
+        reasons["not the best"] += 1  # all but one of each record, see below
         rank = (row["reward"], row["agreement"], -len(row["rationale"]))
-        if not reason and (name not in best or rank > best[name][0]):
+        name = row["record"]["id"]
+        if name not in best or rank > best[name][0]:
             best[name] = rank, row
-    reasons["not the best"] = reasons.pop("", 0) - len(best)
-    return [row["record"] | {"response": sft_response(row)} for _, row in best.values()], reasons
+    reasons["not the best"] -= len(best)
+    kept = [row["record"] | {"response": sft_response(row)} for _, row in best.values()]
+    return kept, reasons
+
+
+def sample_all(cfg, source, rank, world, device):
+    """Sample G rationales of every record into `source`, from where an earlier run stopped."""
+    records = read_records(cfg.data)
+    model = resolve_model(cfg.model)
+    steps = math.ceil(len(records) / cfg.prompts_per_step)
+    cfg = dataclasses.replace(cfg, steps=steps)
+    processor = AutoProcessor.from_pretrained(model)
+    engine = build_engine(model, processor, cfg, device)
+    begun = read_rationales(source) if rank == 0 and cfg.resume else []
+    # The last step may have been cut short.
+    done = int(global_max(begun[-1]["step"] - 1 if begun else 0))
+    log = RunLog(cfg, done)
+
+    everything = list(range(len(records)))
+    order = []
+    for start in range(done * cfg.prompts_per_step, len(records), cfg.prompts_per_step):
+        order.append(everything[start:start + cfg.prompts_per_step])
+    shares = [questions[rank::world] for questions in order]
+    drawn_ahead = prepared(shares, lambda q, _: encode_cot(records[q], processor, cfg), cfg.workers)
+    for step, questions, drawn in zip(itertools.count(done + 1), order, drawn_ahead):
+        prompts = readable(drawn, records, cfg.strict, log)
+        hops = two_hops(engine, prompts, records, processor, step, cfg)
+        rows = gathered(score_rationales(*hops, records, cfg), questions)
+        write_rationales(log, step, rows, records)
+        log.step(step, quality(rows), shown=("reward/mean", "reward/agreement", "cot/leaks"))
+    log.bar.close()
 
 
 def annotate(cfg, rank, world, device):
@@ -383,31 +369,14 @@ def annotate(cfg, rank, world, device):
     """
     source = Path(cfg.data)
     if source.name != "rationales.jsonl":
-        records, first = read_records(cfg.data), resolve_model(cfg.model)
-        cfg = dataclasses.replace(cfg, steps=math.ceil(len(records) / cfg.prompts_per_step))
-        source, processor = Path(cfg.out) / "rationales.jsonl", AutoProcessor.from_pretrained(first)
-        engine = (Server(first, processor, cfg) if cfg.engine == "server"
-                  else build_engine(first, processor, cfg, device))
-        begun = read_rationales(source) if rank == 0 and cfg.resume else []
-        # The last step may have been cut short.
-        done = int(global_max(begun[-1]["step"] - 1 if begun else 0))
-        log = RunLog(cfg, done)
-        plan = [range(len(records))[i:i + cfg.prompts_per_step]
-                for i in range(done * cfg.prompts_per_step, len(records), cfg.prompts_per_step)]
-        share = prepared([[*drawn[rank::world]] for drawn in plan],
-                         lambda i: encode_cot(records[i], processor, cfg), cfg.workers)
-        for step, questions, drawn in zip(itertools.count(done + 1), plan, share):
-            prompts = readable(drawn, records, log, cfg)
-            rows = scored(*two_hops(engine, prompts, records, processor, step, cfg), records, cfg)
-            rows = gathered(rows, questions)
-            write_rationales(log, step, rows, records)
-            log.step(step, quality(rows), ("reward/mean", "reward/agreement", "cot/leaks"))
-        log.bar.close()
+        source = Path(cfg.out) / "rationales.jsonl"
+        sample_all(cfg, source, rank, world, device)
     if rank == 0:
         rows = read_rationales(source)
         kept, reasons = best_of(rows, cfg.tau)
-        counts = (f"{len(kept)} of {len({row['record']['id'] for row in rows})} records; left out of "
-                  f"{len(rows)} rationales: {', '.join(f'{n} {why}' for why, n in sorted(reasons.items()))}")
+        total = len({row["record"]["id"] for row in rows})
+        why = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
+        counts = f"{len(kept)} of {total} records; left out of {len(rows)} rationales: {why}"
         path = Path(cfg.out) / "sft.jsonl"
         write_records(path, check_records(kept, f"{source} ({counts})", need=("answer", "response")))
         print(f"{path}: {counts}")
@@ -415,164 +384,121 @@ def annotate(cfg, rank, world, device):
         dist.destroy_process_group()
 
 
+# ----- the run ---------------------------------------------------------------------------------------------
+
+
 def check(cfg):
     """Refuse what cannot work. Raises ValueError naming the flag."""
-    for flag in ("steps", "prompts_per_step", "group_size", "max_prompt_tokens", "max_new_tokens",
-                 "rollout_tokens", "updates", "tp", "token_budget", "eval_every", "eval_n", "save_every",
-                 "keep"):
-        if getattr(cfg, flag) < 1:
-            raise ValueError(f"--{flag} must be at least 1")
+    check_engine(cfg)
+    check_at_least(1, cfg, "steps", "prompts_per_step", "group_size", "max_prompt_tokens", "max_new_tokens",
+                   "rollout_tokens", "updates", "tp", "token_budget", "eval_every", "eval_n", "save_every",
+                   "keep")
     if cfg.phase == "cot" and cfg.group_size < 2:
         raise ValueError("--group_size must be at least 2: the advantage compares the rationales of a group")
     if not 0 <= cfg.tau <= 1:
         raise ValueError(f"--tau {cfg.tau}: agreement lies between 0 and 1")
-    if cfg.engine == "vllm" and not importlib.util.find_spec("vllm"):
-        raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
-    if (cfg.engine == "server") != bool(cfg.servers):
-        raise ValueError("--engine server and --servers URL... go together")
-    if cfg.tp > 1 and (cfg.engine != "vllm" or dist.get_world_size() % cfg.tp):
-        raise ValueError(f"--tp {cfg.tp} needs --engine vllm and a multiple of {cfg.tp} ranks")
-    if not 0 < cfg.gpu_memory_utilization <= 1:
-        raise ValueError("--gpu_memory_utilization is a share, above 0 and at most 1")
-    if cfg.temperature <= 0:
-        raise ValueError("--temperature must be above 0: greedy rationales of a group are all the same")
 
 
 def main(cfg):
-    """Train, or annotate. A training step has ten beats, numbered below."""
+    """Train the rationales, or annotate. A training step has nine beats, those of grpo.py, numbered below."""
     rank, world, device = init_distributed()
-    try:
+    usual = {"cot": ("out/talk", "out/rise"), "annotate": ("out/rise", "out/annotate")}
+    model, out = usual[cfg.phase]
+    cfg = dataclasses.replace(cfg, model=cfg.model or model, out=cfg.out or out)
+    with one_line_errors():
         check(cfg)
-        usual = {"cot": ("out/talk", "out/rise"), "annotate": ("out/rise", "out/annotate")}[cfg.phase]
-        cfg = dataclasses.replace(cfg, model=cfg.model or usual[0], out=cfg.out or usual[1])
-        # The default held-out file belongs to the default data.
-        eval_data = cfg.eval_data if cfg.data == Config.data or cfg.eval_data != Config.eval_data else ""
-        start = newest_step(cfg.out) if cfg.resume else None
         if cfg.phase == "annotate":
             return annotate(cfg, rank, world, device)
-        first = resolve_model(cfg.model)
-        origin = Path(first).resolve()
-        if not cfg.resume and Path(cfg.out).resolve() in [origin, *origin.parents]:
-            raise ValueError(f"--out {cfg.out} holds the model to start from: "
-                             "name another --out, or --resume")
-        records = read_records(cfg.data, need=("answer",))
-        held_out = read_records(eval_data, limit=cfg.eval_n) if eval_data else []
-        policy, processor = load_policy(start or first, cfg, device)
-        optimizer = make_optimizer(policy, cfg)
-        done = load_checkpoint(start, policy, optimizer)[0] if start else 0
-        engine = (Server(first, processor, cfg) if cfg.engine == "server"
-                  else build_engine(first, processor, cfg, device))
-        log = RunLog(cfg, done)
-    except (ValueError, OSError) as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
-    reference = load_policy(first, cfg, device, trainable=False)[0] if cfg.kl_beta else None
+        run = open_run(cfg, device, need=("answer",))
+        engine = build_engine(run.origin, run.processor, cfg, device)
+        log = RunLog(cfg, run.done)
+    policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
+    tokenizer = processor.tokenizer
+    reference = load_policy(run.origin, cfg, device, trainable=False)[0] if cfg.kl_beta else None
     sync_weights(policy, engine)
-    blank = {"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"}
-    dummy = encode_prompt(blank, processor, cfg.max_pixels)
-    log.note(describe(policy, cfg, (cfg.engine == "hf") + bool(cfg.kl_beta)))
+    dummy = blank_prompt(processor, cfg.max_pixels)
+    log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} records; a step: {cfg.prompts_per_step} x {cfg.group_size} rationales "
              f"on {world} rank(s)")
-    stopping = []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    if held_out and not done:
-        before = evaluate(engine, held_out, processor, cfg)
+    if run.held_out and not run.done:
+        before = evaluate(engine, run.held_out, processor, cfg)
         log.write("metrics.jsonl", [{"step": 0, **before}])
         log.note(f"before training: agreement {before['eval/agreement']:.3f} "
-                 f"on {len(held_out)} held-out records")
+                 f"on {len(run.held_out)} held-out records")
+    stopping = catch_sigterm()
 
-    plan = schedule(len(records), cfg.prompts_per_step, done, cfg.steps, cfg.seed)
-    share = prepared([drawn[rank::world] for drawn in plan],
-                     lambda i: encode_cot(records[i], processor, cfg), cfg.workers)
-    failures = 0
-    for step, questions, drawn in zip(itertools.count(done + 1), plan, share):
-        clock = [time.time()]
-
-        def tick():
-            clock.append(time.time())
-            return clock[-1] - clock[-2]
+    order = data_order(len(records), cfg.prompts_per_step, run.done, cfg.steps, cfg.seed)
+    shares = [questions[rank::world] for questions in order]
+    drawn_ahead = prepared(shares, lambda q, _: encode_cot(records[q], processor, cfg), cfg.workers)
+    for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
+        watch = Stopwatch()
 
         # 1. draw this rank's questions; their images were prepared in the background
-        prompts = readable(drawn, records, log, cfg)
+        prompts = readable(drawn, records, cfg.strict, log)
         unreadable = len(drawn) - len(prompts)
-        if step == done + 1 and prompts:
-            ids = next(iter(prompts.values()))["input_ids"][0]
-            log.note("first prompt: " + processor.tokenizer.decode(ids))
+        if step == run.done + 1 and prompts:
+            first = next(iter(prompts.values()))
+            log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
 
         # 2. generate G rationales of each, and reconstruct the annotation from every one
         cots, texts, backs = two_hops(engine, prompts, records, processor, step, cfg)
         sleep_engine(engine)
-        seconds = {"time/gen": tick()}
-        if step == done + 1 and backs:
-            ids = prompts[backs[0].question]["input_ids"][0]
-            log.note("first prompt of hop 2: " + processor.tokenizer.decode(ids))
+        watch.lap("time/gen")
+        if step == run.done + 1 and backs:
+            first = prompts[backs[0].question]
+            log.note("first prompt of hop 2: " + tokenizer.decode(first["input_ids"][0]))
 
         # 3. score
-        mine = scored(cots, texts, backs, records, cfg)
-        rows = gathered(mine, questions)
-        seconds["time/score"] = tick()
+        own_rows = score_rationales(cots, texts, backs, records, cfg)
+        rows = gathered(own_rows, questions)
+        watch.lap("time/score")
 
         # 4. advantages within each group, the same for a rationale and its reconstruction
-        rewards = torch.tensor([parts["reward"] for *_, parts in mine]).view(-1, cfg.group_size)  # (Q, G)
+        rewards = torch.tensor([parts["reward"] for _, _, parts in own_rows])
+        rewards = rewards.view(-1, cfg.group_size)  # (Q, G)
         advantages = group_advantages(rewards, cfg.adv_std)
-        for cot, back, a in zip(cots, backs, advantages.flatten().tolist()):
-            cot.advantage = back.advantage = a
+        for cot, back, advantage in zip(cots, backs, advantages.flatten().tolist()):
+            cot.advantage = back.advantage = advantage
 
-        # 5. the tokens that are graded, each with the update it belongs to
-        place = {q: j for j, q in enumerate(questions)}
-        hops = {"cot": [cots], "reconstruction": [backs], "both": [cots, backs]}[cfg.graded]
-        batch = [(place[cot.question] * cfg.updates // len(questions), r)
-                 for graded in hops for cot, r in zip(cots, graded)]
-        trained = [r for _, r in batch if r.advantage or cfg.kl_beta]
+        # 5. the tokens that are graded, in the update that their question belongs to
+        graded = {"cot": [cots], "reconstruction": [backs], "both": [cots, backs]}[cfg.graded]
+        place_of = {q: place for place, q in enumerate(questions)}
+        slices = [[] for _ in range(cfg.updates)]
+        for rollouts in graded:
+            for cot, r in zip(cots, rollouts):
+                slices[update_of(place_of[cot.question], len(questions), cfg.updates)].append(r)
 
-        # 6. logprobs before the updates; with one update they are those of the update itself
-        if cfg.updates > 1:
-            for r, logps in zip(trained, all_logprobs(policy, trained, prompts, dummy, cfg)):
-                r.old_logps = logps
-        if reference:
-            for r, logps in zip(trained, all_logprobs(reference, trained, prompts, dummy, cfg)):
-                r.ref_logps = logps
+        # 6. update
+        updates = train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg)
+        watch.lap("time/train")
 
-        # 7. update: slices of questions, cut alike for every number of ranks
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg)
-        totals = []
-        for u in range(cfg.updates):
-            part = [r for update, r in batch if update == u]
-            mine = [r for r in part if r.advantage or cfg.kl_beta]
-            size = sum(len(r.response) for r in part) if cfg.loss_mean == "token" else len(part)
-            denominator, active = global_sum([size, len(mine)])
-            if active:
-                totals.append(update(policy, optimizer, mine, denominator, prompts, dummy, cfg))
-                failures = 0 if math.isfinite(totals[-1]["norm"]) else failures + 1
-        if failures >= 3:
-            log.fail(f"step {step}: gradient norm not finite {failures} times in a row; "
-                     f"the last checkpoint in {cfg.out} is sound, lower --lr")
-        seconds["time/train"] = tick()
-
-        # 8. sync
+        # 7. hand the new weights to the sampler
         sync_weights(policy, engine)
-        seconds["time/sync"] = tick()
+        watch.lap("time/sync")
 
-        # 9. log; every rationale is kept, for --phase annotate
+        # 8. log; every rationale is kept, for --phase annotate
         write_rationales(log, step, rows, records)
-        metrics = step_metrics(rows, cots + backs, trained, totals, cfg)
+        metrics = quality(rows) | group_metrics(rows, cfg.group_size)
+        metrics |= update_metrics(updates, LOSSES, cfg)
+        generated = sum(len(r.response) for r in cots + backs)
+        trained = sum(len(r.response) for r in itertools.chain.from_iterable(slices) if has_gradient(r, cfg))
+        metrics["tokens/gen"], metrics["tokens/train"] = global_sum([generated, trained])
         metrics["data/unreadable"], stop_now = global_sum([unreadable, len(stopping)])
-        metrics |= {"optim/lr": lr_at(step, cfg), **seconds, "time/step": clock[-1] - clock[0],
-                    "mem/peak_gb": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
-                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        metrics |= {"optim/lr": lr_at(step, cfg), **watch.laps, "time/step": watch.total(),
+                    "mem/peak_gb": peak_memory(device)}
 
-        # 10. evaluate and save
-        if held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
-            metrics |= evaluate(engine, held_out, processor, cfg)
-            log.note(f"step {step}: agreement {metrics['eval/agreement']:.3f} on {len(held_out)} held-out "
-                     f"records, {100 * metrics['eval/leaks']:.1f} % leak")
-        log.step(step, metrics, ("reward/mean", "reward/agreement", "cot/leaks", "eval/agreement"))
+        # 9. evaluate and save
+        if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
+            metrics |= evaluate(engine, run.held_out, processor, cfg)
+            log.note(f"step {step}: agreement {metrics['eval/agreement']:.3f} "
+                     f"on {len(run.held_out)} held-out records, {100 * metrics['eval/leaks']:.1f} % leak")
+        log.step(step, metrics, shown=("reward/mean", "reward/agreement", "cot/leaks", "eval/agreement"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             save_checkpoint(cfg, step, policy, processor, optimizer)
         if stop_now:
             log.note(f"SIGTERM: saved step {step}; go on with --resume")
             break
-    if cfg.engine != "vllm":  # vLLM takes the process group down itself when Python exits
+    if cfg.engine != "vllm":
         dist.destroy_process_group()
 
 
