@@ -147,6 +147,13 @@ class Rollout:
     trigger: tuple[int, int] | None = None  # the forced tokens response[start:stop], if any
     rewound: int = 0  # tokens of its first ending that were dropped before the trigger
 
+    def __len__(self):
+        return len(self.response)
+
+    def at_every_token(self, value):
+        """(len(response),) of one value."""
+        return torch.full((len(self.response),), float(value))
+
 
 # ----- sampling --------------------------------------------------------------------------------------------
 
@@ -158,10 +165,11 @@ def rollout_seed(cfg, step, question, sample):
 
 def sample_rollouts(engine, keys, prompts, seeds, tokenizer, cfg):
     """One rollout for each key of `prompts`; a key that comes G times makes a group."""
-    samples = generate(engine, [prompts[key] for key in keys], seeds, cfg)
-    texts = tokenizer.batch_decode([ids for ids, _, _ in samples], skip_special_tokens=True)
+    asked = [prompts[key] for key in keys]
     rollouts = []
-    for key, (ids, logps, truncated), text in zip(keys, samples, texts):
+    for key, sample in zip(keys, generate(engine, asked, seeds, cfg)):
+        ids, logps, truncated = sample
+        text = tokenizer.decode(ids, skip_special_tokens=True)
         rollouts.append(Rollout(key, ids, logps, truncated, text))
     return rollouts
 
@@ -225,9 +233,12 @@ def score_rollouts(rollouts, records, spec, step, cfg):
     """Set every rollout's reward; returns what each is made of, {reward name: value, "solved": bool}."""
     parts = []
     for r in rollouts:
-        record = records[r.question] | {"truncated": r.truncated, "forced": bool(r.trigger)}
-        part = {name: REWARDS[name](r.text, record) for name in spec}
-        r.reward = sum(weight * part[name] for name, weight in spec.items())
+        record = dict(records[r.question], truncated=r.truncated, forced=bool(r.trigger))
+        part = {}
+        r.reward = 0.0
+        for name, weight in spec.items():
+            part[name] = REWARDS[name](r.text, record)
+            r.reward += weight * part[name]
         if r.truncated and cfg.truncated == "zero":
             r.reward = 0.0
         right = part["accuracy"] if "accuracy" in part else accuracy(r.text, record)
@@ -241,10 +252,11 @@ def score_rollouts(rollouts, records, spec, step, cfg):
 def add_length_bonus(rollouts, parts, cfg):
     """Reason-RFT's reward for the shorter responses of a group (rewards.length_bonus)."""
     for start in range(0, len(rollouts), cfg.group_size):
-        group = rollouts[start:start + cfg.group_size]
-        solved = [part["solved"] for part in parts[start:start + cfg.group_size]]
-        bonuses = length_bonus([len(r.text) for r in group], solved)
-        for r, bonus in zip(group, bonuses):
+        stop = start + cfg.group_size
+        group = rollouts[start:stop]
+        lengths = [len(r.text) for r in group]
+        solved = [part["solved"] for part in parts[start:stop]]
+        for r, bonus in zip(group, length_bonus(lengths, solved)):
             r.reward += cfg.length_bonus * bonus
 
 
@@ -260,11 +272,11 @@ def group_advantages(rewards, std=True, eps=1e-4):
 # ----- the objective ---------------------------------------------------------------------------------------
 
 
-def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, mask, cfg):
+def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, cfg):
     """The clipped objective of the module docstring. Tensors (B, T-1).
 
-    mask: True at the response tokens that the policy chose (no forced trigger); weights are 0 elsewhere and
-    carry the global denominator, so the loss is a sum. ref_logps may be None when cfg.kl_beta = 0.
+    weights carry the global denominator, so the loss is a sum; they are 0 outside the response and at forced
+    tokens, so `weights > 0` is the mask of what the policy chose. ref_logps may be None when cfg.kl_beta = 0.
     Returns the loss and weighted sums for the log. KL: Schulman's k3, exp(d) - d - 1, d = ref - policy.
     """
     ratio = (logps - old_logps).exp()
@@ -285,7 +297,7 @@ def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, m
 
 
 def train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg):
-    """The step's updates: one for each slice, this rank's rollouts of it. Returns their sums, for the log.
+    """The step's updates, one for each slice (this rank's rollouts of it). Returns sums for the log.
 
     prompts: {question: encode_prompt's result}. reference: the frozen start model, None without a KL term.
     """
@@ -294,32 +306,35 @@ def train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cf
     for r in itertools.chain.from_iterable(slices):
         if has_gradient(r, cfg):
             trained[id(r)] = r
-    trained = list(trained.values())
 
     # The log-probabilities before the updates; with a single update they are those of the update itself.
     if cfg.updates > 1:
-        fresh = [r for r in trained if r.old_logps is None]
-        for r, logps in zip(fresh, all_logprobs(policy, fresh, prompts, dummy, cfg)):
+        fresh = [r for r in trained.values() if r.old_logps is None]
+        logprobs = all_logprobs(policy, fresh, prompts, dummy, cfg)
+        for r, logps in zip(fresh, logprobs):
             r.old_logps = logps
     if reference:
-        fresh = [r for r in trained if r.ref_logps is None]
-        for r, logps in zip(fresh, all_logprobs(reference, fresh, prompts, dummy, cfg)):
+        fresh = [r for r in trained.values() if r.ref_logps is None]
+        logprobs = all_logprobs(reference, fresh, prompts, dummy, cfg)
+        for r, logps in zip(fresh, logprobs):
             r.ref_logps = logps
 
-    updates = []
+    totals = Counter()
     for rollouts in slices:
-        active = [r for r in rollouts if has_gradient(r, cfg)]
-        # Rollouts without advantage have no gradient, but they count in the denominator.
-        if cfg.loss_mean == "token":
-            size = sum(float(policy_mask(r, cfg).sum()) for r in rollouts)
-        else:
-            size = len(rollouts)
-        imitated_tokens = sum(len(r.response) for r in active if is_imitated(r))
-        denominator, imitated_tokens, anywhere = global_sum([size, imitated_tokens, len(active)])
+        # Rollouts without an advantage have no gradient, but they count in the denominator.
+        active, size, imitated_tokens = [], 0.0, 0
+        for r in rollouts:
+            size += policy_mask(r, cfg).sum().item() if cfg.loss_mean == "token" else 1
+            if has_gradient(r, cfg):
+                active.append(r)
+                imitated_tokens += len(r) if is_imitated(r) else 0
+        size, imitated_tokens, anywhere = global_sum([size, imitated_tokens, len(active)])
         if anywhere:
-            updates.append(update(policy, optimizer, active, denominator, imitated_tokens, prompts, dummy,
-                                  step, log, cfg))
-    return updates
+            sums = update(policy, optimizer, active, size, imitated_tokens, prompts, dummy, step, log, cfg)
+            totals["largest gap"] = max(totals["largest gap"], sums.pop("largest gap"))
+            totals["norm"] = sums.pop("norm")  # of the last update
+            totals.update(sums)
+    return totals
 
 
 def has_gradient(r, cfg):
@@ -332,39 +347,59 @@ def update_of(place, total, updates):
     return place * updates // total
 
 
-def all_logprobs(policy, rollouts, prompts, dummy, cfg):
-    """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
-    out = [None] * len(rollouts)
-    device = policy.banned.device
-    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
-    with torch.no_grad():
-        for group in micro_batches(lengths, cfg.token_budget):
-            rows = [rollouts[i] for i in group]
-            inputs, mask = collate([(prompts[r.question], r.response) for r in rows], dummy, 0, device)
-            logps = policy.token_logprobs(inputs, mask, cfg.temperature)
-            for i, own in zip(group, by_rollout(logps, mask, rows)):
-                out[i] = own
-    return out
+def packed(rollouts, prompts, dummy, device, cfg):
+    """Yield micro-batches: (indices of their rollouts, forward kwargs, mask (B, T-1) of response tokens)."""
+    rows = [(prompts[r.question], r.response) for r in rollouts]
+    lengths = [prompt["input_ids"].shape[1] + len(response) for prompt, response in rows]
+    for group in micro_batches(lengths, cfg.token_budget):
+        inputs, mask = collate([rows[i] for i in group], dummy, 0, device)
+        yield group, inputs, mask
 
 
 def by_rollout(values, mask, rollouts):
     """(B, T-1) -> a CPU tensor (len(response),) for each rollout."""
-    return values[mask].cpu().split([len(r.response) for r in rollouts])
+    return values[mask].cpu().split([len(r) for r in rollouts])
 
 
 def over_tokens(values, mask):
     """A tensor (len(response),) for each rollout -> (B, T-1), 0 outside the mask: by_rollout's inverse."""
-    flat = torch.cat([*values, torch.zeros(0)]).to(mask.device)
+    nothing = torch.zeros(0)  # a batch may hold the dummy alone
+    flat = torch.cat([*values, nothing]).to(mask.device)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
+
+
+@torch.no_grad()
+def all_logprobs(policy, rollouts, prompts, dummy, cfg):
+    """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
+    out = [None] * len(rollouts)
+    for group, inputs, mask in packed(rollouts, prompts, dummy, policy.banned.device, cfg):
+        logps = policy.token_logprobs(inputs, mask, cfg.temperature)
+        rows = [rollouts[i] for i in group]
+        for i, own in zip(group, by_rollout(logps, mask, rows)):
+            out[i] = own
+    return out
 
 
 def policy_mask(r, cfg):
     """(len(response),): 1 where the policy loss counts a token; a trigger was not the policy's choice."""
-    mask = torch.ones(len(r.response))
+    mask = r.at_every_token(1)
     if r.trigger and cfg.rethink_mask != "none":
         start, stop = r.trigger
-        mask[0 if cfg.rethink_mask == "prefix" else start:stop] = 0
+        if cfg.rethink_mask == "prefix":
+            start = 0
+        mask[start:stop] = 0
     return mask
+
+
+def token_weights(r, size, cfg):
+    """(len(response),): what a token counts in the policy loss; all weights of all ranks add up to 1.
+
+    size: of the global batch, in tokens (--loss_mean token) or rollouts (sequence).
+    """
+    mask = policy_mask(r, cfg)
+    if cfg.loss_mean == "token":
+        return mask / size
+    return mask / (size * mask.sum())
 
 
 def is_imitated(r):
@@ -372,19 +407,16 @@ def is_imitated(r):
     return r.trigger is not None and r.advantage > 0
 
 
-def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, dummy, step, log, cfg):
+def update(policy, optimizer, rollouts, size, imitated_tokens, prompts, dummy, step, log, cfg):
     """One optimizer step on this rank's rollouts; returns sums for the log.
 
-    denominator: the global count of tokens (or rollouts) in the policy loss; imitated_tokens: that of tokens
-    in the NLL on forced responses.
+    size: the global count of tokens (or rollouts) in the policy loss; imitated_tokens: that of tokens in the
+    NLL on forced responses.
     """
-    device = policy.banned.device
     totals = Counter()
     largest_gap = 0.0
-    lengths = [prompts[r.question]["input_ids"].shape[1] + len(r.response) for r in rollouts]
-    for group in micro_batches(lengths, cfg.token_budget):
+    for group, inputs, mask in packed(rollouts, prompts, dummy, policy.banned.device, cfg):
         rows = [rollouts[i] for i in group]
-        inputs, mask = collate([(prompts[r.question], r.response) for r in rows], dummy, 0, device)
         logps = policy.token_logprobs(inputs, mask, cfg.temperature)  # (B, T-1)
 
         # Rollouts that have no old log-probabilities yet were sampled by this very policy. They keep these:
@@ -397,19 +429,14 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
         sampler = torch.where(sampler.isnan(), old, sampler)  # nobody sampled a trigger: nothing to correct
         reference = over_tokens([r.ref_logps for r in rows], mask) if cfg.kl_beta else None
 
-        # The same advantage at every token, and a weight that divides by the global count.
-        advantages = over_tokens([torch.full((len(r.response),), r.advantage) for r in rows], mask)
-        weights = []
-        for r in rows:
-            chosen = policy_mask(r, cfg)
-            weights.append(chosen / (denominator if cfg.loss_mean == "token" else denominator * chosen.sum()))
-        weights = over_tokens(weights, mask)
-        loss, sums = grpo_loss(logps, old, sampler, reference, advantages, weights, weights > 0, cfg)
+        advantages = over_tokens([r.at_every_token(r.advantage) for r in rows], mask)
+        weights = over_tokens([token_weights(r, size, cfg) for r in rows], mask)
+        loss, sums = grpo_loss(logps, old, sampler, reference, advantages, weights, cfg)
         if imitated_tokens:  # what a right rethought response wrote, trigger included, is also imitated
-            imitated = [torch.full((len(r.response),), float(is_imitated(r))) for r in rows]
-            imitated = over_tokens(imitated, mask)
-            sums["loss/nll"] = -(imitated * logps).sum() / imitated_tokens
-            loss = loss + cfg.rethink_nll * sums["loss/nll"]
+            imitated = over_tokens([r.at_every_token(is_imitated(r)) for r in rows], mask)
+            nll = -(imitated * logps).sum() / imitated_tokens
+            loss = loss + cfg.rethink_nll * nll
+            sums["loss/nll"] = nll.detach()
 
         # FSDP averages gradients over ranks; the weights already sum to 1 over all ranks together.
         (loss * dist.get_world_size()).backward()
@@ -418,9 +445,10 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
         sums |= {"gap": gap.sum(), "tokens": mask.sum()}
         for name, value in sums.items():
             totals[name] += value.item()
-        largest_gap = max(largest_gap, gap.max().item() if len(gap) else 0.0)
+        if len(gap):
+            largest_gap = max(largest_gap, gap.max().item())
     norm = optimizer_step(policy, optimizer, lr_at(step, cfg), cfg.max_grad_norm, log)
-    return {**totals, "largest_gap": largest_gap, "norm": norm}
+    return {**totals, "largest gap": largest_gap, "norm": norm}
 
 
 # ----- selective sample replay (VL-Rethinker, arXiv 2504.08837) --------------------------------------------
@@ -438,7 +466,8 @@ class ReplayBuffer:
         self.clear()
         if state:
             self.entries, held = state
-            self.held = {key: Rollout(**fields) for key, fields in held.items()}
+            for key, fields in held.items():
+                self.held[key] = Rollout(**fields)
 
     def clear(self):
         self.entries = []  # of all ranks, the oldest first
@@ -449,12 +478,14 @@ class ReplayBuffer:
 
     def add(self, fresh, cap):
         """Enter this rank's {key: rollout}; beyond `cap` entries the oldest leave. Collective."""
+        entered = [(key, abs(r.advantage)) for key, r in fresh.items()]
         shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, [(key, abs(r.advantage)) for key, r in fresh.items()])
+        dist.all_gather_object(shares, entered)
         entered = sorted(itertools.chain.from_iterable(shares))
         self.entries = (self.entries + entered)[-cap:]
+        kept = {key for key, _ in self.entries}
         held = self.held | fresh
-        self.held = {key: held[key] for key, _ in self.entries if key in held}
+        self.held = {key: r for key, r in held.items() if key in kept}
 
     def draw(self, count, alpha, chance):
         """`count` keys with replacement, P(j) = |A_j|^alpha / sum_k |A_k|^alpha (Eq. 1); none if empty."""
@@ -482,7 +513,8 @@ def select(rollouts, questions, buffer, step, cfg):
             lacking += 1
             continue
         place = place_of[r.question]
-        slices[update_of(place, len(questions), cfg.updates)].append(r)
+        update_number = update_of(place, len(questions), cfg.updates)
+        slices[update_number].append(r)
         effective[step, place, i % cfg.group_size] = r
     if cfg.ssr != "replay":
         return slices, 0
@@ -495,7 +527,8 @@ def select(rollouts, questions, buffer, step, cfg):
     replayed = 0
     for place, key in enumerate(drawn):
         if key in buffer.held:
-            slices[update_of(place, len(drawn), cfg.updates)].append(buffer.held[key])
+            update_number = update_of(place, len(drawn), cfg.updates)
+            slices[update_number].append(buffer.held[key])
             replayed += 1
     return slices, replayed
 
@@ -528,12 +561,13 @@ def force_rethink(engine, rollouts, prompts, records, tokenizer, step, cfg):
     """
     right = [accuracy(r.text, records[r.question]) == 1 for r in rollouts]
     retries = choose_retries(rollouts, right, tokenizer, step, cfg)
-    begun = []
+    begun, seeds = [], []
     for retry in retries:
         prompt = prompts[rollouts[retry.place].question]
         begun.append(continued(prompt, retry.prefix + retry.trigger))
-    samples = generate(engine, begun, [retry.seed for retry in retries],
-                       dataclasses.replace(cfg, max_new_tokens=cfg.rethink_max))
+        seeds.append(retry.seed)
+    at_most = dataclasses.replace(cfg, max_new_tokens=cfg.rethink_max)
+    samples = generate(engine, begun, seeds, at_most)
 
     counts = Counter(frac=len(retries))
     accepted = Counter()  # by question
@@ -553,10 +587,11 @@ def force_rethink(engine, rollouts, prompts, records, tokenizer, step, cfg):
             accepted[r.question] += 1
             start = len(retry.prefix)
             stop = start + len(retry.trigger)
-            unsampled = torch.full((len(retry.trigger),), math.nan)
-            rollouts[retry.place] = Rollout(
-                r.question, response, torch.cat([r.sampler_logps[:start], unsampled, logps]), truncated=False,
-                text=text, trigger=(start, stop), rewound=len(r.response) - 1 - start)
+            unsampled = torch.full((stop - start,), math.nan)
+            sampler_logps = torch.cat([r.sampler_logps[:start], unsampled, logps])
+            rewound = len(r) - 1 - start  # its stop token does not count
+            rollouts[retry.place] = Rollout(r.question, response, sampler_logps, truncated=False, text=text,
+                                            trigger=(start, stop), rewound=rewound)
     counts["accepted"] = sum(accepted.values())
     return counts
 
@@ -566,7 +601,7 @@ def choose_retries(rollouts, right, tokenizer, step, cfg):
 
     Where more than 70 % of a group is right, its wrong ones are left alone.
     """
-    weights = dict(kind.split("=") for kind in cfg.rethink_kinds.split(","))
+    kinds, weights = parse_kinds(cfg.rethink_kinds)
     retries = []
     for place, r in enumerate(rollouts):
         sample = place % cfg.group_size
@@ -574,11 +609,11 @@ def choose_retries(rollouts, right, tokenizer, step, cfg):
         chance = random.Random(f"{cfg.seed}/rethink/{step}/{r.question}/{sample}")
         if chance.random() >= cfg.rethink_frac:
             continue
-        no_room = len(r.response) > cfg.max_new_tokens - cfg.rethink_max - 1
+        no_room = len(r) > cfg.max_new_tokens - cfg.rethink_max - 1
         easy_but_wrong = sum(group) > 0.7 * cfg.group_size and not right[place]
         if r.truncated or no_room or easy_but_wrong:
             continue
-        kind = chance.choices(list(weights), map(float, weights.values()))[0]
+        kind = chance.choices(kinds, weights)[0]
         if kind == "outcome":
             kind = "verify" if right[place] else "correct"
         prefix = r.response[:-1]  # without its stop token
@@ -587,6 +622,19 @@ def choose_retries(rollouts, right, tokenizer, step, cfg):
         trigger = tokenizer(TRIGGERS[kind], add_special_tokens=False)["input_ids"]
         retries.append(Retry(place, prefix, trigger, seed=chance.getrandbits(62)))
     return retries
+
+
+def parse_kinds(text):
+    """"bare=0.2,outcome=0.8" -> (["bare", "outcome"], [0.2, 0.8]). Raises ValueError."""
+    if not re.fullmatch(r"((bare|question|verify|correct|outcome)=[\d.]+(,|$))+", text):
+        raise ValueError(f"--rethink_kinds {text}: use bare, question, verify, correct, outcome, "
+                         "each with =WEIGHT, separated by commas")
+    kinds, weights = [], []
+    for pair in text.split(","):
+        kind, weight = pair.split("=")
+        kinds.append(kind)
+        weights.append(float(weight))
+    return kinds, weights
 
 
 def before_answer(ids, tokenizer):
@@ -613,14 +661,15 @@ def before_answer(ids, tokenizer):
 
 def continued(prompt, ids):
     """encode_prompt's result for a prompt whose response has begun with `ids`; pixels are shared."""
-    fill = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    zeros = torch.zeros(1, len(ids), dtype=torch.long)
+    begun = torch.tensor([ids])  # (1, n)
+    fill = {"input_ids": begun, "attention_mask": torch.ones_like(begun)}
     longer = {}
     for name, value in prompt.items():
         if name == "request":
-            longer[name] = value | {"ids": value["ids"] + ids}
+            longer[name] = dict(value, ids=value["ids"] + ids)
         elif is_over_tokens(prompt, name):
-            longer[name] = torch.cat([value, fill.get(name, zeros)], 1)
+            more = fill.get(name, torch.zeros_like(begun))
+            longer[name] = torch.cat([value, more], 1)
         else:
             longer[name] = value
     return longer
@@ -641,7 +690,11 @@ def parse_ptst(text):
         return []
     if not re.fullmatch(r"\d+x\d+:\d+(,\d+x\d+:\d+)*", text):
         raise ValueError(f"--ptst {text}: stages are LENGTHxGROUP:STEPS, separated by commas")
-    return [Stage(*map(int, re.split("[x:]", stage))) for stage in text.split(",")]
+    stages = []
+    for stage in text.split(","):
+        length, size, steps = re.split("[x:]", stage)
+        stages.append(Stage(int(length), int(size), int(steps)))
+    return stages
 
 
 def staged(cfg, stages, step):
@@ -663,55 +716,73 @@ def staged(cfg, stages, step):
 
 LOSSES = ("loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl")
 RETHINK = ("frac", "fixed", "broke", "accepted")  # counts of force_rethink
+LEVELS = ("all_wrong", "hard", "medium", "easy", "all_right")  # of a group, by its share of right answers
 
 
-def global_means(pairs):
-    """{name: (sum, count) of this rank} -> {name: mean over all ranks}."""
-    sums = global_sum([float(total) for total, _ in pairs.values()])
-    counts = global_sum([float(count) for _, count in pairs.values()])
-    return {name: total / max(1.0, count) for name, total, count in zip(pairs, sums, counts)}
+def difficulty(share):
+    """The level of a group with that share of right answers."""
+    limits = (1/8, 3/8, 6/8, 1)
+    return LEVELS[bisect.bisect_right(limits, share)]
 
 
-def difficulty(right, size):
-    """What a group is for the policy: the name of its share of right answers."""
-    for name, limit in (("all_wrong", 1/8), ("hard", 3/8), ("medium", 6/8), ("easy", 1)):
-        if right / size < limit:
-            return name
-    return "all_right"
+class Means:
+    """Means by name over all ranks. The names are fixed, since a rank may have nothing to add."""
 
+    def __init__(self, *names):
+        self.sums = dict.fromkeys(names, 0.0)
+        self.counts = dict.fromkeys(names, 0)
 
-def update_metrics(updates, losses, cfg):
-    """What train_on's updates measured, over all ranks; a loss is the mean over the step's updates."""
-    sums = global_sum([sum(u.get(name, 0.0) for u in updates) / cfg.updates for name in losses])
-    metrics = dict(zip(losses, sums))
-    gap, tokens = global_sum([sum(u["gap"] for u in updates), sum(u["tokens"] for u in updates)])
-    metrics["mismatch/mean"] = gap / max(1.0, tokens)
-    metrics["mismatch/max"] = global_max(max((u["largest_gap"] for u in updates), default=0.0))
-    metrics["optim/grad_norm"] = updates[-1]["norm"] if updates else 0.0
-    return metrics
+    def add(self, name, value, count=1):
+        self.sums[name] += float(value)
+        self.counts[name] += count
+
+    def over_ranks(self):
+        sums = global_sum(list(self.sums.values()))
+        counts = global_sum(list(self.counts.values()))
+        means = {}
+        for name, total, count in zip(self.sums, sums, counts):
+            means[name] = total / max(1.0, count)
+        return means
 
 
 def rollout_metrics(rollouts, batch, rewards, parts, spec, cfg):
-    """Rewards, groups and lengths over all ranks; `batch` is what counts in the loss."""
-    n, groups = len(rollouts), len(rewards)
+    """Rewards (Q, G), groups and lengths over all ranks; `batch` is what counts in the loss."""
+    of_groups = ["reward/std", "groups/effective_frac", *(f"groups/{level}" for level in LEVELS)]
+    of_rollouts = ["reward/mean", "len/mean", "len/truncated", "len/reflect"]
+    of_rewards = [f"reward/{name}" for name in spec]
+    means = Means(*of_groups, *of_rollouts, *of_rewards, "groups/trained_frac")
+    for r, part in zip(rollouts, parts):
+        means.add("len/mean", len(r))
+        means.add("len/truncated", r.truncated)
+        means.add("len/reflect", reflections(r.text) > 0)
+        for name in spec:
+            means.add(f"reward/{name}", part[name])
+    for r in batch:
+        means.add("groups/trained_frac", r.advantage != 0)
+    groups = len(rewards)
     differing = (rewards != rewards[:, :1]).any(1)
-    pairs = {"reward/mean": (rewards.sum(), rewards.numel()),
-             "reward/std": (rewards.std(1).sum(), groups),
-             "groups/effective_frac": (differing.sum(), groups),
-             "groups/trained_frac": (sum(bool(r.advantage) for r in batch), len(batch)),
-             "len/mean": (sum(len(r.response) for r in rollouts), n),
-             "len/truncated": (sum(r.truncated for r in rollouts), n),
-             "len/reflect": (sum(bool(reflections(r.text)) for r in rollouts), n)}
-    levels = Counter()
-    for start in range(0, n, cfg.group_size):
-        right = sum(part["solved"] for part in parts[start:start + cfg.group_size])
-        levels[difficulty(right, cfg.group_size)] += 1
-    for name in ("all_wrong", "hard", "medium", "easy", "all_right"):
-        pairs[f"groups/{name}"] = (levels[name], groups)
-    for name in spec:  # not the names in parts[0]: a rank may have no rollout at all
-        pairs[f"reward/{name}"] = (sum(part[name] for part in parts), n)
-    metrics = global_means(pairs)
+    means.add("reward/mean", rewards.sum(), rewards.numel())
+    means.add("reward/std", rewards.std(1).sum(), groups)
+    means.add("groups/effective_frac", differing.sum(), groups)
+    for start in range(0, len(parts), cfg.group_size):
+        right = [part["solved"] for part in parts[start:start + cfg.group_size]]
+        found = difficulty(sum(right) / cfg.group_size)
+        for level in LEVELS:
+            means.add(f"groups/{level}", level == found)
+    metrics = means.over_ranks()
     metrics["groups/zero_adv_frac"] = 1 - metrics["groups/effective_frac"]
+    return metrics
+
+
+def update_metrics(totals, losses, cfg):
+    """What train_on's updates measured, over all ranks; a loss is the mean over the step's updates."""
+    metrics = {}
+    for name, total in zip(losses, global_sum([totals[name] / cfg.updates for name in losses])):
+        metrics[name] = total
+    gap, tokens = global_sum([totals["gap"], totals["tokens"]])
+    metrics["mismatch/mean"] = gap / max(1.0, tokens)
+    metrics["mismatch/max"] = global_max(float(totals["largest gap"]))
+    metrics["optim/grad_norm"] = totals["norm"]
     return metrics
 
 
@@ -720,18 +791,22 @@ def shown_groups(rollouts, records, tokenizer, step, group_size):
     shown = []
     for start in range(0, len(rollouts), group_size):
         group = rollouts[start:start + group_size]
-        if any(r.advantage for r in group) and len(shown) < 3 * group_size:
+        differ = any(r.advantage for r in group)
+        if differ and len(shown) < 3 * group_size:
             shown += group
     rows = []
     for r in shown:
         record = records[r.question]
         trigger = None
         if r.trigger:  # where its characters are
-            trigger = [len(tokenizer.decode(r.response[:n], skip_special_tokens=True)) for n in r.trigger]
-        rows.append({"step": step, "id": record["id"], "question": record["question"],
-                     "answer": record["answer"], "response": r.text, "trigger": trigger, "rewound": r.rewound,
-                     "reward": r.reward, "advantage": r.advantage, "tokens": len(r.response),
-                     "truncated": r.truncated})
+            start, stop = r.trigger
+            before = tokenizer.decode(r.response[:start], skip_special_tokens=True)
+            with_it = tokenizer.decode(r.response[:stop], skip_special_tokens=True)
+            trigger = [len(before), len(with_it)]
+        row = {"step": step, "id": record["id"], "question": record["question"], "answer": record["answer"]}
+        row |= {"response": r.text, "trigger": trigger, "rewound": r.rewound}
+        row |= {"reward": r.reward, "advantage": r.advantage, "tokens": len(r), "truncated": r.truncated}
+        rows.append(row)
     return rows
 
 
@@ -752,7 +827,7 @@ def evaluate(engine, records, processor, cfg):
     seeds = [0] * len(prompts)  # greedy decoding draws nothing
     rollouts = sample_rollouts(engine, list(prompts), prompts, seeds, processor.tokenizer, greedy)
     right = sum(accuracy(r.text, records[r.question]) for r in rollouts)
-    length = sum(len(r.response) for r in rollouts)
+    length = sum(map(len, rollouts))
     right, length, n = global_sum([right, length, n])
     return {"eval/accuracy": right / n, "eval/len": length / n}
 
@@ -792,9 +867,7 @@ def check(cfg, stages):
     if cfg.rethink_frac and cfg.engine == "server":
         raise ValueError("--rethink_frac: a server takes text, and a forced response goes on from token ids; "
                          "use --engine vllm or hf")
-    if not re.fullmatch(r"((bare|question|verify|correct|outcome)=[\d.]+(,|$))+", cfg.rethink_kinds):
-        raise ValueError(f"--rethink_kinds {cfg.rethink_kinds}: use bare, question, verify, correct, "
-                         "outcome, each with =WEIGHT, separated by commas")
+    parse_kinds(cfg.rethink_kinds)
 
 
 def main(cfg):
@@ -848,8 +921,11 @@ def main(cfg):
             log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
 
         # 2. generate G rollouts of each, those of a question side by side
-        keys = [q for q in prompts for _ in range(now.group_size)]
-        seeds = [rollout_seed(cfg, step, q, i % now.group_size) for i, q in enumerate(keys)]
+        keys, seeds = [], []
+        for q in prompts:
+            for sample in range(now.group_size):
+                keys.append(q)
+                seeds.append(rollout_seed(cfg, step, q, sample))
         rollouts = sample_rollouts(engine, keys, prompts, seeds, tokenizer, now)
         rethought = Counter()
         if cfg.rethink_frac:
@@ -862,7 +938,8 @@ def main(cfg):
         watch.lap("time/score")
 
         # 4. advantages within each group
-        rewards = torch.tensor([r.reward for r in rollouts]).view(len(prompts), now.group_size)  # (Q, G)
+        rewards = torch.tensor([r.reward for r in rollouts])
+        rewards = rewards.view(len(prompts), now.group_size)  # (Q, G)
         advantages = group_advantages(rewards, cfg.adv_std)
         for r, advantage in zip(rollouts, advantages.flatten().tolist()):
             r.advantage = advantage
@@ -870,13 +947,13 @@ def main(cfg):
         # 5. select what counts; a replayed rollout's question is encoded again
         slices, replayed = select(rollouts, questions, buffer, step, now)
         batch = list(itertools.chain.from_iterable(slices))
-        older = [r.question for r in batch if has_gradient(r, cfg) and r.question not in prompts]
-        older = [list(dict.fromkeys(older))] if older else []
-        for again in prepared(older, encode, cfg.workers, first_step=step):
+        trained = [r for r in batch if has_gradient(r, cfg)]
+        older = dict.fromkeys(r.question for r in trained if r.question not in prompts)
+        for again in prepared([list(older)], encode, cfg.workers, first_step=step):
             prompts |= readable(again, records, strict=True, log=log)
 
         # 6. update
-        updates = train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg)
+        totals = train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg)
         watch.lap("time/train")
 
         # 7. hand the new weights to the sampler
@@ -885,14 +962,14 @@ def main(cfg):
 
         # 8. log
         metrics = rollout_metrics(rollouts, batch, rewards, parts, spec, now)
-        metrics |= update_metrics(updates, (*LOSSES, "loss/nll"), cfg)
-        generated = sum(len(r.response) for r in rollouts)
-        trained = sum(len(r.response) for r in batch if has_gradient(r, cfg))
-        metrics["tokens/gen"], metrics["tokens/train"] = global_sum([generated, trained])
+        metrics |= update_metrics(totals, (*LOSSES, "loss/nll"), cfg)
+        tokens = global_sum([sum(map(len, rollouts)), sum(map(len, trained))])
+        metrics["tokens/gen"], metrics["tokens/train"] = tokens
         metrics["data/unreadable"], replayed, stop_now = global_sum([unreadable, replayed, len(stopping)])
         asked = len(questions) * now.group_size
         metrics["replay/frac"] = replayed / asked
-        for name, count in zip(RETHINK, global_sum([rethought[name] for name in RETHINK])):
+        rethought = global_sum([rethought[name] for name in RETHINK])
+        for name, count in zip(RETHINK, rethought):
             metrics[f"rethink/{name}"] = count / asked
         metrics |= {"ptst/stage": stage, "optim/lr": lr_at(step, cfg), **watch.laps,
                     "time/step": watch.total(), "mem/peak_gb": peak_memory(device)}

@@ -466,10 +466,11 @@ def main(cfg):
         slices = [[] for _ in range(cfg.updates)]
         for rollouts in graded:
             for cot, r in zip(cots, rollouts):
-                slices[update_of(place_of[cot.question], len(questions), cfg.updates)].append(r)
+                update_number = update_of(place_of[cot.question], len(questions), cfg.updates)
+                slices[update_number].append(r)
 
         # 6. update
-        updates = train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg)
+        totals = train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg)
         watch.lap("time/train")
 
         # 7. hand the new weights to the sampler
@@ -479,10 +480,10 @@ def main(cfg):
         # 8. log; every rationale is kept, for --phase annotate
         write_rationales(log, step, rows, records)
         metrics = quality(rows) | group_metrics(rows, cfg.group_size)
-        metrics |= update_metrics(updates, LOSSES, cfg)
-        generated = sum(len(r.response) for r in cots + backs)
-        trained = sum(len(r.response) for r in itertools.chain.from_iterable(slices) if has_gradient(r, cfg))
-        metrics["tokens/gen"], metrics["tokens/train"] = global_sum([generated, trained])
+        metrics |= update_metrics(totals, LOSSES, cfg)
+        trained = [r for r in itertools.chain.from_iterable(slices) if has_gradient(r, cfg)]
+        tokens = global_sum([sum(map(len, cots + backs)), sum(map(len, trained))])
+        metrics["tokens/gen"], metrics["tokens/train"] = tokens
         metrics["data/unreadable"], stop_now = global_sum([unreadable, len(stopping)])
         metrics |= {"optim/lr": lr_at(step, cfg), **watch.laps, "time/step": watch.total(),
                     "mem/peak_gb": peak_memory(device)}
