@@ -2,9 +2,10 @@
 
     python tests/bench_quickstart.py       # 3 seeds, about 25 minutes on 2 cores; writes under out/bench
     python tests/bench_quickstart.py 0     # one seed
+    python tests/bench_quickstart.py --curve out/grpo/metrics.jsonl    # only the picture, of a run that exists
 
 Prints one row per seed (held-out accuracy of the three models, 500 questions each) and the curve of the first
-seed.
+seed, which is also drawn: docs/curve.svg, the picture of the README.
 """
 import json
 import subprocess
@@ -13,6 +14,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CURVE = ROOT / "docs/curve.svg"
+WIDTH, HEIGHT = 640, 300
+LEFT, RIGHT, TOP, BOTTOM = 62, 578, 48, 244  # the plot's frame within the picture
+BLUE, ORANGE, GREY, INK = "#0b62c4", "#bf5500", "#d9dde2", "#24292f"
 
 
 def run(*argv):
@@ -29,6 +34,86 @@ def accuracy(model):
     return [100 * bench["accuracy"] for bench in json.loads((ROOT / model / "eval/summary.json").read_text())]
 
 
+# ----- the picture
+
+
+def text(x, y, words, colour=INK, anchor="middle", more=""):
+    return f'<text x="{x:g}" y="{y:g}" fill="{colour}" text-anchor="{anchor}"{more}>{words}</text>'
+
+
+def line(x1, y1, x2, y2, colour):
+    return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" stroke="{colour}"/>'
+
+
+def series(points, colour, dots):
+    """A polyline through (x, y) points, with a dot on each of them if asked."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5" stroke-linejoin="round"/>'
+    if dots:
+        for x, y in points:
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
+
+
+def tick_size(largest, most):
+    """The least of 1, 2, 5, 10, 20, 50, .. of which `most` steps reach `largest`."""
+    sizes = (lead * 10 ** power for power in range(9) for lead in (1, 2, 5))
+    return next(size for size in sizes if size * most >= largest)
+
+
+def draw_curve(rows, path):
+    """Draw held-out accuracy and the length of sampled responses over the steps of a run, as an SVG file.
+
+    rows: those of metrics.jsonl. Accuracy (left axis, percent) has a dot for each evaluation, length (right
+    axis, tokens) a value for each step. The picture brings its own background, for light and dark pages.
+    """
+    accuracies = [(row["step"], 100 * row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
+    lengths = [(row["step"], row["len/mean"]) for row in rows if "len/mean" in row]
+    if not accuracies or not lengths:
+        raise ValueError("no step with eval/accuracy, or none with len/mean: is this a metrics.jsonl of grpo.py?")
+    last = max(1, rows[-1]["step"])
+    tokens = tick_size(max(length for _, length in lengths), 5)  # between two lines; there are five of them
+
+    def x(step):
+        return LEFT + (RIGHT - LEFT) * step / last
+
+    def y(share):
+        return BOTTOM - (BOTTOM - TOP) * share
+
+    marks = []
+    for i in range(6):
+        height = y(i / 5)
+        marks += [line(LEFT, height, RIGHT, height, GREY),
+                  text(LEFT - 8, height + 4, f"{20 * i}", BLUE, "end"),
+                  text(RIGHT + 8, height + 4, f"{tokens * i}", ORANGE, "start")]
+    for step in range(0, last + 1, tick_size(last, 8)):
+        marks += [line(x(step), BOTTOM, x(step), BOTTOM + 5, INK), text(x(step), BOTTOM + 20, step)]
+    middle = (TOP + BOTTOM) / 2
+    marks += [line(LEFT, BOTTOM, RIGHT, BOTTOM, INK),
+              text((LEFT + RIGHT) / 2, BOTTOM + 42, "GRPO step"),
+              text(18, middle, "accuracy (%)", BLUE, more=f' transform="rotate(-90 18 {middle:g})"'),
+              text(WIDTH - 14, middle, "tokens", ORANGE, more=f' transform="rotate(90 {WIDTH - 14} {middle:g})"')]
+    marks += series([(x(step), y(length / (5 * tokens))) for step, length in lengths], ORANGE, dots=False)
+    marks += series([(x(step), y(percent / 100)) for step, percent in accuracies], BLUE, dots=True)
+    marks += series([(LEFT, 24), (LEFT + 13, 24), (LEFT + 26, 24)], BLUE, dots=False)
+    marks += [f'<circle cx="{LEFT + 13}" cy="24" r="3.5" fill="{BLUE}"/>',
+              text(LEFT + 34, 28, "held-out accuracy, greedy", anchor="start")]
+    marks += series([(LEFT + 262, 24), (LEFT + 288, 24)], ORANGE, dots=False)
+    marks += [text(LEFT + 296, 28, "length of sampled responses", anchor="start")]
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+            f'height="{HEIGHT}" font-family="Helvetica, Arial, sans-serif" font-size="13" role="img">')
+    title = "<title>Held-out accuracy and response length over the steps of GRPO</title>"
+    background = f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="6" fill="#ffffff" ' \
+                 f'stroke="{GREY}"/>'
+    Path(path).write_text("\n".join([head, title, background, *marks, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def read_metrics(path):
+    return [json.loads(row) for row in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+# ----- the tables
+
+
 def main(seeds):
     print("| seed | start (sft.py) | s | + GRPO | s | gain | + SFT for the same time | s |\n"
           "|---|---|---|---|---|---|---|---|")
@@ -42,16 +127,30 @@ def main(seeds):
         print(f"| {seed} | {a[0]:.1f} (ood {a[1]:.1f}) | {t_base:.0f} "
               f"| {b[0]:.1f} (ood {b[1]:.1f}) | {t_grpo:.0f} | {b[0] - a[0]:+.1f} "
               f"| {c[0]:.1f} (ood {c[1]:.1f}) | {t_more:.0f} |", flush=True)
-    lines = (ROOT / f"out/bench/grpo{seeds[0]}/metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    print("\n| step | reward | held-out accuracy | response tokens | effective groups |\n"
-          "|---|---|---|---|---|")
+    rows = read_metrics(ROOT / f"out/bench/grpo{seeds[0]}/metrics.jsonl")
+    show_curve(rows)
+    draw_curve(rows, CURVE)
+
+
+def show_curve(rows):
+    """Print the evaluated steps as a table."""
+    print("\n| step | mean reward (sampled) | sampled tokens | effective groups | held-out accuracy (greedy) "
+          "| greedy tokens |\n|---|---|---|---|---|---|")
     for row in rows:
-        if "eval/accuracy" in row:
-            print(f"| {row['step']} | {row.get('reward/mean', float('nan')):.3f} "
-                  f"| {100 * row['eval/accuracy']:.1f} | {row['eval/len']:.1f} "
-                  f"| {row.get('groups/effective_frac', float('nan')):.2f} |")
+        if "eval/accuracy" not in row:
+            continue
+        sampled = ["", "", ""]  # before the first step nothing was sampled
+        if "len/mean" in row:
+            sampled = [f"{row['reward/mean']:.3f}", f"{row['len/mean']:.1f}",
+                       f"{row['groups/effective_frac']:.2f}"]
+        print("|", " | ".join([str(row["step"]), *sampled, f"{100 * row['eval/accuracy']:.1f}",
+                               f"{row['eval/len']:.1f}"]), "|")
 
 
 if __name__ == "__main__":
-    main([int(s) for s in sys.argv[1:]] or [0, 1, 2])
+    if sys.argv[1:2] == ["--curve"]:
+        metrics = read_metrics(sys.argv[2])
+        show_curve(metrics)
+        draw_curve(metrics, CURVE)
+    else:
+        main([int(s) for s in sys.argv[1:]] or [0, 1, 2])

@@ -184,21 +184,32 @@ def test_a_bad_flag_of_a_script_is_one_line_and_no_traceback():
     assert done.stderr == "data_prep.py: unknown flag --sorce; did you mean --source?\n"
 
 
-# ----- the README's command lines
+# ----- the command lines in README.md and docs/
 
 
-def readme_commands():
-    """(stage, flags) of every command line in the README, without its comments."""
-    text = (ROOT / "README.md").read_text()
-    for block in re.findall(r"```\n(.*?)```", text, re.DOTALL):
-        for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
-            found = re.search(r"\b(data_prep|sft|grpo|rise|eval)\.py(.*)", line)
-            if found:
-                yield found[1], shlex.split(found[2].split(" ...")[0], comments=True)
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("name, flags", [*readme_commands()], ids=lambda x: x if isinstance(x, str) else "")
-def test_readme_commands_are_accepted(name, flags, monkeypatch):
+def page_commands():
+    """(page, stage, flags) of every command line in a code block, without its comments."""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+                found = re.search(r"\b(data_prep|sft|grpo|rise|eval)\.py(.*)", line)
+                if found and not line.startswith("#"):
+                    yield page, found[1], shlex.split(found[2].split(" ...")[0], comments=True)
+
+
+COMMANDS = [*page_commands()]
+
+
+def test_every_page_with_commands_is_read():
+    assert {page for page, *_ in COMMANDS} >= {"README.md", "docs/recipes.md", "docs/reference.md"}
+
+
+@pytest.mark.parametrize("page, name, flags", COMMANDS, ids=lambda x: x if isinstance(x, str) else "")
+def test_commands_of_the_pages_are_accepted(page, name, flags, monkeypatch):
     """Flags exist, have the right type and go together; vLLM and 64 ranks are assumed."""
     module = importlib.import_module(name)
     cfg = module.parse_config(module.Config, flags)
