@@ -45,6 +45,7 @@ import difflib
 import hashlib
 import http.client
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -55,6 +56,7 @@ import shutil
 import sys
 import time
 import traceback
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,7 +71,7 @@ import transformers
 from PIL import ImageDraw
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils.logging import disable_progress_bar
 
 from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
@@ -206,6 +208,16 @@ class Config:
     judge_model: str = ""  # judge: its name at the server, "" = the first that it lists
 
 
+# ----- engines: prompts in, sampled responses out ----------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """One response of an engine."""
+    ids: list[int]  # token ids, with the stop token unless truncated
+    logprobs: torch.Tensor  # (len(ids),) of each id under the distribution it was drawn from
+    truncated: bool  # cut at max_new_tokens
+
+
 def build_engine(path, processor, cfg, device):
     """What samples: a plain copy of the model outside FSDP (--engine hf), or vLLM in this process (vllm)."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -215,6 +227,7 @@ def build_engine(path, processor, cfg, device):
         engine = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=cfg.attn)
         engine.eval().requires_grad_(False).to(device)
         engine.asleep = False
+    # Of a checkpoint's generation_config only the stop tokens count: sampling is as the flags say.
     engine.stop = stop_ids(engine.generation_config, processor)
     engine.banned = vision_ids(engine.config, device)
     return engine
@@ -231,44 +244,64 @@ class VLLM:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if torch.cuda.is_available():
-            place = dict(gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True)
+            memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True}
         else:
-            # Threads stay as init_distributed set them, nothing waits for a C++ compiler, and prompts are not
-            # cut into chunks, after which seeded sampling fails on CPU.
-            os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
-            place = dict(kv_cache_memory_bytes=2**30, enforce_eager=True, enable_chunked_prefill=False,
-                         max_num_batched_tokens=2**15)
-        from vllm import LLM
-        self.llm = LLM(path, dtype=dtype, max_model_len=-1, tensor_parallel_size=cfg.tp,
-                       distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
-                       logprobs_mode="processed_logprobs", limit_mm_per_prompt={"video": 0}, **place)
-        self.config, self.dtype, self.tp, self.asleep = self.llm.model_config.hf_config, dtype, cfg.tp, False
-        known = self.llm.model_config.try_get_generation_config()
-        self.generation_config = transformers.GenerationConfig(**known)
+            # Threads stay as init_distributed set them, and nothing waits for a C++ compiler.
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+            # Prompts are not cut into chunks: after that, seeded sampling fails on CPU.
+            memory = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True,
+                      "enable_chunked_prefill": False, "max_num_batched_tokens": 2**15}
+        self.dtype = dtype
+        self.asleep = False
+        self.shared = cfg.tp > 1 and "RANK" in os.environ
+        from vllm import LLM  # after the environment is set, which it reads when imported
+        self.llm = LLM(
+            path, dtype=dtype, max_model_len=-1, tensor_parallel_size=cfg.tp,
+            # Under torchrun the ranks are there already, vLLM must not start its own.
+            distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            limit_mm_per_prompt={"video": 0}, **memory)
+        self.config = self.llm.model_config.hf_config
+        shipped = self.llm.model_config.try_get_generation_config()
+        self.generation_config = transformers.GenerationConfig(**shipped)
 
-    def sample(self, asked):
-        """[(prompt, sampling parameters)] -> [(prompt ids, [(response ids, logprobs, truncated)])]."""
+    def sample(self, prompts, options):
+        """Answer each prompt by its sampling options. Returns [(prompt ids as read, its [Sample])]."""
         from vllm import SamplingParams
-        images = [prompt["request"]["images"] for prompt, _ in asked]
-        requests = [{"prompt_token_ids": prompt["request"]["ids"],
-                     "multi_modal_data": {"image": own} if own else {}}
-                    for (prompt, _), own in zip(asked, images)]
-        params = [SamplingParams(**options, flat_logprobs=True, detokenize=False) for _, options in asked]
-        first = 0
-        if self.tp > 1 and "RANK" in os.environ:  # answer the questions of all, keep those of this rank
-            from vllm.distributed import get_tp_group
-            shares, group = [None] * self.tp, get_tp_group()
-            dist.all_gather_object(shares, (requests, params), group.cpu_group)
-            first = sum(len(share[0]) for share in shares[:group.rank_in_group])
-            requests, params = ([x for share in shares for x in share[k]] for k in (0, 1))
+        requests, params = [], []
+        for prompt, option in zip(prompts, options):
+            images = prompt["request"]["images"]
+            requests.append({"prompt_token_ids": prompt["request"]["ids"],
+                             "multi_modal_data": {"image": images} if images else {}})
+            params.append(SamplingParams(**option, flat_logprobs=True, detokenize=False))
+        start = 0  # of this rank's requests among all that the engine gets
+        if self.shared:
+            requests, params, start = self.gather(requests, params)
         try:
-            answers = self.llm.generate(requests, params, use_tqdm=False)[first:first + len(asked)]
+            answers = self.llm.generate(requests, params, use_tqdm=False)
         except Exception as error:
             traceback.print_exc()
             sys.exit(f"{Path(sys.argv[0]).name}: vLLM failed: {error}")
-        return [(list(answer.prompt_token_ids),
-                 [(list(o.token_ids), torch.tensor(o.logprobs.logprobs), o.finish_reason == "length")
-                  for o in answer.outputs]) for answer in answers]
+        found = []
+        for answer in answers[start:start + len(prompts)]:
+            samples = [Sample(list(output.token_ids), torch.tensor(output.logprobs.logprobs),
+                              output.finish_reason == "length") for output in answer.outputs]
+            found.append((list(answer.prompt_token_ids), samples))
+        return found
+
+    def gather(self, requests, params):
+        """The requests of all ranks that share this engine, and where among them this rank's begin."""
+        from vllm.distributed import get_tp_group
+        ranks = get_tp_group()
+        shares = [None] * ranks.world_size
+        dist.all_gather_object(shares, (requests, params), ranks.cpu_group)
+        all_requests, all_params, starts = [], [], []
+        for their_requests, their_params in shares:
+            starts.append(len(all_requests))
+            all_requests += their_requests
+            all_params += their_params
+        return all_requests, all_params, starts[ranks.rank_in_group]
 
 
 class Server:
@@ -280,61 +313,74 @@ class Server:
     """
 
     def __init__(self, path, processor, cfg):
-        self.urls, self.folder, self.asleep = cfg.servers, Path(cfg.out).resolve() / "weights", False
+        self.urls = cfg.servers
         self.url = cfg.servers[dist.get_rank() % len(cfg.servers)]
+        self.folder = Path(cfg.out).resolve() / "weights"
         self.name = self.call(self.url, "/v1/models")["data"][0]["id"]
         self.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        self.asleep = False
         self.stop = stop_ids(transformers.GenerationConfig.from_pretrained(path), processor)
         self.banned = vision_ids(transformers.AutoConfig.from_pretrained(path), "cpu")
 
     def call(self, url, route, body=None):
-        """POST (or GET) JSON; a server that fails or is gone ends the run."""
-        request = urllib.request.Request(url.rstrip("/") + route, None if body is None else
-                                         json.dumps(body).encode(), {"Content-Type": "application/json"})
+        """GET, or POST a body; returns the JSON reply. A server that fails or is gone ends the run."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url.rstrip("/") + route, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=3600) as reply:
                 return json.loads(reply.read() or "null")
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = error.read()[:300].decode(errors="replace") if hasattr(error, "read") else ""
+            reason = ""
+            if isinstance(error, urllib.error.HTTPError):  # its body says what the server did not like
+                reason = error.read()[:300].decode(errors="replace")
             sys.exit(f"{Path(sys.argv[0]).name}: rollout server {url}{route}: {error} {reason}")
 
-    def sample(self, asked):
+    def sample(self, prompts, options):
         """As VLLM.sample; all prompts are sent at once, the server queues them."""
-        def ask(pair):
-            prompt, options = pair
-            messages = chat_messages(prompt["request"]["messages"], prompt["request"]["images"])
-            reply = self.call(self.url, "/v1/chat/completions", {
-                **options, "model": self.name, "messages": messages, "logprobs": True,
-                "return_token_ids": True})
-            return reply["prompt_token_ids"], [
-                (c["token_ids"], torch.tensor([t["logprob"] for t in c["logprobs"]["content"]]),
-                 c["finish_reason"] == "length") for c in reply["choices"]]
         with ThreadPoolExecutor(256) as pool:
-            return list(pool.map(ask, asked))
+            return list(pool.map(self.ask, prompts, options))
+
+    def ask(self, prompt, option):
+        """One prompt's (prompt ids as read, [Sample])."""
+        messages = chat_messages(prompt["request"]["messages"], prompt["request"]["images"])
+        body = {"model": self.name, "messages": messages, "logprobs": True, "return_token_ids": True}
+        reply = self.call(self.url, "/v1/chat/completions", body | option)
+        samples = []
+        for choice in reply["choices"]:
+            logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+            truncated = choice["finish_reason"] == "length"
+            samples.append(Sample(choice["token_ids"], torch.tensor(logprobs), truncated))
+        return reply["prompt_token_ids"], samples
 
     def reload(self, weights):
         """Write (name, tensor) pairs as safetensors of about 4 GiB and have every server load them."""
-        writer, shard, files = dist.get_rank() == 0, {}, itertools.count()
+        writer = dist.get_rank() == 0
         if writer:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-        for name, weight in itertools.chain(weights, [(None, None)]):
-            if writer and (name is None or sum(w.nbytes for w in shard.values()) > 2**32):
-                save_file(shard, self.folder / f"{next(files):05d}.safetensors")
-                shard = {}
-            if writer and name:  # all ranks take part in gathering, one keeps the result
-                shard[name] = weight.cpu()
+        shard, shard_bytes, shards = {}, 0, 0
+        for name, weight in weights:  # all ranks take part in gathering each, one keeps the result
+            if not writer:
+                continue
+            if shard_bytes > 2**32:
+                save_file(shard, self.folder / f"{shards:05d}.safetensors")
+                shard, shard_bytes, shards = {}, 0, shards + 1
+            shard[name] = weight.cpu()
+            shard_bytes += weight.nbytes
         if writer:
-            path = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-            for route, body in [("collective_rpc", path), ("reset_prefix_cache", {}), ("reset_mm_cache", {}),
-                                ("reset_encoder_cache", {})]:
-                for url in self.urls:
-                    self.call(url, f"/{route}", body)
+            save_file(shard, self.folder / f"{shards:05d}.safetensors")
+            load = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+            for url in self.urls:
+                self.call(url, "/collective_rpc", load)
+                # What was computed with the old weights must not be used again.
+                self.call(url, "/reset_prefix_cache", {})
+                self.call(url, "/reset_mm_cache", {})
+                self.call(url, "/reset_encoder_cache", {})
         dist.barrier()
 
 
 def generate(engine, prompts, seeds, cfg):
-    """Sample one response per prompt; returns (response ids, logprobs under the sampler, truncated) in order.
+    """Sample one response per prompt; returns a list of Sample (ids, logprobs, truncated) in their order.
 
     prompts: encode_prompt's results; rows that are the same object are samples of one prompt, whose images
     are encoded once. seeds: one int per prompt; each row has its own random stream, so what it samples does
@@ -344,75 +390,99 @@ def generate(engine, prompts, seeds, cfg):
     """
     if isinstance(engine, torch.nn.Module):
         return decode(engine, prompts, seeds, cfg)
-    rows = {}  # a prompt -> its places in the batch
-    for i, prompt in enumerate(prompts):
-        rows.setdefault(id(prompt), []).append(i)
-    shared = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k,
-              "max_tokens": cfg.max_new_tokens, "stop_token_ids": engine.stop, "logprobs": 0,
-              "logit_bias": {token: -100.0 for token in engine.banned.tolist()}}
-    asked = [(prompts[own[0]], shared | {"n": len(own), "seed": seeds[own[0]]}) for own in rows.values()]
+    rows_of = {}  # id of a prompt -> its rows in the batch
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(id(prompt), []).append(row)
+    # An engine that is asked for n samples of a prompt reads it once.
+    unique, options = [], []
+    for rows in rows_of.values():
+        unique.append(prompts[rows[0]])
+        options.append({
+            "n": len(rows), "seed": seeds[rows[0]], "temperature": cfg.temperature, "top_p": cfg.top_p,
+            "top_k": cfg.top_k, "max_tokens": cfg.max_new_tokens, "stop_token_ids": engine.stop,
+            "logit_bias": {token: -100.0 for token in engine.banned.tolist()},
+            "logprobs": 0})  # of the sampled token alone
+    answers = engine.sample(unique, options)
     out = [None] * len(prompts)
-    for own, (prompt, _), (seen, samples) in zip(rows.values(), asked, engine.sample(asked)):
-        if seen != prompt["input_ids"][0].tolist():
+    for rows, prompt, (seen, samples) in zip(rows_of.values(), unique, answers):
+        expected = prompt["input_ids"][0].tolist()
+        if seen != expected:
             raise ValueError(f"the engine reads a prompt as {len(seen)} tokens, the trainer as "
-                             f"{prompt['input_ids'].shape[1]}: their processors differ")
-        for i, sample in zip(own, samples):
-            out[i] = sample
+                             f"{len(expected)}: their processors differ")
+        for row, sample in zip(rows, samples):
+            out[row] = sample
     return out
 
 
 @torch.no_grad()
 def decode(engine, prompts, seeds, cfg):
-    """`generate` on a transformers model.
-
-    Rows of one prompt share its prefill, only the KV cache is copied; each draws by inverse CDF from its own
-    stream. At most cfg.rollout_tokens prompt and response tokens are held at once.
-    """
-    out, device = [None] * len(prompts), engine.banned.device
-    stop = torch.tensor(engine.stop, device=device)
-    room = [p["input_ids"].shape[1] + cfg.max_new_tokens for p in prompts]
-    chunks, order = [], sorted(range(len(prompts)), key=lambda i: room[i])
-    for i in order:
-        if chunks and (len(chunks[-1]) + 1) * room[i] <= cfg.rollout_tokens:
-            chunks[-1].append(i)
+    """`generate` on a transformers model, at most cfg.rollout_tokens prompt and response tokens at once."""
+    lengths = [prompt["input_ids"].shape[1] + cfg.max_new_tokens for prompt in prompts]
+    batches = []
+    # Short with short. A batch is padded to its longest row, which is the one that came last.
+    for row in sorted(range(len(prompts)), key=lambda row: lengths[row]):
+        if batches and (len(batches[-1]) + 1) * lengths[row] <= cfg.rollout_tokens:
+            batches[-1].append(row)
         else:
-            chunks.append([i])
-    for chunk in chunks:
-        unique = {id(prompts[i]): prompts[i] for i in chunk}
-        owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)  # (B,)
-        cache, mask, shift, logits = prefill(engine, list(unique.values()), owner)
-        streams = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
-        draws = [torch.rand(cfg.max_new_tokens, dtype=torch.float64, generator=g) for g in streams]
-        draws = torch.stack(draws).to(device)  # (B, max_new_tokens)
-        tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
-        logps = torch.zeros(draws.shape, device=device)
-        live = torch.arange(len(chunk), device=device)  # rows still in the batch
-        for t in range(cfg.max_new_tokens):
-            logp = logits.float().index_fill(1, engine.banned, -torch.inf) / (cfg.temperature or 1.0)
-            logp = truncate(logp, cfg).log_softmax(1)  # (b, V)
-            cdf = logp.double().exp().cumsum(1)
-            if cfg.temperature:
-                token = torch.searchsorted(cdf, draws[live, t, None] * cdf[:, -1:], right=True)  # (b, 1)
-            else:
-                token = logp.argmax(1, keepdim=True)
-            tokens[live, t], logps[live, t] = token[:, 0], logp.gather(1, token)[:, 0]
-            ended = torch.isin(tokens[live, :t + 1], stop).any(1)
-            if ended.all() or t + 1 == cfg.max_new_tokens:
-                break
-            if 2 * ended.sum() >= len(live):  # half is finished: worth copying the cache without them
-                keep = (~ended).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                live, token, mask = live[keep], token[keep], mask[keep]
-                shift = shift[keep] if shift is not None else None
-            mask = torch.cat([mask, torch.ones_like(token)], 1)
-            place = mask.sum(1, keepdim=True) - 1  # (b, 1)
-            place = place if shift is None else (place + shift).expand(3, -1, -1)
-            logits = engine(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache,
-                            use_cache=True).logits[:, -1]
-        for i, row, logp in zip(chunk, tokens.tolist(), logps.cpu()):
-            end = next((t + 1 for t, token in enumerate(row) if token in engine.stop), None)
-            out[i] = row[:end], logp[:end].clone(), end is None
+            batches.append([row])
+    out = [None] * len(prompts)
+    for rows in batches:
+        samples = decode_batch(engine, [prompts[row] for row in rows], [seeds[row] for row in rows], cfg)
+        for row, sample in zip(rows, samples):
+            out[row] = sample
     return out
+
+
+def decode_batch(engine, prompts, seeds, cfg):
+    """`decode` of B rows side by side; b of them, the live ones, are still in the batch."""
+    device = engine.banned.device
+    stop = torch.tensor(engine.stop, device=device)
+    # Rows of one prompt share its prefill.
+    unique = {id(prompt): prompt for prompt in prompts}
+    places = {key: place for place, key in enumerate(unique)}
+    owner = torch.tensor([places[id(prompt)] for prompt in prompts], device=device)  # (B,)
+    cache, mask, shift, logits = prefill(engine, list(unique.values()), owner)
+    cache_name = name_of_cache(engine)
+    # All random numbers of a row come first, from its own seed: they depend on no other row.
+    draws = []
+    for seed in seeds:
+        stream = torch.Generator().manual_seed(seed)
+        draws.append(torch.rand(cfg.max_new_tokens, dtype=torch.float64, generator=stream))
+    draws = torch.stack(draws).to(device)  # (B, max_new_tokens)
+    tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
+    logprobs = torch.zeros(draws.shape, device=device)  # (B, max_new_tokens)
+    live = torch.arange(len(prompts), device=device)  # (b,)
+    for t in range(cfg.max_new_tokens):
+        logprob = sampler_logprobs(logits, engine.banned, cfg)  # (b, V)
+        if cfg.temperature:
+            # Inverse CDF: the first token up to which the probabilities add up to more than the draw.
+            cdf = logprob.double().exp().cumsum(1)
+            token = torch.searchsorted(cdf, draws[live, t, None] * cdf[:, -1:], right=True)  # (b, 1)
+        else:
+            token = logprob.argmax(1, keepdim=True)
+        tokens[live, t] = token[:, 0]
+        logprobs[live, t] = logprob.gather(1, token)[:, 0]
+        ended = torch.isin(tokens[live, :t + 1], stop).any(1)  # (b,)
+        if ended.all() or t + 1 == cfg.max_new_tokens:
+            break
+        # Ended rows ride along until they are half of the batch: only then is copying the cache worth it.
+        if 2 * ended.sum() >= len(live):
+            keep = (~ended).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            live, token, mask = live[keep], token[keep], mask[keep]
+            shift = shift[keep] if shift is not None else None
+        mask = torch.cat([mask, torch.ones_like(token)], 1)
+        position = mask.sum(1, keepdim=True) - 1  # (b, 1)
+        if shift is not None:
+            position = (position + shift).expand(3, -1, -1)  # (3, b, 1): time, height, width
+        step = {"input_ids": token, "attention_mask": mask, "position_ids": position, cache_name: cache}
+        logits = engine(**step, use_cache=True).logits[:, -1]
+    samples = []
+    for ids, row_logprobs in zip(tokens.tolist(), logprobs.cpu()):
+        ends = [t for t, token in enumerate(ids) if token in engine.stop]
+        length = ends[0] + 1 if ends else len(ids)
+        samples.append(Sample(ids[:length], row_logprobs[:length].clone(), truncated=not ends))
+    return samples
 
 
 def prefill(engine, prompts, owner):
@@ -421,34 +491,46 @@ def prefill(engine, prompts, owner):
     Returns the KV cache, attention mask (B, T), shift (B, 1) of Qwen's multimodal positions against the token
     count (None for other families) and next-token logits (B, V).
     """
-    width = max(p["input_ids"].shape[1] for p in prompts)
-    fill = {"input_ids": engine.stop[0]}
-    padded = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=fill.get(k, 0))
-               if v.shape == p["input_ids"].shape else v for k, v in p.items() if k != "request"}
-              for p in prompts]
-    inputs, _ = collate([(p, []) for p in padded], None, engine.stop[0], owner.device)
+    width = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    rows = []
+    for prompt in prompts:
+        padded = {}
+        for name, value in prompt.items():
+            if name == "request":
+                continue
+            if value.shape == prompt["input_ids"].shape:  # one number a token, not pixels
+                filler = engine.stop[0] if name == "input_ids" else 0
+                value = torch.nn.functional.pad(value, (width - value.shape[1], 0), value=filler)
+            padded[name] = value
+        rows.append((padded, []))  # no response yet
+    inputs, _ = collate(rows, None, engine.stop[0], owner.device)
     if hasattr(engine.model, "rope_deltas"):
         engine.model.rope_deltas = None  # kept from the last batch otherwise
     if "image_grid_thw" not in inputs:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     result = engine(**inputs, use_cache=True, logits_to_keep=1)
-    result.past_key_values.batch_select_indices(owner)
+    # Each row gets a copy of its prompt's states.
+    cache = result[name_of_cache(engine)]
+    cache.batch_select_indices(owner)
     shift = getattr(engine.model, "rope_deltas", None)
-    shift = None if shift is None else shift[owner]
-    return result.past_key_values, inputs["attention_mask"][owner], shift, result.logits[owner, -1]
+    if shift is not None:
+        shift = shift[owner]
+    return cache, inputs["attention_mask"][owner], shift, result.logits[owner, -1]
 
 
-def truncate(logits, cfg):
-    """Top-k, then nucleus (top-p): everything else gets -inf. (B, V) -> (B, V)"""
+def name_of_cache(engine):
+    """What a model calls its KV cache, in arguments and results: newer transformers renamed it."""
+    return "cache" if "cache" in inspect.signature(engine.forward).parameters else "past_key_values"
+
+
+def sampler_logprobs(logits, banned, cfg):
+    """Log-probabilities from which a token is drawn, -inf for what is cut off. (B, V) -> (B, V)"""
+    logits = logits.float().index_fill(1, banned, -torch.inf) / (cfg.temperature or 1.0)
     if cfg.top_k:
-        least = logits.topk(min(cfg.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if cfg.top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        probs = ordered.softmax(1)
-        drop = probs.cumsum(1) - probs >= cfg.top_p  # keep the token that crosses top_p
-        logits = logits.masked_fill(drop.scatter(1, index, drop), -torch.inf)
-    return logits
+        logits = TopKLogitsWarper(cfg.top_k)(None, logits)
+    if cfg.top_p < 1:  # of what top-k left; the token that crosses top_p is kept
+        logits = TopPLogitsWarper(cfg.top_p)(None, logits)
+    return logits.log_softmax(1)
 
 
 # ----- this stage ------------------------------------------------------------------------------------------
