@@ -2,8 +2,12 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -345,3 +349,25 @@ def test_a_response_ends_with_its_only_stop_token_or_is_truncated(family, stops)
         assert len(ids) == len(logps) <= CFG.max_new_tokens and not set(ids[:-1]) & set(stops)
         assert cut == (ids[-1] not in stops) and (len(ids) == CFG.max_new_tokens or not cut)
     assert {cut for _, _, cut in samples} == {True, False}
+
+
+# ----- transformers moves on
+
+RL = ["--steps", "1", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "4", "--eval_n", "2",
+      "--workers", "0"]
+
+
+@pytest.mark.parametrize("command", [
+    ["sft.py", "--steps", "1", "--batch_size", "2", "--eval_n", "2", "--workers", "0"], ["grpo.py", *RL],
+    ["grpo.py", *RL, "--top_k", "5", "--top_p", "0.9", "--kl_beta", "0.1"], ["rise.py", *RL],
+    ["eval.py", "--bench", "counting-id", "--limit", "2", "--max_new_tokens", "4"]],
+    ids=["sft", "grpo", "grpo more", "rise", "eval"])
+def test_no_stage_uses_what_goes_away(command, tiny, tmp_path):
+    """Not as a Python warning, which is an error here, and not as a line in the log."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mini").symlink_to(tiny.mini)
+    script = Path(evaluation.__file__).with_name(command[0])
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", script, "--model", tiny.model, *command[1:]], text=True,
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0 and "deprecated" not in done.stdout, done.stdout[-3000:]
