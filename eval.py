@@ -1,7 +1,7 @@
 """Evaluation: a checkpoint -> accuracy on benchmarks, or the answer to one question; a run -> an HTML report.
 
-    python eval.py --bench                   # every benchmark whose data is present, newest step of out/grpo
-    python eval.py --bench counting-id counting-ood --model out/sft
+    python eval.py --bench                   # what out/grpo was trained for, and before it its start model
+    python eval.py --bench counting-id counting-ood --model out/sft              # just what is named
     python eval.py --bench counting-id counting-ood --model out/sft out/grpo     # one table
     python eval.py --bench mathvista mmmu    # from data/, else the Hub
     python eval.py --bench mathvision=test.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --max_new_tokens 2048
@@ -9,13 +9,16 @@
     python eval.py --bench --n 8 --temperature 0.6 --top_p 0.95   # accuracy is pass@1 over 8 samples; maj@8
     python eval.py --bench --engine vllm
 
+Without names --bench takes the benchmarks of a run's training data (its config.json), and one table has the
+model from which the run started and the run. The newest step of a run directory is what answers.
+
 --engine api asks any OpenAI-compatible server, also a proprietary model's. Images travel as PNG, and thoughts
 that it took out of a reply are put back: it sees the pixels of the other engines, and their text is graded.
 The key is read from OPENAI_API_KEY and goes nowhere but into the request.
 
     vllm serve out/grpo/step_000040 --generation-config vllm   # sampling as asked, not as the model suggests
     python eval.py --bench counting-id --engine api --base_url http://localhost:8000/v1
-    OPENAI_API_KEY=... python eval.py --bench --engine api --base_url https://HOST/v1 --api_model NAME
+    OPENAI_API_KEY=... python eval.py --bench mmmu --engine api --base_url https://HOST/v1 --api_model NAME
 
 Every row is graded by rewards.accuracy, the same function that training rewards. A row that could not be read
 or answered counts as wrong, stays in the denominator and is listed after the table; one without an `answer`
@@ -26,8 +29,9 @@ graded by the same rules. The table has both. Its key is JUDGE_API_KEY, unless i
     python eval.py --bench mathvista --judge api --judge_url https://HOST/v1 --judge_model NAME
 
 MODEL/eval/BENCH.jsonl gets a line per row as answers come: the same command again goes on where it stopped
-and asks failed rows again. Beside it are summary.json and the printed table, table.md and table.json; that of
-several models is in out/eval. MODEL is the model's folder, or out/OWNER--NAME for what is no folder here.
+and asks failed rows again; with other settings the old rows go to BENCH.jsonl.old. Beside it are summary.json
+and the printed table, table.md and table.json; that of several models is in out/eval. MODEL is the model's
+folder, or out/OWNER--NAME for what is no folder here.
 
 One question, and a page about a run:
 
@@ -36,7 +40,7 @@ One question, and a page about a run:
     python eval.py --report out/grpo             # curves, rollouts, graded rows: out/grpo/report.html
     python eval.py --report out/grpo out/sft     # and side by side what both answered
 
-Shapes: B rows generated together, T padded length, V vocabulary.
+Shapes: B rows generated together (b that have not ended), T padded length, V vocabulary.
 """
 import base64
 import contextlib
@@ -45,8 +49,8 @@ import difflib
 import hashlib
 import http.client
 import importlib.util
+import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -55,6 +59,7 @@ import shutil
 import sys
 import time
 import traceback
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,7 +74,7 @@ import transformers
 from PIL import ImageDraw
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils.logging import disable_progress_bar
 
 from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
@@ -132,50 +137,9 @@ AVERAGES = {
 }
 
 
-def call_scores(response, record):
-    return {"partial": functions(response, record)}
-
-
-def box_scores(response, record):
-    """Mean IoU of the gold boxes in the best assignment; precision, recall and F1 of pairs at 0.5 or more.
-
-    Beside them whether any box could be read, and whether the rationale gives a box away.
-    """
-    gold, said = gold_boxes(record), parse_boxes(response)
-    ious = matched_ious(gold, said)
-    hits = sum(overlap >= 0.5 for overlap in ious)
-    return {"iou": sum(ious) / len(gold), "precision": hits / max(len(said), 1), "recall": hits / len(gold),
-            "f1": 2 * hits / (len(gold) + len(said)), "valid": float(bool(said)),
-            "leaks": float(bool(leaks(rationale_of(response), record)))}
-
-
-def distribution_scores(response, record):
-    """Divergence from the gold; an answer that cannot be read is as bad as being sure of the least likely."""
-    gold = gold_distribution(record)
-    said = parse_distribution(response, gold)
-    kl, mse = divergence(gold, said or {name: float(name == min(gold, key=gold.get)) for name in gold})
-    return {"kl": kl, "mse": mse, "valid": float(bool(said)),
-            "leaks": float(bool(leaks(rationale_of(response), record)))}
-
-
-# What is measured beside accuracy, by answer type, and averaged over the rows of that type.
-SCORES = {"calls": call_scores, "boxes": box_scores, "distribution": distribution_scores}
-NOT_SHARES = ("kl", "mse")  # scores that are no share of one, hence no percentage
-JUDGE = """Below are a question and somebody's response to it. Do not solve the question and do not correct
-the response. Only copy out the final answer that the response comes to, as short as it can be: the letter if
-the question has options, else the number, formula, list or words, without a sentence around it. If the
-response comes to no answer, write none.
-
-Question: {question}
-
-Response: {response}
-
-Final answer:"""
-
-
 @dataclass(frozen=True)
 class Config:
-    bench: tuple[str, ...] = ()  # benchmarks: NAME, NAME=PATH or PATH; none given = all whose data is present
+    bench: tuple[str, ...] = ()  # benchmarks: NAME, NAME=PATH or PATH; none = those of the training data
     model: tuple[str, ...] = ("out/grpo",)  # Hub ids, model folders or run directories
     engine: str = "hf"  # hf (transformers) | vllm (in this process) | api (an OpenAI-compatible server)
     limit: int = 0  # first rows of each benchmark only, 0 = all
@@ -184,7 +148,7 @@ class Config:
     save_image: str = ""  # with --image: write the first of them to this file, with the boxes of the answer
     report: tuple[str, ...] = ()  # write RUN_DIR/report.html; RUN_DIR OTHER_DIR compares what both answered
     task: str = ""  # prompt of every question, one of rewards.PROMPTS, "" = a record's own (--prompt: plain)
-    max_new_tokens: int = 1024  # response tokens at most
+    max_new_tokens: int = 0  # response tokens at most, 0 = as the runs sampled (response_limit), else 1024
     n: int = 1  # samples per row: accuracy is their mean, maj@n that of the answer most of them agree on
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0  # nucleus sampling
@@ -206,6 +170,16 @@ class Config:
     judge_model: str = ""  # judge: its name at the server, "" = the first that it lists
 
 
+# ----- engines: prompts in, sampled responses out ----------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """One response of an engine."""
+    ids: list[int]  # token ids, with the stop token unless truncated
+    logprobs: torch.Tensor  # (len(ids),) of each id under the distribution it was drawn from
+    truncated: bool  # cut at max_new_tokens
+
+
 def build_engine(path, processor, cfg, device):
     """What samples: a plain copy of the model outside FSDP (--engine hf), or vLLM in this process (vllm)."""
     if cfg.engine == "server":
@@ -217,6 +191,7 @@ def build_engine(path, processor, cfg, device):
         engine = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=cfg.attn)
         engine.eval().requires_grad_(False).to(device)
         engine.asleep = False
+    # Of a checkpoint's generation_config only the stop tokens count: sampling is as the flags say.
     engine.stop = stop_ids(engine.generation_config, processor)
     engine.banned = vision_ids(engine.config, device)
     return engine
@@ -233,44 +208,67 @@ class VLLM:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if torch.cuda.is_available():
-            place = dict(gpu_memory_utilization=cfg.gpu_memory_utilization, enable_sleep_mode=True)
+            memory = {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True}
         else:
-            # Threads stay as init_distributed set them, nothing waits for a C++ compiler, and prompts are not
-            # cut into chunks, after which seeded sampling fails on CPU.
-            os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
-            place = dict(kv_cache_memory_bytes=2**30, enforce_eager=True, enable_chunked_prefill=False,
-                         max_num_batched_tokens=2**15)
-        from vllm import LLM
-        self.llm = LLM(path, dtype=dtype, max_model_len=-1, tensor_parallel_size=cfg.tp,
-                       distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
-                       logprobs_mode="processed_logprobs", limit_mm_per_prompt={"video": 0}, **place)
-        self.config, self.dtype, self.tp, self.asleep = self.llm.model_config.hf_config, dtype, cfg.tp, False
-        known = self.llm.model_config.try_get_generation_config()
-        self.generation_config = transformers.GenerationConfig(**known)
+            # Threads stay as init_distributed set them, and nothing waits for a C++ compiler.
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+            # Prompts are not cut into chunks: after that, seeded sampling fails on CPU.
+            memory = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True,
+                      "enable_chunked_prefill": False, "max_num_batched_tokens": 2**15}
+        self.dtype = dtype
+        self.asleep = False
+        self.shared = cfg.tp > 1 and "RANK" in os.environ
+        from vllm import LLM  # after the environment is set, which it reads when imported
+        self.llm = LLM(
+            path, dtype=dtype, max_model_len=-1, tensor_parallel_size=cfg.tp,
+            # Under torchrun the ranks are there already, vLLM must not start its own.
+            distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
+            limit_mm_per_prompt={"video": 0}, **memory)
+        self.config = self.llm.model_config.hf_config
+        shipped = self.llm.model_config.try_get_generation_config()
+        self.generation_config = transformers.GenerationConfig(**shipped)
 
-    def sample(self, asked):
-        """[(prompt, sampling parameters)] -> [(prompt ids, [(response ids, logprobs, truncated)])]."""
+    def sample(self, prompts, options):
+        """Answer each prompt by its sampling options. Returns [(prompt ids as read, its [Sample])]."""
         from vllm import SamplingParams
-        images = [prompt["request"]["images"] for prompt, _ in asked]
-        requests = [{"prompt_token_ids": prompt["request"]["ids"],
-                     "multi_modal_data": {"image": own} if own else {}}
-                    for (prompt, _), own in zip(asked, images)]
-        params = [SamplingParams(**options, flat_logprobs=True, detokenize=False) for _, options in asked]
-        first = 0
-        if self.tp > 1 and "RANK" in os.environ:  # answer the questions of all, keep those of this rank
-            from vllm.distributed import get_tp_group
-            shares, group = [None] * self.tp, get_tp_group()
-            dist.all_gather_object(shares, (requests, params), group.cpu_group)
-            first = sum(len(share[0]) for share in shares[:group.rank_in_group])
-            requests, params = ([x for share in shares for x in share[k]] for k in (0, 1))
+        requests, params = [], []
+        for prompt, option in zip(prompts, options):
+            images = prompt["request"]["images"]
+            requests.append({"prompt_token_ids": prompt["request"]["ids"],
+                             "multi_modal_data": {"image": images} if images else {}})
+            params.append(SamplingParams(**option, flat_logprobs=True, detokenize=False))
+        start = 0  # of this rank's requests among all that the engine gets
+        if self.shared:
+            requests, params, start = self.gather(requests, params)
         try:
-            answers = self.llm.generate(requests, params, use_tqdm=False)[first:first + len(asked)]
+            answers = self.llm.generate(requests, params, use_tqdm=False)
         except Exception as error:
             traceback.print_exc()
             sys.exit(f"{Path(sys.argv[0]).name}: vLLM failed: {error}")
-        return [(list(answer.prompt_token_ids),
-                 [(list(o.token_ids), torch.tensor(o.logprobs.logprobs), o.finish_reason == "length")
-                  for o in answer.outputs]) for answer in answers]
+        found = []
+        for answer in answers[start:start + len(prompts)]:
+            samples = []
+            for output in answer.outputs:
+                logprobs = torch.tensor(output.logprobs.logprobs)
+                truncated = output.finish_reason == "length"
+                samples.append(Sample(list(output.token_ids), logprobs, truncated))
+            found.append((list(answer.prompt_token_ids), samples))
+        return found
+
+    def gather(self, requests, params):
+        """The requests of all ranks that share this engine, and where among them this rank's begin."""
+        from vllm.distributed import get_tp_group
+        ranks = get_tp_group()
+        shares = [None] * ranks.world_size
+        dist.all_gather_object(shares, (requests, params), ranks.cpu_group)
+        all_requests, all_params, starts = [], [], []
+        for their_requests, their_params in shares:
+            starts.append(len(all_requests))
+            all_requests += their_requests
+            all_params += their_params
+        return all_requests, all_params, starts[ranks.rank_in_group]
 
 
 class Server:
@@ -282,61 +280,76 @@ class Server:
     """
 
     def __init__(self, path, processor, cfg):
-        self.urls, self.folder, self.asleep = cfg.servers, Path(cfg.out).resolve() / "weights", False
+        self.urls = cfg.servers
         self.url = cfg.servers[dist.get_rank() % len(cfg.servers)]
-        self.name = self.call(self.url, "/v1/models")["data"][0]["id"]
+        self.folder = Path(cfg.out).resolve() / "weights"
+        models = self.call(self.url, "/v1/models")
+        self.name = models["data"][0]["id"]
         self.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        self.asleep = False
         self.stop = stop_ids(transformers.GenerationConfig.from_pretrained(path), processor)
         self.banned = vision_ids(transformers.AutoConfig.from_pretrained(path), "cpu")
 
     def call(self, url, route, body=None):
-        """POST (or GET) JSON; a server that fails or is gone ends the run."""
-        request = urllib.request.Request(url.rstrip("/") + route, None if body is None else
-                                         json.dumps(body).encode(), {"Content-Type": "application/json"})
+        """GET, or POST a body; returns the JSON reply. A server that fails or is gone ends the run."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url.rstrip("/") + route, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=3600) as reply:
                 return json.loads(reply.read() or "null")
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = error.read()[:300].decode(errors="replace") if hasattr(error, "read") else ""
+            reason = ""
+            if isinstance(error, urllib.error.HTTPError):  # its body says what the server did not like
+                reason = error.read()[:300].decode(errors="replace")
             sys.exit(f"{Path(sys.argv[0]).name}: rollout server {url}{route}: {error} {reason}")
 
-    def sample(self, asked):
+    def sample(self, prompts, options):
         """As VLLM.sample; all prompts are sent at once, the server queues them."""
-        def ask(pair):
-            prompt, options = pair
-            messages = chat_messages(prompt["request"]["messages"], prompt["request"]["images"])
-            reply = self.call(self.url, "/v1/chat/completions", {
-                **options, "model": self.name, "messages": messages, "logprobs": True,
-                "return_token_ids": True})
-            return reply["prompt_token_ids"], [
-                (c["token_ids"], torch.tensor([t["logprob"] for t in c["logprobs"]["content"]]),
-                 c["finish_reason"] == "length") for c in reply["choices"]]
         with ThreadPoolExecutor(256) as pool:
-            return list(pool.map(ask, asked))
+            return list(pool.map(self.ask, prompts, options))
+
+    def ask(self, prompt, option):
+        """One prompt's (prompt ids as read, [Sample])."""
+        messages = chat_messages(prompt["request"]["messages"], prompt["request"]["images"])
+        body = {"model": self.name, "messages": messages, "logprobs": True, "return_token_ids": True}
+        reply = self.call(self.url, "/v1/chat/completions", body | option)
+        samples = []
+        for choice in reply["choices"]:
+            logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+            truncated = choice["finish_reason"] == "length"
+            samples.append(Sample(choice["token_ids"], torch.tensor(logprobs), truncated))
+        return reply["prompt_token_ids"], samples
 
     def reload(self, weights):
         """Write (name, tensor) pairs as safetensors of about 4 GiB and have every server load them."""
-        writer, shard, files = dist.get_rank() == 0, {}, itertools.count()
+        writer = dist.get_rank() == 0
         if writer:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-        for name, weight in itertools.chain(weights, [(None, None)]):
-            if writer and (name is None or sum(w.nbytes for w in shard.values()) > 2**32):
-                save_file(shard, self.folder / f"{next(files):05d}.safetensors")
-                shard = {}
-            if writer and name:  # all ranks take part in gathering, one keeps the result
-                shard[name] = weight.cpu()
+        shard, shard_bytes, shards = {}, 0, 0
+        for name, weight in weights:  # all ranks take part in gathering each, one keeps the result
+            if not writer:
+                continue
+            if shard_bytes > 2**32:
+                save_file(shard, self.folder / f"{shards:05d}.safetensors")
+                shard, shard_bytes, shards = {}, 0, shards + 1
+            shard[name] = weight.cpu()
+            shard_bytes += weight.nbytes
         if writer:
-            path = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-            for route, body in [("collective_rpc", path), ("reset_prefix_cache", {}), ("reset_mm_cache", {}),
-                                ("reset_encoder_cache", {})]:
-                for url in self.urls:
-                    self.call(url, f"/{route}", body)
+            save_file(shard, self.folder / f"{shards:05d}.safetensors")
+            load = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+            for url in self.urls:
+                self.call(url, "/collective_rpc", load)
+                # What was computed with the old weights must not be used again.
+                self.call(url, "/reset_prefix_cache", {})
+                self.call(url, "/reset_mm_cache", {})
+                self.call(url, "/reset_encoder_cache", {})
         dist.barrier()
 
 
 def generate(engine, prompts, seeds, cfg):
-    """Sample one response per prompt; returns (response ids, logprobs under the sampler, truncated) in order.
+    """Sample one response per prompt; returns a list of Sample (ids, logprobs, truncated) in their order.
 
     prompts: encode_prompt's results; rows that are the same object are samples of one prompt, whose images
     are encoded once. seeds: one int per prompt; each row has its own random stream, so what it samples does
@@ -346,75 +359,121 @@ def generate(engine, prompts, seeds, cfg):
     """
     if isinstance(engine, torch.nn.Module):
         return decode(engine, prompts, seeds, cfg)
-    rows = {}  # a prompt -> its places in the batch
-    for i, prompt in enumerate(prompts):
-        rows.setdefault(id(prompt), []).append(i)
-    shared = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k,
-              "max_tokens": cfg.max_new_tokens, "stop_token_ids": engine.stop, "logprobs": 0,
-              "logit_bias": {token: -100.0 for token in engine.banned.tolist()}}
-    asked = [(prompts[own[0]], shared | {"n": len(own), "seed": seeds[own[0]]}) for own in rows.values()]
+    rows_of = {}  # id of a prompt -> its rows in the batch
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(id(prompt), []).append(row)
+    shared = {
+        "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k,
+        "max_tokens": cfg.max_new_tokens,
+        "stop_token_ids": engine.stop,
+        "logit_bias": dict.fromkeys(engine.banned.tolist(), -100.0),
+        "logprobs": 0}  # of the sampled token alone
+    # An engine that is asked for n samples of a prompt reads it once.
+    unique, options = [], []
+    for rows in rows_of.values():
+        row = rows[0]
+        unique.append(prompts[row])
+        options.append({"n": len(rows), "seed": seeds[row], **shared})
+    answers = engine.sample(unique, options)
+    # Back into the order of the rows.
     out = [None] * len(prompts)
-    for own, (prompt, _), (seen, samples) in zip(rows.values(), asked, engine.sample(asked)):
-        if seen != prompt["input_ids"][0].tolist():
+    for rows, prompt, answer in zip(rows_of.values(), unique, answers):
+        seen, samples = answer
+        expected = prompt["input_ids"][0].tolist()
+        if seen != expected:  # its images would stand elsewhere than the trainer thinks
             raise ValueError(f"the engine reads a prompt as {len(seen)} tokens, the trainer as "
-                             f"{prompt['input_ids'].shape[1]}: their processors differ")
-        for i, sample in zip(own, samples):
-            out[i] = sample
+                             f"{len(expected)}: their processors differ")
+        for row, sample in zip(rows, samples):
+            out[row] = sample
     return out
 
 
 @torch.no_grad()
 def decode(engine, prompts, seeds, cfg):
-    """`generate` on a transformers model.
-
-    Rows of one prompt share its prefill, only the KV cache is copied; each draws by inverse CDF from its own
-    stream. At most cfg.rollout_tokens prompt and response tokens are held at once.
-    """
-    out, device = [None] * len(prompts), engine.banned.device
-    stop = torch.tensor(engine.stop, device=device)
-    room = [p["input_ids"].shape[1] + cfg.max_new_tokens for p in prompts]
-    chunks, order = [], sorted(range(len(prompts)), key=lambda i: room[i])
-    for i in order:
-        if chunks and (len(chunks[-1]) + 1) * room[i] <= cfg.rollout_tokens:
-            chunks[-1].append(i)
+    """`generate` on a transformers model, at most cfg.rollout_tokens prompt and response tokens at once."""
+    lengths = [prompt["input_ids"].shape[1] + cfg.max_new_tokens for prompt in prompts]
+    # Short with short: a batch is padded to its longest row, which is the one that came last.
+    order = sorted(range(len(prompts)), key=lambda row: lengths[row])
+    batches = []
+    for row in order:
+        batch = batches[-1] if batches else []
+        padded_tokens = (len(batch) + 1) * lengths[row]
+        if batch and padded_tokens <= cfg.rollout_tokens:
+            batch.append(row)
         else:
-            chunks.append([i])
-    for chunk in chunks:
-        unique = {id(prompts[i]): prompts[i] for i in chunk}
-        owner = torch.tensor([list(unique).index(id(prompts[i])) for i in chunk], device=device)  # (B,)
-        cache, mask, shift, logits = prefill(engine, list(unique.values()), owner)
-        streams = [torch.Generator().manual_seed(seeds[i]) for i in chunk]
-        draws = [torch.rand(cfg.max_new_tokens, dtype=torch.float64, generator=g) for g in streams]
-        draws = torch.stack(draws).to(device)  # (B, max_new_tokens)
-        tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
-        logps = torch.zeros(draws.shape, device=device)
-        live = torch.arange(len(chunk), device=device)  # rows still in the batch
-        for t in range(cfg.max_new_tokens):
-            logp = logits.float().index_fill(1, engine.banned, -torch.inf) / (cfg.temperature or 1.0)
-            logp = truncate(logp, cfg).log_softmax(1)  # (b, V)
-            cdf = logp.double().exp().cumsum(1)
-            if cfg.temperature:
-                token = torch.searchsorted(cdf, draws[live, t, None] * cdf[:, -1:], right=True)  # (b, 1)
-            else:
-                token = logp.argmax(1, keepdim=True)
-            tokens[live, t], logps[live, t] = token[:, 0], logp.gather(1, token)[:, 0]
-            ended = torch.isin(tokens[live, :t + 1], stop).any(1)
-            if ended.all() or t + 1 == cfg.max_new_tokens:
-                break
-            if 2 * ended.sum() >= len(live):  # half is finished: worth copying the cache without them
-                keep = (~ended).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                live, token, mask = live[keep], token[keep], mask[keep]
-                shift = shift[keep] if shift is not None else None
-            mask = torch.cat([mask, torch.ones_like(token)], 1)
-            place = mask.sum(1, keepdim=True) - 1  # (b, 1)
-            place = place if shift is None else (place + shift).expand(3, -1, -1)
-            logits = engine(input_ids=token, attention_mask=mask, position_ids=place, past_key_values=cache,
-                            use_cache=True).logits[:, -1]
-        for i, row, logp in zip(chunk, tokens.tolist(), logps.cpu()):
-            end = next((t + 1 for t, token in enumerate(row) if token in engine.stop), None)
-            out[i] = row[:end], logp[:end].clone(), end is None
+            batches.append([row])
+    out = [None] * len(prompts)
+    for rows in batches:
+        batch_prompts = [prompts[row] for row in rows]
+        batch_seeds = [seeds[row] for row in rows]
+        samples = decode_batch(engine, batch_prompts, batch_seeds, cfg)
+        for row, sample in zip(rows, samples):
+            out[row] = sample
     return out
+
+
+def decode_batch(engine, prompts, seeds, cfg):
+    """`decode` of B rows side by side; b of them, the live ones, are still in the batch."""
+    device = engine.banned.device
+    stop = torch.tensor(engine.stop, device=device)
+    # 1. Read each prompt once, whatever the number of rows that answer it.
+    unique = {id(prompt): prompt for prompt in prompts}
+    places = {key: place for place, key in enumerate(unique)}
+    owner = [places[id(prompt)] for prompt in prompts]
+    owner = torch.tensor(owner, device=device)  # (B,)
+    cache, mask, shift, logits = prefill(engine, [*unique.values()], owner)
+    cache_name = name_of_cache(engine)
+
+    # 2. One token after the other.
+    draws = uniform_draws(seeds, cfg.max_new_tokens).to(device)  # (B, max_new_tokens)
+    tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
+    logprobs = torch.zeros(draws.shape, device=device)  # (B, max_new_tokens)
+    live = torch.arange(len(prompts), device=device)  # (b,)
+    for t in range(cfg.max_new_tokens):
+        logprob = sampler_logprobs(logits, engine.banned, cfg)  # (b, V)
+        if cfg.temperature:
+            # Inverse CDF: the first token up to which the probabilities add up to more than the draw.
+            cdf = logprob.double().exp().cumsum(1)  # (b, V)
+            draw = draws[live, t, None] * cdf[:, -1:]  # (b, 1); the sum is not quite one
+            token = torch.searchsorted(cdf, draw, right=True)  # (b, 1)
+        else:
+            token = logprob.argmax(1, keepdim=True)
+        tokens[live, t] = token[:, 0]
+        logprobs[live, t] = logprob.gather(1, token)[:, 0]
+        so_far = tokens[live, :t + 1]
+        ended = torch.isin(so_far, stop).any(1)  # (b,)
+        if ended.all() or t + 1 == cfg.max_new_tokens:
+            break
+        # Ended rows ride along until they are half of the batch: only then is copying the cache worth it.
+        if 2 * ended.sum() >= len(live):
+            keep = (~ended).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            live, token, mask = live[keep], token[keep], mask[keep]
+            shift = shift[keep] if shift is not None else None
+        mask = torch.cat([mask, torch.ones_like(token)], 1)
+        position = mask.sum(1, keepdim=True) - 1  # (b, 1)
+        if shift is not None:
+            position = (position + shift).expand(3, -1, -1)  # (3, b, 1): time, height, width
+        step = {"input_ids": token, "attention_mask": mask, "position_ids": position, cache_name: cache}
+        logits = engine(**step, use_cache=True).logits[:, -1]
+
+    # 3. A response goes up to its first stop token.
+    samples = []
+    for ids, row_logprobs in zip(tokens.tolist(), logprobs.cpu()):
+        ends = [t for t, token in enumerate(ids) if token in engine.stop]
+        length = ends[0] + 1 if ends else len(ids)
+        kept_logprobs = row_logprobs[:length].clone()  # a view would keep the batch's alive
+        samples.append(Sample(ids[:length], kept_logprobs, truncated=not ends))
+    return samples
+
+
+def uniform_draws(seeds, n):
+    """n numbers in [0, 1) for each row from its own seed, so that they depend on no other row. (B, n)"""
+    rows = []
+    for seed in seeds:
+        stream = torch.Generator().manual_seed(seed)
+        rows.append(torch.rand(n, dtype=torch.float64, generator=stream))
+    return torch.stack(rows)
 
 
 def prefill(engine, prompts, owner):
@@ -423,53 +482,111 @@ def prefill(engine, prompts, owner):
     Returns the KV cache, attention mask (B, T), shift (B, 1) of Qwen's multimodal positions against the token
     count (None for other families) and next-token logits (B, V).
     """
-    width = max(p["input_ids"].shape[1] for p in prompts)
-    fill = {"input_ids": engine.stop[0]}
-    padded = [{k: torch.nn.functional.pad(v, (width - v.shape[1], 0), value=fill.get(k, 0))
-               if v.shape == p["input_ids"].shape else v for k, v in p.items() if k != "request"}
-              for p in prompts]
-    inputs, _ = collate([(p, []) for p in padded], None, engine.stop[0], owner.device)
+    width = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    rows = []
+    for prompt in prompts:
+        padded = {}
+        for name, value in prompt.items():
+            if name == "request":
+                continue
+            if value.shape == prompt["input_ids"].shape:  # one number a token, not pixels
+                filler = engine.stop[0] if name == "input_ids" else 0
+                missing = width - value.shape[1]
+                value = torch.nn.functional.pad(value, (missing, 0), value=filler)
+            padded[name] = value
+        rows.append((padded, []))  # no response yet
+    inputs, _ = collate(rows, None, engine.stop[0], owner.device)
     if hasattr(engine.model, "rope_deltas"):
         engine.model.rope_deltas = None  # kept from the last batch otherwise
-    if "image_grid_thw" not in inputs:
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    mask = inputs["attention_mask"]
+    if "image_grid_thw" not in inputs:  # with images Qwen's models find the positions themselves
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     result = engine(**inputs, use_cache=True, logits_to_keep=1)
-    result.past_key_values.batch_select_indices(owner)
+    # Each row gets a copy of its prompt's states.
+    cache = result[name_of_cache(engine)]
+    cache.batch_select_indices(owner)
     shift = getattr(engine.model, "rope_deltas", None)
-    shift = None if shift is None else shift[owner]
-    return result.past_key_values, inputs["attention_mask"][owner], shift, result.logits[owner, -1]
+    if shift is not None:
+        shift = shift[owner]
+    return cache, mask[owner], shift, result.logits[owner, -1]
 
 
-def truncate(logits, cfg):
-    """Top-k, then nucleus (top-p): everything else gets -inf. (B, V) -> (B, V)"""
+def name_of_cache(engine):
+    """What a model calls its KV cache, in arguments and results: newer transformers renamed it."""
+    return "cache" if "cache" in inspect.signature(engine.forward).parameters else "past_key_values"
+
+
+def sampler_logprobs(logits, banned, cfg):
+    """Log-probabilities from which a token is drawn, -inf for what is cut off. (B, V) -> (B, V)"""
+    logits = logits.float().index_fill(1, banned, -torch.inf)
+    if cfg.temperature:
+        logits = logits / cfg.temperature
     if cfg.top_k:
-        least = logits.topk(min(cfg.top_k, logits.shape[1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if cfg.top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        probs = ordered.softmax(1)
-        drop = probs.cumsum(1) - probs >= cfg.top_p  # keep the token that crosses top_p
-        logits = logits.masked_fill(drop.scatter(1, index, drop), -torch.inf)
-    return logits
+        logits = TopKLogitsWarper(cfg.top_k)(None, logits)
+    if cfg.top_p < 1:  # of what top-k left; the token that crosses top_p is kept
+        logits = TopPLogitsWarper(cfg.top_p)(None, logits)
+    return logits.log_softmax(1)
 
 
-# ----- this stage ------------------------------------------------------------------------------------------
+# ----- which benchmarks ------------------------------------------------------------------------------------
+
+
+def run_flags(model):
+    """The flags that made a run directory, or the run of a checkpoint in it; {} for any other model."""
+    for folder in (Path(model), Path(model).parent):
+        path = folder / "config.json"
+        if path.exists():
+            flags = json.loads(path.read_text()).get("config")
+            if isinstance(flags, dict):  # a checkpoint's own config.json has none
+                return flags
+    return {}
+
+
+def benches_of(data):
+    """Names of the benchmarks that go with training data, none if that is no data set known here."""
+    path = Path(data)
+    # Records that rise.py --phase annotate has written: its own run says from which data.
+    origin = run_flags(path.parent).get("data", data)
+    if origin != data:
+        return benches_of(origin)
+    # The mini suite's training files, TASK_train.jsonl, and what is made of them, TASK_meta_rl.jsonl.
+    of_task = re.fullmatch(r"([a-z]+)_(?:train|see|talk|meta\w*)\.jsonl?", path.name)
+    names = []
+    for name, bench in BENCHES.items():
+        folder = Path(bench.path).parent
+        if folder == Path("data/mini"):  # one folder for five tasks
+            fits = of_task and Path(bench.path).stem.startswith(of_task[1] + "_")
+        else:
+            on_hub = bench.hub and bench.hub.partition(":")[0] == data.partition(":")[0]
+            fits = on_hub or folder in (path, path.parent)
+        if fits:
+            names.append(name)
+    return names
+
+
+def default_benches(models):
+    """Names of the benchmarks of what the models were trained on. Raises ValueError if that is not known."""
+    names, told = [], ""
+    for model in models:
+        data = run_flags(model).get("data", "")
+        names += [name for name in benches_of(data) if name not in names]
+        told = f"no benchmark goes with {data}, on which {model} was trained" if data else (
+            f"{model} does not say on which data it was trained")
+    if not names:
+        raise ValueError(f"--bench: {told}; name what to run: a records file, or {', '.join(BENCHES)}")
+    return names
 
 
 def find_benches(names):
     """--bench as [(name, Bench)]. Raises ValueError for an unknown name or missing data."""
-    if not names:
-        present = [(name, bench) for name, bench in BENCHES.items() if Path(bench.path).exists()]
-        if not present:
-            raise ValueError("no benchmark data found; `python data_prep.py` makes the mini suite")
-        return present
     found = []
     for name in names:
         key, _, path = name.partition("=")
         if key in BENCHES:
-            local, hub = BENCHES[key].path, BENCHES[key].hub
-            path = path or (local if Path(local).exists() or not hub else hub)
-            found.append((key, BENCHES[key]._replace(path=path, split=Path(local).stem)))
+            bench = BENCHES[key]
+            if not path:
+                path = bench.path if Path(bench.path).exists() or not bench.hub else bench.hub
+            found.append((key, bench._replace(path=path, split=Path(bench.path).stem)))
         elif Path(name).exists():
             found.append((Path(name).stem, Bench(name)))
         else:
@@ -479,22 +596,70 @@ def find_benches(names):
     return found
 
 
-def wilson(p, n):
-    """95 % interval of share p of n (Wilson 1927): unlike p +- 1.96 sd it stays in [0, 1], also at p = 1."""
-    z = 1.96
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
+def load_benches(names, cfg):
+    """[(name, Bench, records)]; the records as --limit and --task want them. Raises ValueError."""
+    loaded = []
+    for name, bench in find_benches(names):
+        records = read_records(bench.path, bench.split, need=())
+        if bench.size and len(records) != bench.size:
+            print(f"{name}: {len(records)} rows, the official split has {bench.size}: "
+                  "not comparable with published numbers")
+        if cfg.limit:
+            records = records[:cfg.limit]
+        if cfg.task:
+            records = [record | {"task": cfg.task} for record in records]
+        loaded.append((name, bench, records))
+    return loaded
+
+
+def response_limit(models):
+    """--max_new_tokens 0: one number for all models of a table, so that all are asked alike.
+
+    A run answers at the length at which it sampled: its --max_new_tokens or longest stage of --ptst, with
+    rise.py a rationale's and a reconstruction's. After sft.py, which samples nothing, that is twice the
+    longest response that it learnt. Any other model gets 1024. Of several models the largest counts.
+    """
+    limits = []
+    for model in models:
+        flags = run_flags(model)
+        stages = re.findall(r"(\d+)x\d+:", flags.get("ptst", ""))  # LENGTHxGROUP:STEPS,...
+        if stages:
+            limits.append(max(map(int, stages)))
+        elif "max_new_tokens" in flags:
+            hops = 2 if "phase" in flags else 1
+            limits.append(hops * flags["max_new_tokens"])
+        else:
+            limits.append(2 * longest_response(model, flags.get("data", "")) or 1024)
+    return max(limits)
+
+
+def longest_response(model, data):
+    """Tokens of the longest response in training data, 0 if it is not here any more."""
+    try:
+        records = read_records(data, need=("response",)) if data else []
+    except ValueError:
+        records = []
+    # Reading all is quick, tokenizing all is not: the longest in tokens is among the longest in characters.
+    responses = sorted((record["response"] for record in records), key=len)[-100:]
+    if not responses:
+        return 0
+    tokenizer = AutoProcessor.from_pretrained(resolve_model(model)).tokenizer
+    return max(len(ids) for ids in tokenizer(responses)["input_ids"])
+
+
+# ----- asking: records in, replies out ---------------------------------------------------------------------
 
 
 def row_seeds(record, cfg):
     """Seeds of a row's own random streams, so that what is sampled does not depend on the rows before it."""
-    first = int(hashlib.sha256(f"{cfg.seed}/{record['id']}".encode()).hexdigest()[:15], 16)
-    return [first + k for k in range(cfg.n)]
+    digest = hashlib.sha256(f"{cfg.seed}/{record['id']}".encode()).hexdigest()
+    base = int(digest[:15], 16)
+    return [base + k for k in range(cfg.n)]
 
 
 def no_reply(error):
     """The reply of a row that could not be read or answered: an empty response, which grades as wrong."""
-    return {"response": "", "tokens": 0, "truncated": False, "error": error}
+    return {"response": "", "tokens": 0, "truncated": False, "error": str(error)}
 
 
 def answer_rows(records, engine, processor, cfg):
@@ -503,18 +668,24 @@ def answer_rows(records, engine, processor, cfg):
     A record gets cfg.n replies {"response", "tokens", "truncated"}, or just one with an "error" too.
     """
     for start in range(0, len(records), cfg.batch_rows):
-        batch, prompts, replies = records[start:start + cfg.batch_rows], {}, {}
-        for i, record in enumerate(batch):
+        batch = records[start:start + cfg.batch_rows]
+        replies = [[] for _ in batch]
+        prompts, seeds, rows = [], [], []  # of each sample; rows are places in the batch
+        for row, record in enumerate(batch):
             try:
-                prompts[i] = encode_prompt(record, processor, cfg.max_pixels)
-            except ValueError as e:
-                replies[i] = [no_reply(str(e))]
-        samples = [(i, seed) for i in prompts for seed in row_seeds(batch[i], cfg)]
-        answers = generate(engine, [prompts[i] for i, _ in samples], [seed for _, seed in samples], cfg)
-        for (i, _), (ids, _, truncated) in zip(samples, answers):
-            text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-            replies.setdefault(i, []).append({"response": text, "tokens": len(ids), "truncated": truncated})
-        yield from ((record, replies[i]) for i, record in enumerate(batch))
+                prompt = encode_prompt(record, processor, cfg.max_pixels)
+            except ValueError as error:
+                replies[row].append(no_reply(error))
+                continue
+            for seed in row_seeds(record, cfg):
+                prompts.append(prompt)
+                seeds.append(seed)
+                rows.append(row)
+        for row, sample in zip(rows, generate(engine, prompts, seeds, cfg)):
+            text = processor.tokenizer.decode(sample.ids, skip_special_tokens=True)
+            replies[row].append(
+                {"response": text, "tokens": len(sample.ids), "truncated": sample.truncated})
+        yield from zip(batch, replies)
 
 
 def chat_request(record, model, cfg):
@@ -532,84 +703,142 @@ def chat_request(record, model, cfg):
 
 def ask_samples(record, model, cfg):
     """A server's replies to a record, as in answer_rows."""
-    key, replies = api_key("OPENAI_API_KEY"), []
+    key = api_key("OPENAI_API_KEY")
+    replies = []
     try:
         body = chat_request(record, model, cfg)
         for seed in row_seeds(record, cfg):
-            own = body | ({"seed": seed} if cfg.temperature else {})
-            text, truncated, (_, tokens) = request_chat(cfg.base_url, key, own, cfg)
+            if cfg.temperature:
+                body["seed"] = seed
+            text, truncated, (_, tokens) = request_chat(cfg.base_url, key, body, cfg)
             replies.append({"response": text, "tokens": tokens, "truncated": truncated})
-    except (ValueError, ConnectionError) as e:
-        return [no_reply(str(e))]
+    except (ValueError, ConnectionError) as error:
+        return [no_reply(error)]
     return replies
-
-
-def model_names(cfg):
-    """The models to evaluate, as their rows will name them. Raises ValueError."""
-    if cfg.engine == "api":
-        return list(cfg.api_model) or [
-            served_model("base_url", cfg.base_url, api_key("OPENAI_API_KEY"), cfg.timeout)]
-    return [resolve_model(model) for model in cfg.model]
 
 
 def open_engine(model, cfg):
     """A function records -> iterator of (record, replies). Raises ValueError or OSError."""
     if cfg.engine == "api":
-        return lambda records: in_parallel(partial(ask_samples, model=model, cfg=cfg), records,
-                                           cfg.concurrency)
+        ask = partial(ask_samples, model=model, cfg=cfg)
+        return partial(in_parallel, ask, workers=cfg.concurrency)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # One core stays free: threads of OpenMP that spin on a core which is busy make all 10 times slower.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))
     processor = AutoProcessor.from_pretrained(model)
     engine = build_engine(model, processor, cfg, device)
     return partial(answer_rows, engine=engine, processor=processor, cfg=cfg)
 
 
-def eval_folder(model):
-    """Where the results of a model go: into its own folder, or out/OWNER--NAME if it has none here."""
-    own = Path("out", re.sub(r"[^\w.-]", "-", model.replace("/", "--")).strip("-."))
-    return (Path(model) if Path(model).is_dir() else own) / "eval"
+def close_engine(cfg):
+    """Free what an engine held before the next one is built; vLLM leaves nothing of the memory otherwise."""
+    if cfg.engine == "vllm":
+        from vllm.distributed import cleanup_dist_env_and_memory
+        cleanup_dist_env_and_memory()
 
 
-def answered(path, records, settings):
-    """{id: row} of the records that BENCH.jsonl answers under the same settings, if they are unchanged."""
-    wanted = {(r["id"], r["question"], r.get("answer")) for r in records}
-    return {row["id"]: row for row in complete_rows(path)
-            if row["settings"] == settings and "error" not in row
-            and (row["id"], row["question"], row["answer"]) in wanted}
+# ----- grading ---------------------------------------------------------------------------------------------
+
+
+def call_scores(response, record):
+    return {"partial": functions(response, record)}
+
+
+def box_scores(response, record):
+    """Mean IoU of the gold boxes in the best assignment; precision, recall and F1 of pairs at 0.5 or more.
+
+    Beside them whether any box could be read, and whether the rationale gives a box away.
+    """
+    gold = gold_boxes(record)
+    said = parse_boxes(response)
+    ious = matched_ious(gold, said)
+    hits = sum(iou >= 0.5 for iou in ious)
+    return {"iou": sum(ious) / len(gold),
+            "precision": hits / max(len(said), 1),
+            "recall": hits / len(gold),
+            "f1": 2 * hits / (len(gold) + len(said)),
+            "valid": float(bool(said)),
+            "leaks": float(bool(leaks(rationale_of(response), record)))}
+
+
+def distribution_scores(response, record):
+    """Divergence from the gold; an answer that cannot be read is as bad as being sure of the least likely."""
+    gold = gold_distribution(record)
+    said = parse_distribution(response, gold)
+    worst = min(gold, key=gold.get)
+    kl, mse = divergence(gold, said or {name: float(name == worst) for name in gold})
+    return {"kl": kl, "mse": mse, "valid": float(bool(said)),
+            "leaks": float(bool(leaks(rationale_of(response), record)))}
+
+
+# What is measured beside accuracy, by answer type, and averaged over the rows of that type.
+SCORES = {"calls": call_scores, "boxes": box_scores, "distribution": distribution_scores}
+NOT_SHARES = ("kl", "mse")  # scores that are no share of one, hence no percentage
 
 
 def grade(response, record):
     """1.0 if a response is right, by the best of the answers that its benchmark accepts; None without any."""
-    golds = [record.get("answer"), *record.get("meta", {}).get("accepted", [])]
-    return max(accuracy(response, record | {"answer": gold}) for gold in golds) if golds[0] else None
+    if not record.get("answer"):
+        return None
+    golds = [record["answer"], *record.get("meta", {}).get("accepted", [])]
+    return max(accuracy(response, record | {"answer": gold}) for gold in golds)
 
 
 def majority(samples, record):
     """The first of the samples whose answer most agree on, as the grader sees it; of equals the first."""
-    groups = []
+    votes = []  # lists of samples that agree
     for sample in samples:
-        same = (group for group in groups
-                if accuracy(sample["response"], record | {"answer": group[0]["extracted"]}))
-        if group := next(same, None):
-            group.append(sample)
-        elif sample["extracted"]:
-            groups.append([sample])
-    return max(groups, key=len)[0] if groups else samples[0]
+        for agreeing in votes:
+            if accuracy(sample["response"], record | {"answer": agreeing[0]["extracted"]}):
+                agreeing.append(sample)
+                break
+        else:  # an answer that is new
+            if sample["extracted"]:
+                votes.append([sample])
+    return max(votes, key=len)[0] if votes else samples[0]
 
 
 def graded(record, replies, settings):
     """The line of BENCH.jsonl for a record's replies: of several the majority's, and means over all."""
-    samples = [reply | {"extracted": extract_answer(reply["response"]),
-                        "correct": grade(reply["response"], record)} for reply in replies]
-    best, gold = majority(samples, record), record.get("answer")
-    score = SCORES.get(record["answer_type"]) if gold else None
-    each = [score(reply["response"], record) for reply in replies] if score else [{}]
+    gold = record.get("answer")
+    samples = []
+    for reply in replies:
+        response = reply["response"]
+        samples.append(reply | {"extracted": extract_answer(response), "correct": grade(response, record)})
+    best = majority(samples, record)
+    scores = {}
+    if gold and record["answer_type"] in SCORES:
+        further = SCORES[record["answer_type"]]
+        scores = means([further(reply["response"], record) for reply in replies])
     row = {"id": record["id"], "question": record["question"], "answer": gold, **best,
-           "scores": {name: mean(scores[name] for scores in each) for name in each[0]}, "settings": settings}
+           "scores": scores, "settings": settings}
     if settings["n"] > 1:
+        row["samples"] = samples
         keys = ("tokens", "truncated", "correct") if gold else ("tokens", "truncated")
-        row |= {"samples": samples, **{key: mean(sample[key] for sample in samples) for key in keys}}
-        row["scores"] |= {f"maj@{settings['n']}": best["correct"]} if gold else {}
+        for key in keys:
+            row[key] = mean(sample[key] for sample in samples)
+        if gold:
+            scores[f"maj@{settings['n']}"] = best["correct"]
     return row
+
+
+def means(rows):
+    """{key: mean} of dicts with the same keys."""
+    return {key: mean(row[key] for row in rows) for key in rows[0]}
+
+
+# ----- a judge, for leaderboards whose answers a language model extracts -----------------------------------
+
+JUDGE = """Below are a question and somebody's response to it. Do not solve the question and do not correct
+the response. Only copy out the final answer that the response comes to, as short as it can be: the letter if
+the question has options, else the number, formula, list or words, without a sentence around it. If the
+response comes to no answer, write none.
+
+Question: {question}
+
+Response: {response}
+
+Final answer:"""
 
 
 def judge_server(cfg):
@@ -621,11 +850,13 @@ def judge_server(cfg):
 
 def edit_distance(a, b):
     """Characters to insert, delete or replace (Levenshtein)."""
-    row = list(range(len(b) + 1))
+    row = list(range(len(b) + 1))  # distances of the letters of a so far from each beginning of b
     for i, x in enumerate(a, 1):
         corner, row[0] = row[0], i
         for j, y in enumerate(b, 1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+            replaced = corner + (x != y)
+            corner = row[j]
+            row[j] = min(row[j] + 1, row[j - 1] + 1, replaced)
     return row[-1]
 
 
@@ -635,92 +866,196 @@ def nearest_option(said, record):
     It belongs to the judge alone: as a reward it would pay for refusing.
     """
     choices = record["choices"]
-    if any(accuracy(f"<answer>{said}</answer>", record | {"answer": letter})
-           for letter in LETTERS[:len(choices)]):
-        return said
-    return LETTERS[min(range(len(choices)), key=lambda i: edit_distance(said, choices[i]))]
+    for letter in LETTERS[:len(choices)]:
+        if accuracy(f"<answer>{said}</answer>", record | {"answer": letter}):
+            return said
+    distances = [edit_distance(said, choice) for choice in choices]
+    return LETTERS[distances.index(min(distances))]
 
 
 def judged(pair, cfg):
-    """A row with what the judge reads as its response's answer, graded by the rules, or with the error."""
+    """The row of (record, row) with what the judge reads as its answer, graded by the rules, or the error."""
     record, row = pair
-    asked = build_prompt(record | {"task": "plain"})  # the options, but no order to work it out
-    text = JUDGE.replace("{question}", asked).replace("{response}", row["response"][-8000:])
+    question = build_prompt(record | {"task": "plain"})  # the options, but no order to work it out
+    text = JUDGE.replace("{question}", question).replace("{response}", row["response"][-8000:])
     turn = {"role": "user", "content": [{"type": "text", "text": text}]}
     body = {"model": cfg.judge_model, "messages": [turn], "max_tokens": cfg.max_new_tokens,
             "temperature": 0.0}
     try:
-        text, truncated, _ = request_chat(*judge_server(cfg), body, cfg)
-    except ConnectionError as e:
-        return row | {"judge": {"error": str(e)}}
-    said = extract_answer(text.rpartition("</think>")[2]) or "" if not truncated else ""
+        reply, truncated, _ = request_chat(*judge_server(cfg), body, cfg)
+    except ConnectionError as error:
+        return row | {"judge": {"error": str(error)}}
+    said = ""
+    if not truncated:
+        said = extract_answer(reply.rpartition("</think>")[2]) or ""
     if record.get("source") == "mathvista" and "choices" in record:
         said = nearest_option(said, record)
-    return row | {"judge": {"model": cfg.judge_model, "extracted": said,
-                            "correct": grade(f"<answer>{said}</answer>", record)}}
+    verdict = grade(f"<answer>{said}</answer>", record)
+    return row | {"judge": {"model": cfg.judge_model, "extracted": said, "correct": verdict}}
 
 
-def run_bench(name, records, done, todo, fresh, path):
+# ----- the benchmark loop ----------------------------------------------------------------------------------
+
+
+def eval_folder(model):
+    """Where the results of a model go: into its own folder, or out/OWNER--NAME if it has none here."""
+    if Path(model).is_dir():
+        return Path(model) / "eval"
+    name = re.sub(r"[^\w.-]", "-", model.replace("/", "--")).strip("-.")
+    return Path("out", name, "eval")
+
+
+def answered(path, records, settings):
+    """{id: row} of the records that BENCH.jsonl answers under the same settings.
+
+    Other rows cost time or money too: they go to BENCH.jsonl.old, and count again when they are asked again.
+    """
+    old = path.with_name(f"{path.name}.old")
+    known = {}
+    for row in complete_rows(old) + complete_rows(path):
+        if "error" not in row:
+            known[row["id"], row["question"], row["answer"], json.dumps(row["settings"])] = row
+    done = {}
+    for record in records:
+        key = record["id"], record["question"], record.get("answer"), json.dumps(settings)
+        if key in known:
+            done[record["id"]] = known[key]
+    if len(done) < len(known):
+        write_rows(old, known.values())
+    return done
+
+
+def run_bench(title, records, done, todo, fresh, path):
     """Add `fresh`, `todo` rows, to `done` {id: row}, each at once in the file too.
 
     Returns all rows in the records' order, in which the file then is.
     """
     write_rows(path, done.values())
-    with (open(path, "a") as out,
-          tqdm(total=len(records), initial=len(records) - todo, desc=name, dynamic_ncols=True) as bar):
+    bar = tqdm(total=len(records), initial=len(records) - todo, desc=title, dynamic_ncols=True)
+    with open(path, "a") as out, bar:
         for row in fresh:
             done[row["id"]] = row
             out.write(json.dumps(row) + "\n")
             out.flush()
             bar.update()
-    rows = [done[r["id"]] for r in records]
+    rows = [done[record["id"]] for record in records]
     write_rows(path, rows)
     return rows
 
 
-def judge_bench(name, records, rows, path, cfg):
+def judge_bench(title, records, rows, path, cfg):
     """Have the judge read the wrong rows that it has not read yet; return all rows with its verdicts."""
+    todo = []
+    for record, row in zip(records, rows):
+        read = row.get("judge", {}).get("model") == cfg.judge_model
+        if row["response"] and row["correct"] == 0 and not read:
+            todo.append((record, row))
     done = {row["id"]: row for row in rows}
-    todo = [(record, row) for record, row in zip(records, rows) if row["response"] and row["correct"] == 0
-            and row.get("judge", {}).get("model") != cfg.judge_model]
     fresh = (row for _, row in in_parallel(partial(judged, cfg=cfg), todo, cfg.concurrency))
-    rows = run_bench(f"{name}, judge", records, done, len(todo), fresh, path)
-    return [row | {"correct": row.get("judge", {}).get("correct", row["correct"]),
-                   "scores": row["scores"] | {"by the rules": row["correct"]}} for row in rows]
+    rows = run_bench(f"{title}, judge", records, done, len(todo), fresh, path)
+    verdicts = []
+    for row in rows:
+        correct = row.get("judge", {}).get("correct", row["correct"])
+        scores = row["scores"] | {"by the rules": row["correct"]}
+        verdicts.append(row | {"correct": correct, "scores": scores})
+    return verdicts
+
+
+def run_model(model, name, loaded, cfg):
+    """Run benchmarks [(bench name, Bench, records)] with one model; return its summary and the failed rows.
+
+    `name` is where its results go. The model is loaded only if a row lacks an answer.
+    """
+    folder = eval_folder(name)
+    flags = ("max_new_tokens", "n", "temperature", "top_p", "top_k", "seed", "max_pixels", "task")
+    shared = {"engine": cfg.engine, "model": model}
+    for flag in flags:
+        shared[flag] = getattr(cfg, flag)
+    answer = None
+    summary, failed = [], []
+    for key, bench, records in loaded:
+        began = time.time()
+        path = folder / f"{key}.jsonl"
+        settings = shared | {"data": bench.path, "split": bench.split}
+        # 1. Ask what has no answer yet, and grade it. A line is written as soon as there is one.
+        done = answered(path, records, settings)
+        todo = [record for record in records if record["id"] not in done]
+        if todo and answer is None:
+            answer = open_engine(model, cfg)
+        replies = answer(todo) if todo else []
+        fresh = (graded(record, its_replies, settings) for record, its_replies in replies)
+        rows = run_bench(f"{name} {key}", records, done, len(todo), fresh, path)
+        if cfg.judge == "api":
+            rows = judge_bench(f"{name} {key}", records, rows, path, cfg)
+        # 2. Count the rows that have a gold answer.
+        compared = [(record, row) for record, row in zip(records, rows) if record.get("answer")]
+        if compared:
+            seconds = time.time() - began
+            summary.append(summarise(key, bench, *zip(*compared), seconds))
+        if len(compared) < len(rows):
+            print(f"{key}: {len(rows) - len(compared)} rows without a gold answer are answered in {path}")
+        # 3. Failed rows are wrong, and named, so that nobody takes a server's fault for the model's.
+        for row in rows:
+            error = row.get("error") or row.get("judge", {}).get("error")
+            if error:
+                failed.append(f"{key} {row['id']}: {error}")
+        write_json(folder / "summary.json", summary)
+    if answer:
+        close_engine(cfg)
+    return summary, failed
+
+
+# ----- summaries and tables --------------------------------------------------------------------------------
+
+
+def wilson(p, n):
+    """95 % interval of share p of n (Wilson 1927): unlike p +- 1.96 sd it stays in [0, 1], also at p = 1."""
+    z = 1.96
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return [round((middle - half) / scale, 4), round((middle + half) / scale, 4)]
 
 
 def score_of(rows):
     """n, accuracy, and the means of the further scores of those rows that have them."""
-    names = dict.fromkeys(name for row in rows for name in row["scores"])
-    each = {name: [row["scores"][name] for row in rows if name in row["scores"]] for name in names}
-    return {"n": len(rows), "accuracy": round(sum(row["correct"] for row in rows) / len(rows), 4),
-            "scores": {name: round(sum(values) / len(values), 4) for name, values in each.items()}}
+    values = {}  # score -> its values
+    for row in rows:
+        for name, value in row["scores"].items():
+            values.setdefault(name, []).append(value)
+    scores = {name: round(sum(each) / len(each), 4) for name, each in values.items()}
+    right = sum(row["correct"] for row in rows)
+    return {"n": len(rows), "accuracy": round(right / len(rows), 4), "scores": scores}
 
 
 def scores_by(field, records, rows):
     """{value: score_of its rows} for a field of the record or its meta; each item of a list is a value."""
-    groups = {}
+    parts = {}
     for record, row in zip(records, rows):
         value = record.get(field, record.get("meta", {}).get(field))
         for item in value if isinstance(value, list) else [value]:
-            groups.setdefault(str(item), []).append(row)
-    return {value: score_of(groups[value]) for value in sorted(groups)}
+            parts.setdefault(str(item), []).append(row)
+    return {value: score_of(parts[value]) for value in sorted(parts)}
 
 
 def summarise(name, bench, records, rows, seconds):
     """One entry of summary.json: a benchmark's scores, whole and by each value of each field in bench.by."""
-    n, whole = len(rows), score_of(rows)
+    n = len(rows)
+    whole = score_of(rows)
     if bench.macro:
-        each = [group["accuracy"] for group in scores_by(bench.macro, records, rows).values()]
-        whole["accuracy"] = round(sum(each) / len(each), 4)
-    boxes = [pair for pair in zip(records, rows) if pair[0].get("answer_type") == "boxes"]
-    return {"bench": name, **whole, "ci95": wilson(whole["accuracy"], n),
-            "by": {field: scores_by(field, records, rows) for field in bench.by},
-            **({"coco": coco_ap(boxes)} if boxes else {}),
-            "truncated": round(sum(row["truncated"] for row in rows) / n, 4),
-            "parse_failed": round(sum(row["extracted"] is None for row in rows) / n, 4),
-            "failed": sum("error" in row for row in rows),
-            "tokens": round(sum(row["tokens"] for row in rows) / n, 1), "seconds": round(seconds, 1)}
+        parts = scores_by(bench.macro, records, rows).values()
+        whole["accuracy"] = round(sum(part["accuracy"] for part in parts) / len(parts), 4)
+    entry = {"bench": name, **whole, "ci95": wilson(whole["accuracy"], n),
+             "by": {field: scores_by(field, records, rows) for field in bench.by}}
+    boxes = [(record, row) for record, row in zip(records, rows) if record.get("answer_type") == "boxes"]
+    if boxes:
+        entry["coco"] = coco_ap(boxes)
+    return entry | {
+        "truncated": round(sum(row["truncated"] for row in rows) / n, 4),
+        "parse_failed": round(sum(row["extracted"] is None for row in rows) / n, 4),
+        "failed": sum("error" in row for row in rows),
+        "tokens": round(sum(row["tokens"] for row in rows) / n, 1),
+        "seconds": round(seconds, 1)}
 
 
 def coco_ap(pairs):
@@ -733,199 +1068,136 @@ def coco_ap(pairs):
         return None
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-    boxes, images, names = {"gold": [], "said": []}, {}, {}
+    images, categories, gold, said = {}, {}, [], []
     for record, row in pairs:
         image = images.setdefault(str(record["images"][:1]), len(images) + 1)
-        name = names.setdefault(record.get("meta", {}).get("target"), len(names) + 1)
-        for kind, found in (("gold", gold_boxes(record)), ("said", parse_boxes(row["response"]))):
-            boxes[kind] += [{"id": len(boxes[kind]) + 1 + i, "image_id": image, "category_id": name,
-                             "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
-                             "iscrowd": 0, "score": 1.0} for i, (x1, y1, x2, y2) in enumerate(found)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        gold, said = COCO(), COCO()
-        for kind, table in (("gold", gold), ("said", said)):
-            table.dataset = {"images": [{"id": i} for i in images.values()], "annotations": boxes[kind],
-                             "categories": [{"id": i} for i in names.values()]}
+        category = categories.setdefault(record.get("meta", {}).get("target"), len(categories) + 1)
+        for found, boxes in ((gold, gold_boxes(record)), (said, parse_boxes(row["response"]))):
+            for x1, y1, x2, y2 in boxes:
+                width, height = x2 - x1, y2 - y1
+                found.append({"id": len(found) + 1, "image_id": image, "category_id": category, "score": 1.0,
+                              "bbox": [x1, y1, width, height], "area": width * height, "iscrowd": 0})
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+        tables = []
+        for found in (gold, said):
+            table = COCO()
+            table.dataset = {"images": [{"id": i} for i in images.values()], "annotations": found,
+                             "categories": [{"id": i} for i in categories.values()]}
             table.createIndex()
-        result = COCOeval(gold, said, "bbox")
+            tables.append(table)
+        result = COCOeval(*tables, "bbox")
         result.evaluate()
         result.accumulate()
         result.summarize()
-    return {key: round(float(value), 4) for key, value in zip(("AP", "AP50", "AP75"), result.stats)}
-
-
-def run_model(model, name, loaded, cfg):
-    """Run benchmarks [(name, Bench, records)] with one model; return their summary and the failed rows.
-
-    `name` is where its results go. The model is loaded only if a row lacks an answer.
-    """
-    folder = eval_folder(name)
-    flags = ("max_new_tokens", "n", "temperature", "top_p", "top_k", "seed", "max_pixels", "task")
-    shared = {"engine": cfg.engine, "model": model, **{name: getattr(cfg, name) for name in flags}}
-    settings = [shared | {"data": bench.path, "split": bench.split} for _, bench, _ in loaded]
-    done = [answered(folder / f"{key}.jsonl", records, own)
-            for (key, _, records), own in zip(loaded, settings)]
-    todo = [[r for r in records if r["id"] not in own] for own, (_, _, records) in zip(done, loaded)]
-    answer, summary, failed = open_engine(model, cfg) if any(todo) else None, [], []
-    for (key, bench, records), own, left, own_settings in zip(loaded, done, todo, settings):
-        began, path = time.time(), folder / f"{key}.jsonl"
-        fresh = (graded(record, replies, own_settings)
-                 for record, replies in (answer(left) if left else ()))
-        rows = run_bench(key, records, own, len(left), fresh, path)
-        if cfg.judge == "api":
-            rows = judge_bench(key, records, rows, path, cfg)
-        compared = [(record, row) for record, row in zip(records, rows) if record.get("answer")]
-        if compared:
-            summary.append(summarise(key, bench, *zip(*compared), time.time() - began))
-        if len(compared) < len(rows):
-            print(f"{key}: {len(rows) - len(compared)} rows without a gold answer are answered in {path}")
-        failed += [f"{key} {row['id']}: {error}" for row in rows
-                   if (error := row.get("error") or row.get("judge", {}).get("error"))]
-        write_json(folder / "summary.json", summary)
-    return summary, failed
+    ap, ap50, ap75 = [round(float(value), 4) for value in result.stats[:3]]
+    return {"AP": ap, "AP50": ap50, "AP75": ap75}
 
 
 def with_averages(summary):
     """A summary and the averages in AVERAGES whose benchmarks it has, each with its rule in words."""
-    by_name, out = {entry["bench"]: entry for entry in summary}, list(summary)
+    by_name = {entry["bench"]: entry for entry in summary}
+    entries = list(summary)
     for name, parts in AVERAGES.items():
-        own = [by_name[part] for part in parts if part in by_name]
-        if len(own) == len(parts):
-            out.append({"bench": f"{name} average", "rule": f"mean of {', '.join(parts)}, each alike",
-                        "n": sum(entry["n"] for entry in own), "by": {},
-                        "accuracy": sum(entry["accuracy"] for entry in own) / len(own),
-                        "scores": {key: sum(entry["scores"][key] for entry in own) / len(own)
-                                   for key in own[0]["scores"]}})
-    return out
+        if not by_name.keys() >= set(parts):
+            continue
+        averaged = [by_name[part] for part in parts]
+        entries.append({
+            "bench": f"{name} average", "rule": f"mean of {', '.join(parts)}, each alike", "by": {},
+            "n": sum(entry["n"] for entry in averaged),
+            "accuracy": sum(entry["accuracy"] for entry in averaged) / len(averaged),
+            "scores": means([entry["scores"] for entry in averaged])})
+    return entries
+
+
+def cell(entry):
+    """What a table says of an entry: the accuracy in percent, and behind it the further scores."""
+    words = [f"{100 * entry['accuracy']:.1f}"]
+    for name, value in entry["scores"].items():
+        words.append(f"({name} {value:.3f})" if name in NOT_SHARES else f"({name} {100 * value:.1f})")
+    return " ".join(words)
+
+
+def table_line(*cells):
+    """A line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def comparison(found):
-    """Markdown lines for {model: with_averages(summary)}: a line per benchmark and group, a column per model.
-
-    A cell is the accuracy in percent, and behind it the further scores.
-    """
-    def cell(entry):
-        return " ".join([f"{100 * entry['accuracy']:.1f}", *(
-            f"({name} {value:.3f})" if name in NOT_SHARES else f"({name} {100 * value:.1f})"
-            for name, value in entry["scores"].items())])
-
-    lines = [f"| benchmark | n | {' | '.join(found)} |", "|---|---|" + "---|" * len(found)]
-    for entries in zip(*found.values()):
-        first = entries[0]
-        lines.append(f"| {first['bench']} | {first['n']} | {' | '.join(map(cell, entries))} |")
-        for field, groups in first["by"].items():
-            lines += [f"| {first['bench']}, {field} {value} | {group['n']} | "
-                      + " | ".join(cell(entry["by"][field][value]) for entry in entries) + " |"
-                      for value, group in groups.items()]
-    rules = {entry["bench"]: entry["rule"] for entry in next(iter(found.values())) if "rule" in entry}
-    return lines + ["", *(f"{name}: {rule}" for name, rule in rules.items())] if rules else lines
+    """Markdown lines for {model: with_averages(summary)}: a line per benchmark or part, a column a model."""
+    lines = [table_line("benchmark", "n", *found), "|---|---|" + "---|" * len(found)]
+    rules = []
+    for entries in zip(*found.values()):  # one benchmark under every model
+        bench = entries[0]["bench"]
+        lines.append(table_line(bench, entries[0]["n"], *map(cell, entries)))
+        for field, parts in entries[0]["by"].items():
+            for value, part in parts.items():
+                cells = [cell(entry["by"][field][value]) for entry in entries]
+                lines.append(table_line(f"{bench}, {field} {value}", part["n"], *cells))
+        if "rule" in entries[0]:
+            rules.append(f"{bench}: {entries[0]['rule']}")
+    return [*lines, "", *rules] if rules else lines
 
 
 def details(summary):
     """Markdown lines on one model's run: intervals, and what the responses were like."""
-    lines = ["| benchmark | 95 % interval | truncated | no answer | tokens | seconds |",
+    lines = [table_line("benchmark", "95 % interval", "truncated", "no answer", "tokens", "seconds"),
              "|---|---|---|---|---|---|"]
-    return lines + [f"| {s['bench']} | {100 * s['ci95'][0]:.1f} - {100 * s['ci95'][1]:.1f} "
-                    f"| {100 * s['truncated']:.1f} % | {100 * s['parse_failed']:.1f} % "
-                    f"| {s['tokens']} | {s['seconds']} |" for s in summary] + [
-                    f"\n{s['bench']}: COCO {shown(s['coco'])}" for s in summary if "coco" in s]
+    notes = []
+    for entry in summary:
+        low, high = entry["ci95"]
+        lines.append(table_line(
+            entry["bench"], f"{100 * low:.1f} - {100 * high:.1f}", f"{100 * entry['truncated']:.1f} %",
+            f"{100 * entry['parse_failed']:.1f} %", entry["tokens"], entry["seconds"]))
+        if "coco" in entry:
+            notes.append(f"\n{entry['bench']}: COCO {shown(entry['coco'])}")
+    return lines + notes
 
 
 def shown(ap):
-    return ", ".join(f"{k} {100 * v:.1f}" for k, v in ap.items()) if ap else "AP n/a (needs pycocotools)"
+    """Average precisions in words."""
+    if not ap:
+        return "AP n/a (needs pycocotools)"
+    return ", ".join(f"{name} {100 * value:.1f}" for name, value in ap.items())
+
+
+# ----- one question ----------------------------------------------------------------------------------------
+
+
+def answer_question(cfg, models):
+    """Print the first model's answer to --prompt about --image, and draw its boxes. Raises ValueError."""
+    record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text",
+              "task": cfg.task or "plain"}
+    answer = open_engine(next(iter(models.values())), cfg)
+    for _, replies in answer([record]):
+        for reply in replies:
+            if "error" in reply:
+                raise ValueError(reply["error"])
+            print(reply["response"])
+    if cfg.save_image:
+        drawn = draw_boxes(cfg.image[0], replies[0]["response"], cfg.max_pixels)
+        drawn.save(cfg.save_image)
 
 
 def draw_boxes(path, response, max_pixels):
     """The image with the boxes of a response. Raises ValueError if there are none, BadImage."""
-    image, boxes = load_image(path, max_pixels), parse_boxes(response)
+    image = load_image(path, max_pixels)
+    boxes = parse_boxes(response)
     if not boxes:
         raise ValueError("--save_image: the answer holds no boxes; --task boxes or ground asks for them")
     pen = ImageDraw.Draw(image)
     for box in boxes:
         x1, y1, x2, y2 = on_image(box, image.size)
-        pen.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline="red", width=3)
+        left, right = sorted((x1, x2))  # a model may say a corner for another
+        top, bottom = sorted((y1, y2))
+        pen.rectangle((left, top, right, bottom), outline="red", width=3)
     return image
 
 
 def on_image(box, size):
     """A box on the scale from 0 to 1000 in the pixels of an image of this size, cut at its edges."""
-    return tuple(min(max(value, 0), 1000) * side / 1000 for value, side in zip(box, (*size, *size)))
-
-
-def check(cfg):
-    """Refuse flags that cannot work. Raises ValueError naming the flag."""
-    if bool(cfg.image) != bool(cfg.prompt):
-        raise ValueError("--image and --prompt go together")
-    if cfg.save_image and not cfg.image:
-        raise ValueError("--save_image goes with --image")
-    if len(cfg.report) > 2:
-        raise ValueError("--report: one run directory, or two to compare")
-    check_choice(cfg, "task", ("", *PROMPTS))
-    if cfg.engine == "vllm" and not importlib.util.find_spec("vllm"):
-        raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
-    check_servers({"base_url": cfg.base_url, "judge_url": cfg.judge_url or cfg.base_url}, cfg)
-    for name in "OPENAI_API_KEY", "JUDGE_API_KEY":
-        api_key(name)
-    if cfg.n < 1 or cfg.n > 1 and not cfg.temperature:
-        raise ValueError(f"--n {cfg.n}: " + ("must be at least 1" if cfg.n < 1 else
-                         "at temperature 0 all samples are the same; give --temperature 0.6, say"))
-    if cfg.judge == "api" and cfg.n > 1:
-        raise ValueError("--judge api: reads one response per row, so leave --n at 1")
-
-
-def main(cfg):
-    """Answer the one question, or run the benchmarks with every model and print their table."""
-    disable_progress_bar()
-    try:
-        check(cfg)
-        if cfg.report:
-            print(write_report(cfg.report))
-            return
-        models = model_names(cfg)
-        if cfg.image:
-            record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text",
-                      "task": cfg.task or "plain"}
-            (_, replies), = open_engine(models[0], cfg)([record])
-            for reply in replies:
-                sys.exit(f"eval.py: {reply['error']}") if "error" in reply else print(reply["response"])
-            if cfg.save_image:
-                draw_boxes(cfg.image[0], replies[0]["response"], cfg.max_pixels).save(cfg.save_image)
-            return
-        if cfg.judge == "api":
-            cfg = dataclasses.replace(cfg, judge_model=cfg.judge_model or served_model(
-                "judge_url", *judge_server(cfg), cfg.timeout))
-        loaded = [(name, bench, read_records(bench.path, bench.split, need=()))
-                  for name, bench in find_benches(cfg.bench)]
-        for name, bench, records in loaded:
-            if bench.size and len(records) != bench.size:
-                print(f"{name}: {len(records)} rows, the official split has {bench.size}: "
-                      "not comparable with published numbers")
-        own_prompt = {"task": cfg.task} if cfg.task else {}
-        loaded = [(name, bench, [record | own_prompt for record in records[:cfg.limit or None]])
-                  for name, bench, records in loaded]
-        found, failed = {}, []
-        for model, name in zip(models, models if cfg.engine == "api" else cfg.model):
-            found[model], lost = run_model(model, name, loaded, cfg)
-            failed += [f"{model}: {line}" for line in lost] if len(models) > 1 else lost
-            if cfg.engine == "vllm" and model != models[-1]:  # the next one needs its memory
-                from vllm.distributed import cleanup_dist_env_and_memory
-                cleanup_dist_env_and_memory()
-    except (ValueError, OSError) as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: {str(e).strip().splitlines()[0]}")
-    if any(found.values()):  # questions without a gold answer have no scores
-        folder = eval_folder(name) if len(models) == 1 else Path("out/eval")
-        table = {model: with_averages(summary) for model, summary in found.items()}
-        judge = f", judge {cfg.judge_model}" if cfg.judge == "api" else ""
-        lines = [f"{cfg.engine}, temperature {cfg.temperature:g}, at most {cfg.max_new_tokens} tokens{judge}",
-                 "", *comparison(table)]
-        for model, summary in found.items():
-            lines += ["", model, "", *details(summary)]
-        write_text(folder / "table.md", ["\n".join(lines) + "\n"])
-        write_json(folder / "table.json", table)
-        print("", *lines, sep="\n")
-    if failed:
-        print(f"\n{len(failed)} failed, counted as wrong; the same command asks them again:", *failed[:10],
-              *([f"and {len(failed) - 10} more"] if len(failed) > 10 else []), sep="\n")
+    width, height = size
+    x1, y1, x2, y2 = [min(max(value, 0), 1000) / 1000 for value in box]
+    return x1 * width, y1 * height, x2 * width, y2 * height
 
 
 # ----- report: a run directory -> one HTML page ------------------------------------------------------------
@@ -933,6 +1205,7 @@ def main(cfg):
 PAGE_BYTES = 18_000_000  # of a page at most; images may take half of it
 THUMBNAIL = 200_000  # pixels of an image in the page
 GROUPS = 300  # of rollouts in the page at most, spread over the run
+POINTS = 2000  # of a curve; more are not seen
 VERDICTS = {(True,): "right", (False,): "wrong", (True, True): "both right", (True, False): "only first",
             (False, True): "only second", (False, False): "both wrong"}
 TAGS = {"truncated": "truncated", "error": "failed", "trigger": "forced to rethink"}
@@ -940,45 +1213,71 @@ SHOWN = ("response", "trigger", "rewound", "reward", "advantage", "correct", "sc
          "truncated", "error")
 
 
-def as_case(rows, names, source, **more):
+def as_case(rows, names, source):
     """What a page lists: a question with the responses of `rows`, and tags by which it can be found."""
+    responses, tags = [], []
+    for row, name in zip(rows, names):
+        for sample in row.get("samples", [row]):
+            responses.append({"name": name} | {key: sample[key] for key in SHOWN if key in sample})
+    for key, tag in TAGS.items():
+        if any(row.get(key) for row in rows):
+            tags.append(tag)
     return {"id": rows[0]["id"], "question": rows[0]["question"], "answer": rows[0]["answer"], "images": [],
-            "source": source, "facts": {},
-            "tags": [tag for key, tag in TAGS.items() if any(row.get(key) for row in rows)],
-            "responses": [{"name": name} | {key: sample[key] for key in SHOWN if key in sample}
-                          for row, name in zip(rows, names) for sample in row.get("samples", [row])], **more}
+            "source": source, "facts": {}, "tags": tags, "responses": responses}
 
 
 def rollout_section(run, source):
     """The groups in samples.jsonl or rationales.jsonl, with their rollouts from the best to the worst."""
-    groups, cases = {}, []
-    both_hops = (row["record"] | row | {"response": f"<think> {row['cot']} </think> {row['reconstruction']}"}
-                 for row in complete_rows(run / "rationales.jsonl"))
-    for row in itertools.chain(complete_rows(run / "samples.jsonl"), both_hops):
+    rows = complete_rows(run / "samples.jsonl")
+    for row in complete_rows(run / "rationales.jsonl"):  # both hops as one response
+        response = f"<think> {row['cot']} </think> {row['reconstruction']}"
+        rows.append(row["record"] | row | {"response": response})
+    groups = {}
+    for row in rows:
         groups.setdefault((row["step"], row["id"]), []).append(row)
-    for (step, _), rows in [*groups.items()][::math.ceil(len(groups) / GROUPS) or 1]:
-        rows.sort(key=lambda row: -row["reward"])
-        cases.append(as_case(rows, [""] * len(rows), source, facts={"step": step}))
+    every = math.ceil(len(groups) / GROUPS) or 1
+    cases = []
+    for step, name in list(groups)[::every]:
+        rollouts = sorted(groups[step, name], key=lambda row: -row["reward"])
+        case = as_case(rollouts, [""] * len(rollouts), source)
+        cases.append(case | {"facts": {"step": step}})
     return {"name": "Rollouts", "cases": cases, "results": []}
+
+
+def graded_rows(run, name):
+    """{id: row} of the rows of a benchmark that have a gold answer, as a judge sees them if there was one."""
+    rows = {}
+    for row in complete_rows(run / "eval" / f"{name}.jsonl"):
+        if row["answer"]:
+            rows[row["id"]] = row | row.get("judge", {})
+    return rows
 
 
 def bench_section(name, runs):
     """A benchmark's graded rows and summary; of two runs the rows that both answered, joined by id."""
-    tables = [{row["id"]: row | row.get("judge", {}) for row in complete_rows(run / "eval" / f"{name}.jsonl")
-               if row["answer"]} for run in runs]
-    joined = [[table[key] for table in tables] for key, row in tables[0].items()
-              if all(key in table and table[key]["question"] == row["question"] for table in tables)]
-    results, cases = [], []
+    tables = [graded_rows(run, name) for run in runs]
+    joined = []  # the rows of all runs, question by question
+    for key, row in tables[0].items():
+        rows = [table[key] for table in tables if key in table]
+        if len(rows) == len(runs) and all(other["question"] == row["question"] for other in rows):
+            joined.append(rows)
+    results = []
     for run, rows in zip(runs, zip(*joined)):
+        result = summarise(name, Bench(""), rows, rows, 0)
         path = run / "eval" / "summary.json"
-        known = [entry for entry in (json.loads(path.read_text()) if path.exists() else [])
-                 if (entry["bench"], entry["n"]) == (name, len(rows))]
-        results.append({"run": str(run), **(known or [summarise(name, Bench(""), rows, rows, 0)])[0]})
+        # The run's own summary has more, if it is about the same rows.
+        for entry in json.loads(path.read_text()) if path.exists() else []:
+            if entry["bench"] == name and entry["n"] == len(rows):
+                result = entry
+        results.append({"run": str(run), **result})
+    cases = []
     for rows in joined:
-        source = rows[0]["settings"].get("data"), rows[0]["settings"].get("split", "train")
-        case = as_case(rows, map(str, runs), source,
-                       correct=[row["correct"] for row in rows], read=[row["extracted"] for row in rows])
-        cases.append(case | {"tags": [VERDICTS[tuple(v == 1 for v in case["correct"])], *case["tags"]]})
+        settings = rows[0]["settings"]
+        case = as_case(rows, map(str, runs), (settings.get("data"), settings.get("split", "train")))
+        correct = [row["correct"] for row in rows]
+        verdict = VERDICTS[tuple(share == 1 for share in correct)]
+        cases.append(case | {"tags": [verdict, *case["tags"]], "correct": correct,
+                             "read": [row["extracted"] for row in rows]})
     return {"name": name, "cases": cases, "results": results}
 
 
@@ -986,18 +1285,25 @@ def add_records(cases):
     """Add what only the data file has, images, options and categories; return notes of what is missing."""
     os.environ["HF_DATASETS_OFFLINE"] = "1"  # what is not here is not fetched
     tables, notes = {}, []
-    for source in dict.fromkeys(case["source"] for case in cases if case["source"][0]):
+    for case in cases:
+        source = case["source"]
+        if source in tables or not source[0]:
+            continue
+        tables[source] = {}
         try:
-            tables[source] = {record["id"]: record for record in read_records(*source, need=())}
-        except ValueError as e:
-            notes.append(f"Without images and categories: {e}")
+            for record in read_records(*source, need=()):
+                tables[source][record["id"]] = record
+        except ValueError as error:
+            notes.append(f"Without images and categories: {error}")
     for case in cases:
         record = tables.get(case.pop("source"), {}).get(case["id"], {})
-        if record.get("question") == case["question"]:  # ids repeat when a file is made anew
-            facts = [(key, record.get(key)) for key in ("task", "source", "answer_type")]
-            case["facts"] |= {key: v for key, v in [*facts, *record.get("meta", {}).items()]
-                              if isinstance(v, (str, int, float))}
-            case |= {"images": record["images"], "choices": record.get("choices", [])}
+        if record.get("question") != case["question"]:  # ids repeat when a file is made anew
+            continue
+        facts = {key: record.get(key) for key in ("task", "source", "answer_type")} | record.get("meta", {})
+        for key, value in facts.items():
+            if isinstance(value, (str, int, float)):
+                case["facts"][key] = value
+        case |= {"images": record["images"], "choices": record.get("choices", [])}
     return notes
 
 
@@ -1008,47 +1314,73 @@ def embed_images(cases, room):
     """
     places, images = {}, []
     for case in tqdm(cases, desc="images", dynamic_ncols=True):
-        keys = [ref["bytes"] if isinstance(ref, dict) else ref for ref in case["images"]]
-        for key, ref in zip(keys, case["images"]):
-            if key in places or room <= 0:
-                continue
-            try:
-                image = load_image(ref, THUMBNAIL)
-            except ValueError:
-                places[key] = None
-                continue
-            kind = "png" if image.width * image.height < 16_000 else "jpeg"
-            image.save(out := io.BytesIO(), kind, quality=80)
-            uri = f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
-            places[key], room = len(images), room - len(uri)
-            images.append([*image.size, uri])
-        case["images"] = [places.get(key) for key in keys]
+        found = []
+        for ref in case["images"]:
+            key = ref["bytes"] if isinstance(ref, dict) else ref
+            if key not in places and room > 0:
+                image = thumbnail(ref)
+                places[key] = len(images) if image else None
+                if image:
+                    images.append(image)
+                    room -= len(image[2])
+            found.append(places.get(key))
+        case["images"] = found
     return images
+
+
+def thumbnail(ref):
+    """An image as [width, height, data URI], None if it cannot be read."""
+    try:
+        image = load_image(ref, THUMBNAIL)
+    except ValueError:
+        return None
+    # Drawings are sharp and small as PNG, photographs are not.
+    kind = "png" if image.width * image.height < 16_000 else "jpeg"
+    out = io.BytesIO()
+    image.save(out, kind, quality=80)
+    data = base64.b64encode(out.getvalue()).decode()
+    return [image.width, image.height, f"data:image/{kind};base64,{data}"]
 
 
 def shorten(text, keep):
     """`text`, or its two ends of together `keep` characters."""
     left_out = len(text) - keep
-    return text if left_out <= 0 else f"{text[:keep // 2]}\n[... {left_out} ...]\n{text[-(keep // 2):]}"
+    if left_out <= 0:
+        return text
+    return f"{text[:keep // 2]}\n[... {left_out} ...]\n{text[-(keep // 2):]}"
+
+
+def read_metrics(run):
+    """The finite numbers of metrics.jsonl, about POINTS rows of them and every evaluation."""
+    rows = complete_rows(run / "metrics.jsonl")
+    every = math.ceil(len(rows) / POINTS)
+    kept = []
+    for i, row in enumerate(rows):
+        numbers = {}
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                numbers[key] = value if isinstance(value, int) else float(f"{value:.6g}")
+        if i % every == 0 or any(key.startswith("eval/") for key in numbers):
+            kept.append(numbers)
+    return kept
 
 
 def read_run(runs):
     """What a page shows of runs[0]: config, metrics, and sections of cases. Raises ValueError if nothing."""
-    config = json.loads((runs[0] / "config.json").read_text()) if (runs[0] / "config.json").exists() else {}
-    metrics = [{key: v if isinstance(v, int) else float(f"{v:.6g}") for key, v in row.items()
-                if isinstance(v, (int, float)) and math.isfinite(v)}
-               for row in complete_rows(runs[0] / "metrics.jsonl")]
-    benches = set.intersection(*({path.stem for path in run.glob("eval/*.jsonl")} for run in runs))
-    sections = [rollout_section(runs[0], (config.get("config", {}).get("data"), "train")),
-                *(bench_section(name, runs) for name in sorted(benches))]
+    run = runs[0]
+    path = run / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    metrics = read_metrics(run)
+    data = config.get("config", {}).get("data")
+    sections = [rollout_section(run, (data, "train"))]
+    for path in sorted(run.glob("eval/*.jsonl")):
+        if all((other / "eval" / path.name).exists() for other in runs):
+            sections.append(bench_section(path.stem, runs))
     sections = [section for section in sections if section["cases"]]
     if not metrics and not sections:
-        raise ValueError(f"--report {runs[0]}: no rows in metrics.jsonl, samples.jsonl or eval/*.jsonl")
+        raise ValueError(f"--report {run}: no rows in metrics.jsonl, samples.jsonl or eval/*.jsonl")
     if len(runs) > 1 and not any(section["results"] for section in sections):
-        raise ValueError(f"--report {runs[0]} {runs[1]}: no question of a benchmark that both answered")
-    every = math.ceil(len(metrics) / 2000)  # more points than that are not seen
-    metrics = [row for i, row in enumerate(metrics)
-               if i % every == 0 or any(key.startswith("eval/") for key in row)]
+        raise ValueError(f"--report {run} {runs[1]}: no question of a benchmark that both answered")
     return {"runs": [str(run) for run in runs], "config": config, "sections": sections, "metrics": metrics,
             "not_shares": NOT_SHARES}
 
@@ -1056,19 +1388,29 @@ def read_run(runs):
 def write_report(folders):
     """Write folders[0]/report.html, a page that needs no other file; return its path. Raises ValueError."""
     page = read_run([Path(folder) for folder in folders])
-    cases = [case for section in page["sections"] for case in section["cases"]]
-    responses = [r for case in cases for r in case["responses"]]
-    notes, whole = add_records(cases), [r["response"] for r in responses]
+    cases = []
+    for section in page["sections"]:
+        cases += section["cases"]
+    notes = add_records(cases)
+    # Where room is short, the images of what went wrong come first.
     wrong_first = sorted(cases, key=lambda case: case["tags"][:1] in (["right"], ["both right"]))
     page["images"] = embed_images(wrong_first, PAGE_BYTES // 2)
-    if lost := sum(None in case["images"] for case in cases):
+    lost = sum(None in case["images"] for case in cases)
+    if lost:
         notes.append(f"The images of {lost} of {len(cases)} questions are left out, for size or unreadable.")
+    responses = []
+    for case in cases:
+        responses += case["responses"]
+    texts = [response["response"] for response in responses]
+    # Long responses lose their middle, ever more of it until the page is small enough.
     for keep in (10**5, 10**4, 3000, 1000, 300):
-        for r, text in zip(responses, whole):  # becomes [all], or [before, trigger, after]
-            cuts = [0, *(r.get("trigger") or ()), len(text)]
-            r["response"] = [shorten(text[a:b], keep) for a, b in zip(cuts, cuts[1:])]
-        cut = any(len(text) > keep for text in whole)
-        page["notes"] = notes + [f"Of responses over {keep} characters the middle is left out."] * cut
+        for response, text in zip(responses, texts):  # becomes [all], or [before, trigger, after]
+            cuts = [0, *(response.get("trigger") or ()), len(text)]
+            parts = [text[begin:end] for begin, end in zip(cuts, cuts[1:])]
+            response["response"] = [shorten(part, keep) for part in parts]
+        page["notes"] = list(notes)
+        if any(len(text) > keep for text in texts):
+            page["notes"].append(f"Of responses over {keep} characters the middle is left out.")
         data = json.dumps(page).replace("<", "\\u003c")  # no "</script>" of a response may end the script
         if len(data) < PAGE_BYTES:
             break
@@ -1387,6 +1729,115 @@ h("main", {}, steps.length > 0 && training(),
   benches.length > 0 && evaluation(benches), benches.map(explorer)));
 </script>
 """
+
+
+# ----- main ------------------------------------------------------------------------------------------------
+
+
+def check(cfg):
+    """Refuse flags that cannot work. Raises ValueError naming the flag."""
+    if not cfg.model:
+        raise ValueError("--model: name at least one")
+    if bool(cfg.image) != bool(cfg.prompt):
+        raise ValueError("--image and --prompt go together")
+    if cfg.save_image and not cfg.image:
+        raise ValueError("--save_image goes with --image")
+    if len(cfg.report) > 2:
+        raise ValueError("--report: one run directory, or two to compare")
+    check_choice(cfg, "task", ("", *PROMPTS))
+    if cfg.engine == "vllm" and not importlib.util.find_spec("vllm"):
+        raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
+    check_servers({"base_url": cfg.base_url, "judge_url": cfg.judge_url or cfg.base_url}, cfg)
+    for name in ("OPENAI_API_KEY", "JUDGE_API_KEY"):
+        api_key(name)
+    if cfg.n < 1:
+        raise ValueError(f"--n {cfg.n}: must be at least 1")
+    if cfg.n > 1 and not cfg.temperature:
+        raise ValueError(f"--n {cfg.n}: at temperature 0 all samples are the same; "
+                         "give --temperature 0.6, say")
+    if cfg.judge == "api" and cfg.n > 1:
+        raise ValueError("--judge api: reads one response per row, so leave --n at 1")
+
+
+def model_paths(cfg):
+    """{model as it was named: what is loaded, or asked for at a server}, in order. Raises ValueError."""
+    if cfg.engine == "api":
+        names = cfg.api_model or [
+            served_model("base_url", cfg.base_url, api_key("OPENAI_API_KEY"), cfg.timeout)]
+        return {name: name for name in names}
+    return {name: resolve_model(name) for name in cfg.model}
+
+
+def compare_models(cfg, models):
+    """Run the benchmarks with every model and print their table. Raises ValueError or OSError."""
+    # 1. What to run: what was named, else what the models were trained for. Then the model from which a run
+    # started is asked the same, and stands before it: the gain is what the run is for.
+    loaded = load_benches(cfg.bench or default_benches(models), cfg)
+    columns = list(models)
+    start = ""
+    if not cfg.bench and len(models) == 1 and cfg.engine != "api":
+        start = run_flags(columns[0]).get("model", "")
+        columns = [start, *columns] if start else columns
+    # 2. A judge is found before anything is asked.
+    if cfg.judge == "api" and not cfg.judge_model:
+        judge_model = served_model("judge_url", *judge_server(cfg), cfg.timeout)
+        cfg = dataclasses.replace(cfg, judge_model=judge_model)
+    # 3. One model after the other; where its rows are already, nothing is loaded.
+    found, paths, failed, notes = {}, {}, [], []
+    for name in columns:
+        try:
+            paths[name] = models.get(name) or resolve_model(name)
+            found[name], lost = run_model(paths[name], name, loaded, cfg)
+        except (ValueError, OSError) as error:
+            if name != start:
+                raise
+            notes.append(f"{start}, from which {columns[1]} started, is not shown: {brief_reason(error)}")
+            continue
+        failed += [f"{name}: {line}" for line in lost] if len(columns) > 1 else lost
+    # 4. The table, beside the rows of the one model that was named, or in out/eval.
+    if any(found.values()):  # questions without a gold answer have no scores
+        table = {name: with_averages(summary) for name, summary in found.items()}
+        judge = f", judge {cfg.judge_model}" if cfg.judge == "api" else ""
+        lines = [f"{cfg.engine}, temperature {cfg.temperature:g}, at most {cfg.max_new_tokens} tokens{judge}",
+                 "", *comparison(table)]
+        for name, summary in found.items():
+            lines += ["", paths[name], "", *details(summary)]
+        folder = eval_folder(columns[-1]) if len(models) == 1 else Path("out/eval")
+        write_text(folder / "table.md", ["\n".join(lines) + "\n"])
+        write_json(folder / "table.json", table)
+        print("", *lines, sep="\n")
+    # 5. What went wrong on the way.
+    for note in notes:
+        print(f"\n{note}")
+    if failed:
+        print(f"\n{len(failed)} failed, counted as wrong; the same command asks them again:")
+        print(*failed[:10], sep="\n")
+    if len(failed) > 10:
+        print(f"and {len(failed) - 10} more")
+
+
+def brief_reason(error):
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
+
+
+def main(cfg):
+    """Write a report, answer one question, or run benchmarks; what cannot be done is one line."""
+    disable_progress_bar()
+    try:
+        check(cfg)
+        if cfg.report:
+            print(write_report(cfg.report))
+            return
+        models = model_paths(cfg)
+        if not cfg.max_new_tokens:
+            cfg = dataclasses.replace(cfg, max_new_tokens=response_limit(models))
+        if cfg.image:
+            answer_question(cfg, models)
+        else:
+            compare_models(cfg, models)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {brief_reason(error)}")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,203 @@ def test_task_sets_the_prompt_of_every_row(tiny, tmp_path, monkeypatch):
     assert all(re.search(r"Give only the (number|letter of the right option)\.$", p) for p in asked[6:])
 
 
+# ----- without names: the benchmarks of the training data, and the start model beside the run
+
+
+def run_dir(folder, model="", config=None, **flags):
+    """A run directory: its flags, and a copy of a model as its only step."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": {"model": model, **flags}} if config is None else config))
+    return folder
+
+
+def with_step(folder, source):
+    shutil.copytree(source, folder / "step_000002")
+    (folder / "step_000002/meta.json").write_text("{}")
+
+
+COUNTING, MOOD_BENCHES = ["counting-id", "counting-ood"], ["mood-id", "mood-ood"]
+TRANSFORM = ["transform-id", "transform-left", "transform-right"]
+
+
+@pytest.mark.parametrize("data, names", [
+    ("data/mini/counting_train.jsonl", COUNTING), ("/elsewhere/counting_train.jsonl", COUNTING),
+    ("data/mini/transform_train.jsonl", TRANSFORM), ("data/mini/mood_see.jsonl", MOOD_BENCHES),
+    ("data/mini/mood_talk.jsonl", MOOD_BENCHES), ("data/mini/detect_train.jsonl", ["detect-id", "detect-ood"]),
+    ("data/rft/structure_meta_rl.jsonl", ["structure-id", "structure-ood"]),
+    ("data/rft/transform_meta_cot_sft.jsonl", TRANSFORM), ("data/mini/counting_meta.json", COUNTING),
+    ("hiyouga/geometry3k", ["geometry3k"]), ("data/geometry3k/train.jsonl", ["geometry3k"]),
+    ("./data/geometry3k", ["geometry3k"]), ("data/mega-bench/train.jsonl", ["mega-bench"]),
+    ("MathLLMs/MathVision", ["mathvision", "mathvision-mini"]), ("MMMU/MMMU:Art", ["mmmu"]),
+    ("out/annotate/sft.jsonl", MOOD_BENCHES), ("out/again/sft.jsonl", MOOD_BENCHES),
+    ("mine.jsonl", []), ("data/mini/mine.jsonl", []), ("counting.jsonl", []), ("data/mini", []),
+    ("people_counting_train.jsonl", []), ("someone/counting_train", []), ("out/own/sft.jsonl", []), ("", [])])
+def test_the_benchmarks_of_training_data(data, names, tmp_path, monkeypatch):
+    """Annotated records lead to the data that was annotated, through two rounds of it, too."""
+    monkeypatch.chdir(tmp_path)
+    run_dir(tmp_path / "out/annotate", data="data/mini/mood_train.jsonl")
+    run_dir(tmp_path / "out/again", data="out/annotate/sft.jsonl")
+    run_dir(tmp_path / "out/own", data="out/own/sft.jsonl")
+    assert evaluation.benches_of(data) == names
+
+
+@pytest.mark.parametrize("models, found", [
+    (["grpo"], COUNTING), (["grpo/step_000002"], COUNTING), (["grpo", "rise"], COUNTING + MOOD_BENCHES),
+    (["rise", "plain", "grpo"], MOOD_BENCHES + COUNTING), (["grpo", "again"], COUNTING),
+    (["plain"], "plain does not say on which data it was trained; name what to run: a records file, or counting-id,"),
+    (["org/model"], "org/model does not say"), (["mine"], "no benchmark goes with mine.jsonl, on which mine was")])
+def test_the_benchmarks_of_models(models, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir(tmp_path / "grpo", data="data/mini/counting_train.jsonl")
+    run_dir(tmp_path / "grpo/step_000002", config={"model_type": "qwen2_5_vl"})
+    run_dir(tmp_path / "again", data="data/mini/counting_train.jsonl")
+    run_dir(tmp_path / "rise", data="data/mini/mood_train.jsonl")
+    run_dir(tmp_path / "mine", data="mine.jsonl")
+    run_dir(tmp_path / "plain", config={"model_type": "qwen2_5_vl"})
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=re.escape(found)):
+            evaluation.default_benches(models)
+    else:
+        assert evaluation.default_benches(models) == found
+
+
+@pytest.fixture
+def runs(tiny, tmp_path, monkeypatch):
+    """A working folder like a user's: the mini suite, out/tiny, out/sft and out/grpo from it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mini").symlink_to(tiny.mini)
+    shutil.copytree(tiny.model, tmp_path / "out/tiny")
+    counting = "data/mini/counting_train.jsonl"
+    with_step(run_dir(tmp_path / "out/sft", model="out/tiny", data=counting), tiny.model)
+    with_step(run_dir(tmp_path / "out/grpo", model="out/sft", data=counting, max_new_tokens=7), tiny.model)
+    return tmp_path
+
+
+def evaluate(*argv):
+    evaluation.main(evaluation.parse_config(evaluation.Config, list(argv)))
+
+
+def kept(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_before_and_after_in_one_table(runs, capsys):
+    """The start first, columns named by the run directories, both asked alike; the settings say how."""
+    evaluate("--bench", "--limit", "3")
+    shown = capsys.readouterr().out
+    assert "| benchmark | n | out/sft | out/grpo |" in shown and "at most 7 tokens" in shown
+    assert "\n| counting-id | 3 | " in shown and "\n| counting average | 6 | " in shown
+    assert "out/grpo/step_000002" in shown and "transform" not in shown
+    for name in ("sft", "grpo"):
+        row = kept(runs / f"out/{name}/eval/counting-ood.jsonl")[0]
+        assert row["settings"]["max_new_tokens"] == 7 and row["tokens"] <= 7
+        assert row["settings"]["model"] == f"out/{name}/step_000002"
+    table = json.loads((runs / "out/grpo/eval/table.json").read_text())
+    assert list(table) == ["out/sft", "out/grpo"]
+    assert (runs / "out/grpo/eval/table.md").read_text() in shown
+
+
+@pytest.mark.parametrize("argv, heads", [
+    (["--bench", "counting-id"], "| out/grpo |"), (["--bench", "counting-id", "--model", "out/sft"], "| out/sft |"),
+    (["--model", "out/sft", "out/grpo"], "| out/sft | out/grpo |"), (["--model", "out/grpo", "out/sft"],
+                                                                    "| out/grpo | out/sft |"),
+    (["--model", "out/sft"], "| out/tiny | out/sft |"), (["--model", "out/grpo/step_000002"],
+                                                        "| out/sft | out/grpo/step_000002 |")])
+def test_which_models_a_table_has(runs, capsys, argv, heads):
+    """What is named is run as named; the start comes only where nothing but one run is."""
+    evaluate(*argv, "--limit", "2", "--max_new_tokens", "3")
+    assert f"| benchmark | n {heads}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model, reason", [
+    ("out/gone", "out/gone: no such model"), ("out/broken", "out/broken"), ("", None)])
+def test_a_start_that_cannot_be_shown_is_a_note(runs, capsys, model, reason):
+    (runs / "out/broken").mkdir()
+    flags = {"data": "data/mini/counting_train.jsonl", "max_new_tokens": 4}
+    with_step(run_dir(runs / "out/other", model=model, **flags), runs / "out/tiny")
+    evaluate("--model", "out/other", "--limit", "2")
+    shown = capsys.readouterr().out
+    assert "| benchmark | n | out/other |" in shown
+    assert (f"{model}, from which out/other started, is not shown: {reason}" in shown) == bool(reason)
+
+
+@pytest.mark.parametrize("flags, limit", [
+    ({"max_new_tokens": 72}, 72), ({"max_new_tokens": 72, "ptst": ""}, 72),
+    ({"max_new_tokens": 72, "ptst": "4096x16:100,8192x8:100,4096x2:5"}, 8192),
+    ({"max_new_tokens": 72, "phase": "cot"}, 144), ({"data": "gone.jsonl"}, 1024), ({}, 1024)])
+def test_the_length_of_a_run(flags, limit, tmp_path):
+    run_dir(tmp_path / "run", **flags)
+    assert evaluation.response_limit([str(tmp_path / "run")]) == limit
+    run_dir(tmp_path / "run/step_000002", config={"model_type": "qwen2_5_vl"})
+    assert evaluation.response_limit([str(tmp_path / "run/step_000002")]) == limit
+    run_dir(tmp_path / "short", max_new_tokens=9)
+    assert evaluation.response_limit([str(tmp_path / "short"), str(tmp_path / "run")]) == limit
+    assert evaluation.response_limit([str(tmp_path / "short"), "org/model"]) == 1024
+
+
+def test_the_length_after_sft_is_twice_what_it_learnt(runs, tiny):
+    tokenizer = evaluation.AutoProcessor.from_pretrained(tiny.model).tokenizer
+    longest = max(len(tokenizer(r["response"])["input_ids"]) for r in tiny.records)
+    assert 20 < longest < 60 and evaluation.response_limit(["out/sft"]) == 2 * longest
+
+
+def test_one_question_at_the_length_of_the_run(runs, tiny, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "open_engine", lambda model, cfg: asked.append((model, cfg.max_new_tokens)) or (
+        lambda records: [(records[0], [{"response": "three"}])]))
+    image = tiny.records[0]["images"][0]
+    for more in ([], ["--max_new_tokens", "5"]):
+        evaluate("--image", image, "--prompt", "How many?", *more)
+    assert asked == [("out/grpo/step_000002", 7), ("out/grpo/step_000002", 5)]
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--model", "out/none"], "out/none: no such model"), (["--model"], "--model: name at least one"),
+    (["--model", "out/tiny"], "--bench: out/tiny does not say on which data it was trained; name what to run"),
+    (["--bench", "counting"], "unknown benchmark counting; did you mean counting-"),
+    (["--model", "out/sft", "--bench", "mathvista=gone.jsonl"], "gone.jsonl")])
+def test_what_cannot_be_run_is_one_line(runs, argv, named):
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*argv)
+    assert named in stop.value.code and "\n" not in stop.value.code
+
+
+def test_rows_that_were_paid_for_are_never_deleted(runs, monkeypatch):
+    """Other settings or fewer rows set them aside; asked as before, they are there again."""
+    path, asked = runs / "out/grpo/eval/counting-id.jsonl", []
+    whole = evaluation.answer_rows
+
+    def counting(records, **more):
+        asked.append(len(records))
+        return whole(records, **more)
+
+    monkeypatch.setattr(evaluation, "answer_rows", counting)
+    usual = ["--bench", "counting-id", "--max_new_tokens", "3"]
+    evaluate(*usual)
+    rows = kept(path)
+    evaluate("--bench", "counting-id", "--max_new_tokens", "4")
+    assert {row["settings"]["max_new_tokens"] for row in kept(path)} == {4}
+    evaluate(*usual, "--limit", "2")
+    assert kept(path) == rows[:2]
+    evaluate(*usual)
+    assert kept(path) == rows and asked == [12, 12]
+    evaluate("--bench", "counting-id", "--max_new_tokens", "4")
+    assert len(kept(path)) == 12 and asked == [12, 12]
+    assert len(kept(path.with_name("counting-id.jsonl.old"))) == 24
+
+
+def test_evaluation_leaves_a_core_free(runs, monkeypatch):
+    """Threads that spin on a busy core made the two-core quickstart eight times slower."""
+    used = []
+    monkeypatch.setattr(evaluation.torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(evaluation.torch, "set_num_threads", used.append)
+    for cores in (1, 2, 4, 64):
+        monkeypatch.setattr(evaluation.os, "cpu_count", lambda: cores)
+        evaluation.open_engine("out/tiny", evaluation.Config())
+    assert used == [1, 1, 3, 8]
+
+
 # ----- boxes and distributions
 
 CUP = {"id": "0", "question": "Find every cup.", "images": [], "answer_type": "boxes",

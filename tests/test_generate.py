@@ -2,8 +2,12 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +20,10 @@ import grpo
 CPU = torch.device("cpu")
 CFG = grpo.Config(max_new_tokens=10, temperature=1.0)
 GREEDY = dataclasses.replace(CFG, temperature=0.0)
+NONE = torch.tensor([], dtype=torch.long)
+# What transformers is about to drop must not be in use here.
+pytestmark = [pytest.mark.filterwarnings("error::FutureWarning"),
+              pytest.mark.filterwarnings("error::DeprecationWarning")]
 
 
 @pytest.fixture
@@ -45,6 +53,11 @@ def teacher_forced(policy, family, rows, temperature=1.0):
 def agree(samples, logps, tolerance=1e-4):
     torch.testing.assert_close(torch.cat([s[1] for s in samples]), torch.cat(list(logps)),
                                atol=tolerance, rtol=0)
+
+
+def sampling(**options):
+    """What sampler_logprobs reads of a Config."""
+    return SimpleNamespace(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options})
 
 
 def same(a, b):
@@ -219,10 +232,52 @@ def test_truncated_sampling_stays_inside_and_renormalises(family, top_k, top_p):
     (2, 0.6, [1]), (2, 0.63, [1, 3]), (3, 0.5, [1]), (3, 0.53, [1, 3])])
 def test_truncate_table(top_k, top_p, kept):
     """Probabilities .05 .5 .15 .3; the nucleus is taken of what top-k left, renormalised."""
-    logits = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log()
-    cut = evaluation.truncate(logits, SimpleNamespace(top_k=top_k, top_p=top_p))
-    assert cut.isfinite()[0].nonzero()[:, 0].tolist() == kept
-    assert torch.equal(cut[0, kept], logits[0, kept])
+    probs = torch.tensor([[0.05, 0.5, 0.15, 0.3]])
+    logprobs = evaluation.sampler_logprobs(probs.log(), NONE, sampling(top_k=top_k, top_p=top_p))
+    assert logprobs.isfinite()[0].nonzero()[:, 0].tolist() == kept
+    torch.testing.assert_close(logprobs[0, kept].exp(), probs[0, kept] / probs[0, kept].sum())
+
+
+def kept_by_definition(logits, top_k, top_p):
+    """Slow reference of one row: ids by rank, the first top_k, of those the nucleus with the one that crosses it."""
+    ranked = logits.sort(descending=True)
+    values, order = ranked.values.double(), ranked.indices.tolist()
+    if top_k:  # whatever is as likely as the last of them stays too
+        order = [i for i, value in zip(order, values.tolist()) if value >= values[min(top_k, len(order)) - 1]]
+    probs = logits.double()[order].softmax(0).tolist()
+    kept, before = [], 0.0
+    for i, p in zip(order, probs):
+        if before < top_p:
+            kept.append(i)
+        before += p
+    return kept
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (0, 0.9), (0, 0.999), (0, 1e-6), (5, 1.0), (5, 0.7), (1000, 0.8)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_truncation_is_by_definition(top_k, top_p, ties):
+    """As many tokens, of the same probabilities; which of equal ones is cut is anyone's choice."""
+    logits = 3 * torch.randn(200, 300, generator=torch.Generator().manual_seed(top_k))
+    if ties:
+        logits = logits.round()
+    got = evaluation.sampler_logprobs(logits, NONE, sampling(top_k=top_k, top_p=top_p))
+    for row, cut in zip(logits, got):
+        expected = kept_by_definition(row, top_k, top_p)
+        mine = cut.isfinite().nonzero()[:, 0]
+        assert torch.equal(row[mine].sort().values, row[expected].sort().values)
+        assert ties or set(mine.tolist()) == set(expected)
+        torch.testing.assert_close(cut[mine], row[mine].log_softmax(0))
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (0, 0.5), (3, 1.0), (3, 0.6), (50, 0.9)])
+def test_the_temperature_comes_before_the_cut_and_banned_ids_take_no_place(top_k, top_p):
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
+    banned = torch.tensor([0, 7])
+    others = torch.tensor([i for i in range(40) if i not in (0, 7)])
+    got = evaluation.sampler_logprobs(logits, banned, sampling(temperature=0.5, top_k=top_k, top_p=top_p))
+    alone = evaluation.sampler_logprobs(2 * logits[:, others], NONE, sampling(top_k=top_k, top_p=top_p))
+    assert got[:, banned].isinf().all()
+    torch.testing.assert_close(got[:, others], alone)
 
 
 # ----- hostile checkpoints
@@ -294,3 +349,25 @@ def test_a_response_ends_with_its_only_stop_token_or_is_truncated(family, stops)
         assert len(ids) == len(logps) <= CFG.max_new_tokens and not set(ids[:-1]) & set(stops)
         assert cut == (ids[-1] not in stops) and (len(ids) == CFG.max_new_tokens or not cut)
     assert {cut for _, _, cut in samples} == {True, False}
+
+
+# ----- transformers moves on
+
+RL = ["--steps", "1", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "4", "--eval_n", "2",
+      "--workers", "0"]
+
+
+@pytest.mark.parametrize("command", [
+    ["sft.py", "--steps", "1", "--batch_size", "2", "--eval_n", "2", "--workers", "0"], ["grpo.py", *RL],
+    ["grpo.py", *RL, "--top_k", "5", "--top_p", "0.9", "--kl_beta", "0.1"], ["rise.py", *RL],
+    ["eval.py", "--bench", "counting-id", "--limit", "2", "--max_new_tokens", "4"]],
+    ids=["sft", "grpo", "grpo more", "rise", "eval"])
+def test_no_stage_uses_what_goes_away(command, tiny, tmp_path):
+    """Not as a Python warning, which is an error here, and not as a line in the log."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mini").symlink_to(tiny.mini)
+    script = Path(evaluation.__file__).with_name(command[0])
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", script, "--model", tiny.model, *command[1:]], text=True,
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0 and "deprecated" not in done.stdout, done.stdout[-3000:]
