@@ -63,7 +63,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_prep import (build_messages, check_at_least, complete_rows, instead_of, load_image, newest_step,
-                       parse_config, read_json, read_records, resolve_model, write_json, write_rows)
+                       parse_config, read_json, read_records, resolve_model, write_json, write_text)
 
 
 @dataclass(frozen=True)
@@ -944,7 +944,7 @@ class RunLog:
                 raise ValueError(f"{path} line {number}: no 'step'")
             if row["step"] <= done:
                 kept.append(row)
-        write_rows(path, kept)
+        write_text(path, [json.dumps(row) + "\n" for row in kept])
 
     def write_config(self, cfg):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,

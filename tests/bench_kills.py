@@ -9,16 +9,19 @@ import argparse
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-import data_prep
-import rewards
-from test_kills import GRPO, SFT, TWO, is_gone, own_lines, send, stage_traceback, started
-from test_stages import metrics, newest, run, weights
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data_prep  # noqa: E402
+import rewards  # noqa: E402
+from test_kills import GRPO, SFT, TWO, is_gone, own_lines, send, stage_traceback, started  # noqa: E402
+from test_stages import metrics, newest, run, weights  # noqa: E402
 
 RISE = ["rise.py", "--model", "tiny", "--data", "data/mood_train.jsonl", "--eval_data", "", "--prompts_per_step", "4",
         "--group_size", "2", "--max_new_tokens", "12"]
