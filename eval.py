@@ -310,8 +310,9 @@ class Server:
     def ask(self, prompt, option):
         """One prompt's (prompt ids as read, [Sample])."""
         messages = chat_messages(prompt["request"]["messages"], prompt["request"]["images"])
-        body = {"model": self.name, "messages": messages, "logprobs": True, "return_token_ids": True}
-        reply = self.call(self.url, "/v1/chat/completions", body | option)
+        # Here logprobs is a yes or no, in vLLM's own options the number of further tokens.
+        body = option | {"model": self.name, "messages": messages, "logprobs": True, "return_token_ids": True}
+        reply = self.call(self.url, "/v1/chat/completions", body)
         samples = []
         for choice in reply["choices"]:
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
