@@ -241,11 +241,11 @@ def catch_signals():
 @contextlib.contextmanager
 def stops_blocked():
     """A process that is forked in here never gets a stop signal: its trainer does, and says when to end."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ----- the policy ------------------------------------------------------------------------------------------
@@ -720,8 +720,6 @@ def open_run(cfg, device, need):
     resuming), records, held_out, policy, processor, optimizer, done (steps), extras (of load_checkpoint).
     Raises ValueError or OSError.
     """
-    if dist.get_rank() == 0 and Path(cfg.out).is_dir():
-        claim(cfg.out)
     start = newest_step(cfg.out) if cfg.resume else None
     if start:
         check_same_run(cfg)
@@ -729,6 +727,8 @@ def open_run(cfg, device, need):
     folder = Path(origin).resolve()
     if not cfg.resume and Path(cfg.out).resolve() in [folder, *folder.parents]:
         raise ValueError(f"--out {cfg.out} holds the model to start from: name another --out, or --resume")
+    if dist.get_rank() == 0 and Path(cfg.out).is_dir():
+        claim(cfg.out)
     records = read_records(cfg.data, need=need)
     # The default held-out file belongs to the default data.
     usual = type(cfg)
@@ -792,10 +792,12 @@ def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
 
     with written_by_all(tmp):
         if rank == 0:
-            write_json(tmp / "meta.json", {"step": step, "world_size": dist.get_world_size(),
-                                           "files": file_sizes(tmp)})
-            for path in [*tmp.rglob("*"), tmp]:
+            for path in tmp.rglob("*"):
                 fsync(path)
+            meta = {"step": step, "world_size": dist.get_world_size(), "files": file_sizes(tmp)}
+            write_json(tmp / "meta.json", meta)
+            fsync(tmp / "meta.json")
+            fsync(tmp)
             tmp.rename(final)
             fsync(final.parent)
             complete = sorted(final.parent.glob("step_??????"))
@@ -910,7 +912,6 @@ class RunLog:
         if done >= cfg.steps:
             if self.rank == 0:
                 print(f"{self.out} is at step {done} of {cfg.steps}: nothing is left to do")
-            dist.destroy_process_group()
             sys.exit(0)
         if self.rank == 0:
             if self.out.exists() and not cfg.resume:
