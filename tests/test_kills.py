@@ -113,8 +113,8 @@ def test_a_stopped_run_loses_nothing(work, stage, number, target):  # noqa: F811
 
 @LINUX
 @pytest.mark.parametrize("number, target", [
-    (signal.SIGTERM, "all"), (signal.SIGINT, "itself"), (signal.SIGKILL, "itself"),
-], ids=["SIGTERM-all", "SIGINT-torchrun", "SIGKILL-torchrun"])
+    (signal.SIGTERM, "all"), (signal.SIGKILL, "itself"),
+], ids=["SIGTERM-all", "SIGKILL-torchrun"])
 def test_torchrun_is_stopped_or_killed(work, number, target):  # noqa: F811
     """Both ranks save the step they are at and end, and so do their workers."""
     job = started(work, *SFT, *LONG, "--out", "two", torchrun=TWO)
