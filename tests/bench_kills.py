@@ -63,9 +63,9 @@ def stop_once(root, stop, chance, seconds, command, whole):
     job = started(root, *command, "--out", "cut", torchrun=torchrun)
     time.sleep(chance.uniform(0, seconds))
     pids = send(job, number, target)
-    deadline = time.time() + 60
+    job.process.wait(60)  # with its last thread: only then is its lock free
+    deadline = time.time() + 40
     while not is_gone(pids)() and time.time() < deadline:
-        job.process.poll()
         time.sleep(0.05)
     gone, log = is_gone(pids)(), job.log()
     rows = metrics(folder) if (folder / "metrics.jsonl").exists() else []
