@@ -447,7 +447,7 @@ def decode_batch(engine, prompts, seeds, cfg):
         # Ended rows ride along until they are half of the batch: only then is copying the cache worth it.
         if 2 * ended.sum() >= len(live):
             keep = (~ended).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)
             live, token, mask = live[keep], token[keep], mask[keep]
             shift = shift[keep] if shift is not None else None
         mask = torch.cat([mask, torch.ones_like(token)], 1)
@@ -496,16 +496,17 @@ def prefill(engine, prompts, owner):
             padded[name] = value
         rows.append((padded, []))  # no response yet
     inputs, _ = collate(rows, None, engine.stop[0], owner.device)
-    if hasattr(engine.model, "rope_deltas"):
-        engine.model.rope_deltas = None  # kept from the last batch otherwise
     mask = inputs["attention_mask"]
-    if "image_grid_thw" not in inputs:  # with images Qwen's models find the positions themselves
+    finds_positions = hasattr(engine.model, "rope_deltas")  # Qwen's models do, where there are images
+    if finds_positions:
+        engine.model.rope_deltas = None  # kept from the last batch otherwise
+    if not finds_positions or "image_grid_thw" not in inputs:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     result = engine(**inputs, use_cache=True, logits_to_keep=1)
     # Each row gets a copy of its prompt's states.
     cache = result[name_of_cache(engine)]
-    cache.batch_select_indices(owner)
-    shift = getattr(engine.model, "rope_deltas", None)
+    cache.reorder_cache(owner)  # the one way to pick rows that recurrent layers know, too
+    shift = engine.model.rope_deltas if finds_positions else None
     if shift is not None:
         shift = shift[owner]
     return cache, mask[owner], shift, result.logits[owner, -1]

@@ -36,6 +36,7 @@ G rollouts per question.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
 import bisect
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -49,14 +50,16 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
-from sft import (RunLog, Stopwatch, blank_prompt, catch_sigterm, collate, data_order, describe, encode_prompt,
-                 full_weights, global_max, global_sum, init_distributed, is_over_tokens, load_policy, lr_at,
-                 micro_batches, one_line_errors, open_run, optimizer_step, peak_memory, prepared, readable,
-                 save_checkpoint)
+from sft import (TOLERANCE, RunLog, Stopwatch, Watchdog, blank_prompt, catch_sigterm, check_rows, collate,
+                 data_order, describe, encode_prompt, full_weights, global_max, global_sum, host_memory,
+                 init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, micro_batches,
+                 one_line_errors, open_run, optimizer_step, peak_memory, prepared, readable, rehearse,
+                 save_checkpoint, self_check)
 from eval import Server, VLLM, build_engine, generate
 
 
@@ -77,6 +80,7 @@ class Config:
     reward: str = "accuracy=1"  # weighted sum of rewards, name=weight,...
     prompts_per_step: int = 64  # questions per step, over all ranks
     group_size: int = 8  # rollouts per question (G)
+    max_prompt_tokens: int = 8192  # questions with a longer prompt are skipped: no prompt is ever cut
     max_new_tokens: int = 72  # response tokens at most
     temperature: float = 1.0  # for sampling and for scoring alike
     top_p: float = 1.0  # nucleus sampling
@@ -89,8 +93,10 @@ class Config:
     kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
     loss_mean: str = "token"  # token | sequence
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
+    max_mismatch: float = 0.0  # nats a token between sampler and trainer that end the run, 0 = self-check's
     length_bonus: float = 0.0  # weight of a bonus for the shorter responses of a group, 0.05 in Reason-RFT
     length_after: int = 800  # steps before that bonus counts
+    length_unit: str = "tokens"  # what it counts: tokens | characters (as in Reason-RFT's code)
     truncated: str = "keep"  # responses cut at max_new_tokens: keep | zero (reward 0) | mask (no gradient)
     updates: int = 1  # optimizer updates per batch of rollouts
     # methods (README, "Recipes"): selective sample replay, forced rethinking, staged lengths
@@ -119,7 +125,6 @@ class Config:
     workers: int = 1  # processes that prepare images, per rank
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
-    param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
     attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
@@ -129,6 +134,7 @@ class Config:
     eval_n: int = 200  # held-out questions used
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
+    stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
     samples_every: int = 5  # steps between entries of samples.jsonl
 
 
@@ -254,7 +260,7 @@ def add_length_bonus(rollouts, parts, cfg):
     for start in range(0, len(rollouts), cfg.group_size):
         stop = start + cfg.group_size
         group = rollouts[start:stop]
-        lengths = [len(r.text) for r in group]
+        lengths = [len(r) if cfg.length_unit == "tokens" else len(r.text) for r in group]
         solved = [part["solved"] for part in parts[start:stop]]
         for r, bonus in zip(group, length_bonus(lengths, solved)):
             r.reward += cfg.length_bonus * bonus
@@ -272,25 +278,37 @@ def group_advantages(rewards, std=True, eps=1e-4):
 # ----- the objective ---------------------------------------------------------------------------------------
 
 
+def clamped(log_ratio):
+    """What exp may be taken of: beyond, a single token would turn the whole batch to infinity."""
+    return log_ratio.clamp(-20, 20)
+
+
+def k3(gap):
+    """Schulman's estimator of a KL divergence, exp(d) - d - 1; d = other policy - the one that sampled."""
+    gap = clamped(gap)
+    return gap.exp() - gap - 1
+
+
 def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, cfg):
     """The clipped objective of the module docstring. Tensors (B, T-1).
 
     weights carry the global denominator, so the loss is a sum; they are 0 outside the response and at forced
     tokens, so `weights > 0` is the mask of what the policy chose. ref_logps may be None when cfg.kl_beta = 0.
-    Returns the loss and weighted sums for the log. KL: Schulman's k3, exp(d) - d - 1, d = ref - policy.
+    Returns the loss and weighted sums for the log.
     """
-    ratio = (logps - old_logps).exp()
-    correction = (old_logps - sampler_logps).exp().clamp(max=cfg.is_cap)
+    ratio = clamped(logps - old_logps).exp()
+    correction = clamped(old_logps - sampler_logps).exp().clamp(max=cfg.is_cap)
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     loss = -(weights * correction * surrogate).sum()
     clipped_low = (ratio < 1 - cfg.clip_low) & (advantages < 0)
     clipped_high = (ratio > 1 + cfg.clip_high) & (advantages > 0)
-    sums = {"loss/policy": loss.detach(), "loss/clip_low": (weights * clipped_low).sum(),
-            "loss/clip_high": (weights * clipped_high).sum()}
+    sums = {"loss/policy": loss.detach(),
+            "loss/clip_low": (weights * clipped_low).sum(),
+            "loss/clip_high": (weights * clipped_high).sum(),
+            "policy/kl_old": (weights * k3(logps - old_logps)).sum().detach()}
     if cfg.kl_beta:
-        gap = ref_logps - logps
-        kl = (weights * (gap.exp() - gap - 1)).sum()
+        kl = (weights * k3(ref_logps - logps)).sum()
         loss = loss + cfg.kl_beta * kl
         sums["loss/kl"] = kl.detach()
     return loss, sums
@@ -377,6 +395,7 @@ def all_logprobs(policy, rollouts, prompts, dummy, cfg):
         rows = [rollouts[i] for i in group]
         for i, own in zip(group, by_rollout(logps, mask, rows)):
             out[i] = own
+    policy.reshard()  # without a backward pass the root's parameters would stay gathered
     return out
 
 
@@ -417,7 +436,7 @@ def update(policy, optimizer, rollouts, size, imitated_tokens, prompts, dummy, s
     largest_gap = 0.0
     for group, inputs, mask in packed(rollouts, prompts, dummy, policy.banned.device, cfg):
         rows = [rollouts[i] for i in group]
-        logps = policy.token_logprobs(inputs, mask, cfg.temperature)  # (B, T-1)
+        logps, entropy = policy.token_logprobs(inputs, mask, cfg.temperature, with_entropy=True)  # (B, T-1)
 
         # Rollouts that have no old log-probabilities yet were sampled by this very policy. They keep these:
         # what is replayed later is compared with the policy that it came from.
@@ -442,7 +461,7 @@ def update(policy, optimizer, rollouts, size, imitated_tokens, prompts, dummy, s
         (loss * dist.get_world_size()).backward()
 
         gap = (old - sampler)[mask].abs()
-        sums |= {"gap": gap.sum(), "tokens": mask.sum()}
+        sums |= {"gap": gap.sum(), "entropy": entropy.sum(), "tokens": mask.sum()}
         for name, value in sums.items():
             totals[name] += value.item()
         if len(gap):
@@ -714,7 +733,7 @@ def staged(cfg, stages, step):
 
 # ----- the log ---------------------------------------------------------------------------------------------
 
-LOSSES = ("loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl")
+LOSSES = ("loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl", "policy/kl_old")
 RETHINK = ("frac", "fixed", "broke", "accepted")  # counts of force_rethink
 LEVELS = ("all_wrong", "hard", "medium", "easy", "all_right")  # of a group, by its share of right answers
 
@@ -779,11 +798,20 @@ def update_metrics(totals, losses, cfg):
     metrics = {}
     for name, total in zip(losses, global_sum([totals[name] / cfg.updates for name in losses])):
         metrics[name] = total
-    gap, tokens = global_sum([totals["gap"], totals["tokens"]])
+    gap, entropy, tokens = global_sum([totals["gap"], totals["entropy"], totals["tokens"]])
     metrics["mismatch/mean"] = gap / max(1.0, tokens)
+    metrics["policy/entropy"] = entropy / max(1.0, tokens)
     metrics["mismatch/max"] = global_max(float(totals["largest gap"]))
     metrics["optim/grad_norm"] = totals["norm"]
     return metrics
+
+
+def end_if_mismatched(step, metrics, most, log):
+    """End the run when sampler and trainer have become two models: the gradient would be of neither."""
+    found = metrics["mismatch/mean"]
+    if not found <= most:
+        log.fail(f"step {step}: mismatch/mean is {found:.3g} nats a token, allowed are {most:.3g} "
+                 f"(--max_mismatch); the last checkpoint in {log.out} is sound")
 
 
 def shown_groups(rollouts, records, tokenizer, step, group_size):
@@ -821,7 +849,8 @@ def encode_share(records, encode, workers):
 
 def evaluate(engine, records, processor, cfg):
     """Greedy accuracy and mean response length on held-out records, sharded over ranks."""
-    encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels)
+    encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels,
+                               max_tokens=cfg.max_prompt_tokens)
     prompts, n = encode_share(records, encode, cfg.workers)  # what cannot be read counts as wrong
     greedy = dataclasses.replace(cfg, temperature=0.0)
     seeds = [0] * len(prompts)  # greedy decoding draws nothing
@@ -833,6 +862,67 @@ def evaluate(engine, records, processor, cfg):
 
 
 # ----- the run ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def shaken(policy):
+    """The policy with every trained weight moved by some percent, for a moment."""
+    policy.reshard()
+    stream = torch.Generator().manual_seed(0)
+    saved = []
+    for p in policy.parameters():
+        if p.requires_grad:
+            shard = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
+            saved.append((shard, shard.cpu().clone()))
+            size = shard.square().mean().sqrt().nan_to_num()  # of a small tensor a rank may hold nothing
+            noise = torch.randn(shard.shape, generator=stream).to(shard)
+            shard.add_(0.05 * (size + 1e-3) * noise)
+    yield
+    for shard, before in saved:
+        shard.copy_(before)
+
+
+def check_run(policy, optimizer, engine, prompts, processor, dummy, longest, log, cfg):
+    """The self-check of a run that samples, before step 1. All ranks alike, on the same few prompts.
+
+    Beside self_check: the engine's log-probabilities of what it samples equal the policy's, and again after
+    every weight was moved and handed over. Returns the mismatch/mean beyond which a step ends the run.
+    longest: tokens that a row may have.
+    """
+    allowed = TOLERANCE[policy.compute_dtype]
+    few = dataclasses.replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens), top_p=1.0, top_k=0)
+    prompts = dict(enumerate(prompts))
+    keys = [q for q in prompts for _ in range(2)]
+
+    def sampled():
+        return sample_rollouts(engine, keys, prompts, list(range(len(keys))), processor.tokenizer, few)
+
+    def compare(rollouts, what, hint):
+        own = all_logprobs(policy, rollouts, prompts, dummy, cfg)
+        gap = mean_gap([r.sampler_logps for r in rollouts], own)
+        if not gap <= allowed:
+            log.fail(f"self-check: {what} by {gap:.2g} nats a token (allowed {allowed:g}) with --engine "
+                     f"{cfg.engine} and {policy.config.model_type}; {hint}")
+        return gap
+
+    rollouts = sampled()
+    rows = [(prompts[r.question], r.response) for r in rollouts[::2]]
+    self_check(policy, rows, dummy, log)
+    prompt, response = max(rows, key=lambda row: row[0]["input_ids"].shape[1])
+    response = (response * cfg.max_new_tokens)[:cfg.max_new_tokens]
+    rehearse(policy, optimizer, (prompt, response), longest, dummy, cfg, log)
+
+    gap = compare(rollouts, "the sampler's log-probabilities differ from the trainer's",
+                  "it reads images or positions otherwise, or holds another model")
+    with shaken(policy):
+        sync_weights(policy, engine)
+        compare(sampled(), "sampler and trainer differ once the weights have changed",
+                "a weight does not reach the sampler (sync_weights)")
+    sync_weights(policy, engine)
+
+    # Top-p and top-k cut the distribution that is sampled from; the trainer scores with all of it.
+    cut = 1.0 if cfg.top_p < 1 or cfg.top_k else 0.0
+    return cfg.max_mismatch or 10 * max(gap, allowed / 2) + cut
 
 
 def check_engine(cfg):
@@ -852,8 +942,9 @@ def check_engine(cfg):
 def check(cfg, stages):
     """Refuse what cannot train. Raises ValueError naming the flag."""
     check_engine(cfg)
-    check_at_least(1, cfg, "steps", "prompts_per_step", "max_new_tokens", "rollout_tokens", "updates", "tp",
-                   "token_budget", "eval_every", "eval_n", "save_every", "samples_every", "keep")
+    check_at_least(1, cfg, "steps", "prompts_per_step", "max_prompt_tokens", "max_new_tokens",
+                   "rollout_tokens", "updates", "tp", "token_budget", "eval_every", "eval_n", "save_every",
+                   "samples_every", "keep")
     if cfg.group_size < 2:
         raise ValueError("--group_size must be at least 2: the advantage compares the rollouts of a group")
     if any(stage.group_size < 2 for stage in stages):
@@ -889,16 +980,23 @@ def main(cfg):
     sync_weights(policy, engine)
     dummy = blank_prompt(processor, cfg.max_pixels)
 
+    encode_record = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels,
+                                      max_tokens=cfg.max_prompt_tokens)
+
     def encode(q, step):  # what the policy sees of a question; `step` is there for what changes over the run
-        return encode_prompt(records[q], processor, cfg.max_pixels)
+        return encode_record(records[q])
 
     log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} questions; a step: {cfg.prompts_per_step} x {cfg.group_size} rollouts "
              f"on {world} rank(s)")
+    longest = max([stage.max_new_tokens for stage in stages], default=cfg.max_new_tokens)
     if cfg.ssr == "replay":
-        longest = staged(cfg, stages, cfg.steps)[1].max_new_tokens
         size = cfg.ssr_cap * longest * 44  # an id is a Python int
         log.note(f"replay buffer: at most {cfg.ssr_cap} rollouts, {size / 2**30:.2f} GiB over all ranks")
+    with one_line_errors():
+        few = check_rows(records, encode_record)
+    worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy,
+                               cfg.max_prompt_tokens + longest, log, cfg)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, processor, staged(cfg, stages, 1)[1])
         log.write("metrics.jsonl", [{"step": 0, **before}])
@@ -909,13 +1007,16 @@ def main(cfg):
     order = data_order(len(records), cfg.prompts_per_step, run.done, cfg.steps, cfg.seed)
     shares = [questions[rank::world] for questions in order]
     drawn_ahead = prepared(shares, encode, cfg.workers, first_step=run.done + 1)
+    watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
-        watch = Stopwatch()
+        watch.lap("time/data")
         stage, now = staged(cfg, stages, step)  # `now` is cfg with the stage's length and group size
 
         # 1. draw this rank's questions; their images were prepared in the background
         prompts = readable(drawn, records, cfg.strict, log)
-        unreadable = len(drawn) - len(prompts)
+        usable, unreadable = global_sum([len(prompts), len(drawn) - len(prompts)])
+        if not usable:
+            log.fail(f"step {step}: none of its {len(questions)} questions can be used; see the lines above")
         if step == run.done + 1 and prompts:
             first = next(iter(prompts.values()))
             log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
@@ -965,14 +1066,17 @@ def main(cfg):
         metrics |= update_metrics(totals, (*LOSSES, "loss/nll"), cfg)
         tokens = global_sum([sum(map(len, rollouts)), sum(map(len, trained))])
         metrics["tokens/gen"], metrics["tokens/train"] = tokens
-        metrics["data/unreadable"], replayed, stop_now = global_sum([unreadable, replayed, len(stopping)])
+        metrics["data/unreadable"] = unreadable
+        replayed, stop_now = global_sum([replayed, len(stopping)])
         asked = len(questions) * now.group_size
         metrics["replay/frac"] = replayed / asked
         rethought = global_sum([rethought[name] for name in RETHINK])
         for name, count in zip(RETHINK, rethought):
             metrics[f"rethink/{name}"] = count / asked
         metrics |= {"ptst/stage": stage, "optim/lr": lr_at(step, cfg), **watch.laps,
-                    "time/step": watch.total(), "mem/peak_gb": peak_memory(device)}
+                    "time/step": watch.total(), "mem/peak_gb": peak_memory(device),
+                    "mem/host_gb": host_memory()}
+        end_if_mismatched(step, metrics, worst_mismatch, log)
         if step % cfg.samples_every == 0:
             log.write("samples.jsonl", shown_groups(rollouts, records, tokenizer, step, now.group_size))
 
@@ -987,6 +1091,9 @@ def main(cfg):
         if stop_now:
             log.note(f"SIGTERM: saved step {step}; go on with --resume")
             break
+        watchdog.step()
+        watch = Stopwatch()
+    watchdog.done()
     if cfg.engine != "vllm":  # vLLM takes the process group down itself when Python exits
         dist.destroy_process_group()
 

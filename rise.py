@@ -58,12 +58,13 @@ from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, f
                      gold_distribution, leaks, parse_boxes, parse_distribution, reconstruct_prompt, scrub)
 from data_prep import (check_at_least, check_record, check_records, complete_rows, parse_config, read_records,
                        resolve_model, save_image, write_records)
-from sft import (RunLog, Stopwatch, blank_prompt, catch_sigterm, data_order, describe, encode_prompt,
-                 global_max, global_sum, init_distributed, load_policy, lr_at, one_line_errors, open_run,
-                 peak_memory, prepared, readable, save_checkpoint)
+from sft import (RunLog, Stopwatch, Watchdog, blank_prompt, catch_sigterm, check_rows, data_order, describe,
+                 encode_prompt, global_max, global_sum, host_memory, init_distributed, load_policy, lr_at,
+                 one_line_errors, open_run, peak_memory, prepared, readable, save_checkpoint)
 from eval import build_engine
-from grpo import (LOSSES, check_engine, encode_share, group_advantages, has_gradient, rollout_seed,
-                  sample_rollouts, sleep_engine, sync_weights, train_on, update_metrics, update_of)
+from grpo import (LOSSES, check_engine, check_run, encode_share, end_if_mismatched, group_advantages,
+                  has_gradient, rollout_seed, sample_rollouts, sleep_engine, sync_weights, train_on,
+                  update_metrics, update_of)
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Config:
     kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
     loss_mean: str = "token"  # token | sequence
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
+    max_mismatch: float = 0.0  # nats a token between sampler and trainer that end the run, 0 = self-check's
     updates: int = 1  # optimizer updates per batch of rationales
     # optimisation
     steps: int = 20  # batches of rationales
@@ -115,7 +117,6 @@ class Config:
     workers: int = 1  # processes that prepare images, per rank
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
-    param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
     attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
@@ -125,6 +126,7 @@ class Config:
     eval_n: int = 200  # held-out questions used
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
+    stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
 
 # ----- two hops --------------------------------------------------------------------------------------------
 
@@ -136,12 +138,9 @@ def hop(record, question, images):
 
 
 def encode_cot(record, processor, cfg):
-    """encode_prompt of hop 1. Raises ValueError beyond --max_prompt_tokens: no prompt is ever cut."""
-    prompt = encode_prompt(hop(record, cot_prompt(record), record["images"]), processor, cfg.max_pixels)
-    length = prompt["input_ids"].shape[1]
-    if length > cfg.max_prompt_tokens:
-        raise ValueError(f"its prompt has {length} tokens, --max_prompt_tokens is {cfg.max_prompt_tokens}")
-    return prompt
+    """encode_prompt of hop 1."""
+    first = hop(record, cot_prompt(record), record["images"])
+    return encode_prompt(first, processor, cfg.max_pixels, cfg.max_prompt_tokens)
 
 
 def two_hops(engine, prompts, records, processor, step, cfg):
@@ -420,6 +419,10 @@ def main(cfg):
     log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} records; a step: {cfg.prompts_per_step} x {cfg.group_size} rationales "
              f"on {world} rank(s)")
+    with one_line_errors():
+        few = check_rows(records, functools.partial(encode_cot, processor=processor, cfg=cfg))
+    worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy,
+                               cfg.max_prompt_tokens + cfg.max_new_tokens, log, cfg)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, processor, cfg)
         log.write("metrics.jsonl", [{"step": 0, **before}])
@@ -430,12 +433,15 @@ def main(cfg):
     order = data_order(len(records), cfg.prompts_per_step, run.done, cfg.steps, cfg.seed)
     shares = [questions[rank::world] for questions in order]
     drawn_ahead = prepared(shares, lambda q, _: encode_cot(records[q], processor, cfg), cfg.workers)
+    watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
-        watch = Stopwatch()
+        watch.lap("time/data")
 
         # 1. draw this rank's questions; their images were prepared in the background
         prompts = readable(drawn, records, cfg.strict, log)
-        unreadable = len(drawn) - len(prompts)
+        usable, unreadable = global_sum([len(prompts), len(drawn) - len(prompts)])
+        if not usable:
+            log.fail(f"step {step}: none of its {len(questions)} questions can be used; see the lines above")
         if step == run.done + 1 and prompts:
             first = next(iter(prompts.values()))
             log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
@@ -484,9 +490,11 @@ def main(cfg):
         trained = [r for r in itertools.chain.from_iterable(slices) if has_gradient(r, cfg)]
         tokens = global_sum([sum(map(len, cots + backs)), sum(map(len, trained))])
         metrics["tokens/gen"], metrics["tokens/train"] = tokens
-        metrics["data/unreadable"], stop_now = global_sum([unreadable, len(stopping)])
+        metrics["data/unreadable"] = unreadable
+        stop_now = global_sum([len(stopping)])[0]
         metrics |= {"optim/lr": lr_at(step, cfg), **watch.laps, "time/step": watch.total(),
-                    "mem/peak_gb": peak_memory(device)}
+                    "mem/peak_gb": peak_memory(device), "mem/host_gb": host_memory()}
+        end_if_mismatched(step, metrics, worst_mismatch, log)
 
         # 9. evaluate and save
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
@@ -499,6 +507,9 @@ def main(cfg):
         if stop_now:
             log.note(f"SIGTERM: saved step {step}; go on with --resume")
             break
+        watchdog.step()
+        watch = Stopwatch()
+    watchdog.done()
     if cfg.engine != "vllm":
         dist.destroy_process_group()
 
