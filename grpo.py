@@ -58,8 +58,8 @@ from data_prep import check_at_least, parse_config
 from sft import (TOLERANCE, RunLog, Stopwatch, Watchdog, blank_prompt, catch_sigterm, check_rows, collate,
                  data_order, describe, encode_prompt, full_weights, global_max, global_sum, host_memory,
                  init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, micro_batches,
-                 one_line_errors, open_run, optimizer_step, peak_memory, prepared, readable, rehearse,
-                 save_checkpoint, self_check)
+                 one_line_errors, open_run, optimizer_step, peak_memory, prepared, readable, refusing,
+                 rehearse, save_checkpoint, self_check)
 from eval import Server, VLLM, build_engine, generate
 
 
@@ -995,8 +995,9 @@ def main(cfg):
         log.note(f"replay buffer: at most {cfg.ssr_cap} rollouts, {size / 2**30:.2f} GiB over all ranks")
     with one_line_errors():
         few = check_rows(records, encode_record)
-    worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy,
-                               cfg.max_prompt_tokens + longest, log, cfg)
+    with refusing(policy.config.model_type, log):
+        worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy,
+                                   cfg.max_prompt_tokens + longest, log, cfg)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, processor, staged(cfg, stages, 1)[1])
         log.write("metrics.jsonl", [{"step": 0, **before}])

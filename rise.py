@@ -60,7 +60,7 @@ from data_prep import (check_at_least, check_record, check_records, complete_row
                        resolve_model, save_image, write_records)
 from sft import (RunLog, Stopwatch, Watchdog, blank_prompt, catch_sigterm, check_rows, data_order, describe,
                  encode_prompt, global_max, global_sum, host_memory, init_distributed, load_policy, lr_at,
-                 one_line_errors, open_run, peak_memory, prepared, readable, save_checkpoint)
+                 one_line_errors, open_run, peak_memory, prepared, readable, refusing, save_checkpoint)
 from eval import build_engine
 from grpo import (LOSSES, check_engine, check_run, encode_share, end_if_mismatched, group_advantages,
                   has_gradient, rollout_seed, sample_rollouts, sleep_engine, sync_weights, train_on,
@@ -421,8 +421,9 @@ def main(cfg):
              f"on {world} rank(s)")
     with one_line_errors():
         few = check_rows(records, functools.partial(encode_cot, processor=processor, cfg=cfg))
-    worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy,
-                               cfg.max_prompt_tokens + cfg.max_new_tokens, log, cfg)
+    with refusing(policy.config.model_type, log):
+        worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy,
+                                   cfg.max_prompt_tokens + cfg.max_new_tokens, log, cfg)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, processor, cfg)
         log.write("metrics.jsonl", [{"step": 0, **before}])

@@ -608,6 +608,16 @@ def own_logprobs(policy, row, dummy):
     return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
 
 
+@contextlib.contextmanager
+def refusing(family, log):
+    """A model that crashes on the first rows is refused in one line: it is not known here."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        log.fail(f"self-check: {family} cannot be trained on these rows: {type(error).__name__}: {lines[0]}")
+
+
 def self_check(policy, rows, dummy, log):
     """End the run before step 1 if `rows`, (prompt, response ids) of this run, show that it would go wrong.
 
@@ -624,39 +634,37 @@ def self_check(policy, rows, dummy, log):
             log.fail(f"self-check: {what} by {gap:.2g} nats a token (allowed {allowed:g}), so {family} would "
                      f"train on wrong numbers; {hint}")
 
-    try:
+    alone = [row_logprobs(policy, [row], dummy)[0] for row in rows]
+
+    # What the configuration says of the head need not be what the model does with it.
+    own = own_logprobs(policy, rows[0], dummy)
+    if mean_gap([alone[0]], [own]) > allowed:
+        policy.head = Head()
         alone = [row_logprobs(policy, [row], dummy)[0] for row in rows]
+    compare("token_logprobs differs from the model's own logits", [alone[0]], [own],
+            "its head does more than scale or cap the logits (Head in sft.py)")
 
-        # What the configuration says of the head need not be what the model does with it.
-        own = own_logprobs(policy, rows[0], dummy)
-        if mean_gap([alone[0]], [own]) > allowed:
-            policy.head = Head()
-            alone = [row_logprobs(policy, [row], dummy)[0] for row in rows]
-        compare("token_logprobs differs from the model's own logits", [alone[0]], [own],
-                "its head does more than scale or cap the logits (Head in sft.py)")
+    modes = {module: module.training for module in policy.modules()}
+    policy.eval()
+    evaluated = [row_logprobs(policy, [row], dummy)[0] for row in rows]
+    for module, training in modes.items():
+        module.training = training
+    compare("train mode differs from eval mode", alone, evaluated,
+            "a module in train mode drops units or normalises by the batch")
 
-        modes = {module: module.training for module in policy.modules()}
-        policy.eval()
-        evaluated = [row_logprobs(policy, [row], dummy)[0] for row in rows]
-        for module, training in modes.items():
-            module.training = training
-        compare("train mode differs from eval mode", alone, evaluated,
-                "a module in train mode drops units or normalises by the batch")
+    together = row_logprobs(policy, rows, dummy)
+    compare("rows in one batch differ from each row alone", alone, together,
+            "its inputs cannot be put together (collate in sft.py)")
 
-        together = row_logprobs(policy, rows, dummy)
-        compare("rows in one batch differ from each row alone", alone, together,
-                "its inputs cannot be put together (collate in sft.py)")
-
-        # One more token behind each response, and then another one.
-        ends = []
-        for last in rows[0][1][:1] + rows[-1][1][-1:]:
-            longer = row_logprobs(policy, [(prompt, [*response, last]) for prompt, response in rows], dummy)
-            ends.append([logps[:-1] for logps in longer])
-        compare("a later token changes the log-probability of an earlier one", *ends,
-                "its mask is not causal over the response; try another --attn")
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [""]
-        log.fail(f"self-check: {family} cannot be trained on these rows: {type(error).__name__}: {reason[0]}")
+    # One token behind each response, then another one; any that stand in the prompt will do.
+    banned = set(policy.banned.tolist())
+    known = dict.fromkeys(rows[0][0]["input_ids"][0].tolist())
+    ends = []
+    for last in [token for token in known if token not in banned][:2]:
+        longer = row_logprobs(policy, [(prompt, [*response, last]) for prompt, response in rows], dummy)
+        ends.append([logps[:-1] for logps in longer])
+    compare("a later token changes the log-probability of an earlier one", *ends,
+            "its mask is not causal over the response; try another --attn")
 
 
 # ----- optimizer -------------------------------------------------------------------------------------------
@@ -1007,8 +1015,9 @@ def main(cfg):
     stopping = catch_sigterm()
     with one_line_errors():
         rows = check_rows(records, encode)
-    self_check(policy, rows, dummy, log)
-    rehearse(policy, optimizer, rows[0], cfg.max_tokens, dummy, cfg, log)
+    with refusing(policy.config.model_type, log):
+        self_check(policy, rows, dummy, log)
+        rehearse(policy, optimizer, rows[0], cfg.max_tokens, dummy, cfg, log)
 
     # Held-out rows stay encoded in memory; each rank has every world-th.
     held_out = []
