@@ -621,9 +621,9 @@ def refusing(family, log):
 def self_check(policy, rows, dummy, log):
     """End the run before step 1 if `rows`, (prompt, response ids) of this run, show that it would go wrong.
 
-    Four comparisons, each of log-probabilities that must be equal: with the model's own logits (soft-capping,
-    scaling), train mode with eval mode (dropout, batch norm), with a later token changed (a mask that leaks),
-    and rows in one batch with each row alone (positions, image features).
+    Four comparisons, each of log-probabilities that must be equal: train mode with eval mode (dropout, batch
+    norm), with the model's own logits (soft-capping, scaling), rows in one batch with each row alone
+    (positions, image features), and with another token behind (a mask that leaks).
     """
     family = policy.config.model_type
     allowed = TOLERANCE[policy.compute_dtype]
@@ -636,14 +636,6 @@ def self_check(policy, rows, dummy, log):
 
     alone = [row_logprobs(policy, [row], dummy)[0] for row in rows]
 
-    # What the configuration says of the head need not be what the model does with it.
-    own = own_logprobs(policy, rows[0], dummy)
-    if mean_gap([alone[0]], [own]) > allowed:
-        policy.head = Head()
-        alone = [row_logprobs(policy, [row], dummy)[0] for row in rows]
-    compare("token_logprobs differs from the model's own logits", [alone[0]], [own],
-            "its head does more than scale or cap the logits (Head in sft.py)")
-
     modes = {module: module.training for module in policy.modules()}
     policy.eval()
     evaluated = [row_logprobs(policy, [row], dummy)[0] for row in rows]
@@ -651,6 +643,14 @@ def self_check(policy, rows, dummy, log):
         module.training = training
     compare("train mode differs from eval mode", alone, evaluated,
             "a module in train mode drops units or normalises by the batch")
+
+    # What the configuration says of the head need not be what the model does with it.
+    own = own_logprobs(policy, rows[0], dummy)
+    if mean_gap([alone[0]], [own]) > allowed:
+        policy.head = Head()
+        alone = [row_logprobs(policy, [row], dummy)[0] for row in rows]
+    compare("token_logprobs differs from the model's own logits", [alone[0]], [own],
+            "its head does more than scale or cap the logits (Head in sft.py)")
 
     together = row_logprobs(policy, rows, dummy)
     compare("rows in one batch differ from each row alone", alone, together,
@@ -750,7 +750,7 @@ class Watchdog:
 
     def wait(self, seconds):
         if self.factor:
-            faulthandler.dump_traceback_later(seconds, exit=True)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
     def step(self):
         """Call once a step."""
