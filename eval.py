@@ -240,12 +240,14 @@ class VLLM:
                              "multi_modal_data": {"image": images} if images else {}})
             params.append(SamplingParams(**option, flat_logprobs=True, detokenize=False))
         start = 0  # of this rank's requests among all that the engine gets
+        # Ranks that share an engine must hand it the same requests: each answers those of all.
         if self.shared:
             requests, params, start = self.gather(requests, params)
         try:
             answers = self.llm.generate(requests, params, use_tqdm=False)
         except Exception as error:
             traceback.print_exc()
+            # An engine that failed is in no state to go on; --resume starts a new one.
             sys.exit(f"{Path(sys.argv[0]).name}: vLLM failed: {error}")
         found = []
         for answer in answers[start:start + len(prompts)]:
@@ -306,14 +308,16 @@ class Server:
 
     def sample(self, prompts, options):
         """As VLLM.sample; all prompts are sent at once, the server queues them."""
+        # Threads only wait; a server batches the better the more it has in its queue.
         with ThreadPoolExecutor(256) as pool:
             return list(pool.map(self.ask, prompts, options))
 
     def ask(self, prompt, option):
         """One prompt's (prompt ids as read, [Sample])."""
         messages = chat_messages(prompt["request"]["messages"], prompt["request"]["images"])
-        body = {"model": self.name, "messages": messages, "logprobs": True, "return_token_ids": True}
-        reply = self.call(self.url, "/v1/chat/completions", body | option)
+        # Here logprobs is a yes or no, in vLLM's own options the number of further tokens.
+        body = option | {"model": self.name, "messages": messages, "logprobs": True, "return_token_ids": True}
+        reply = self.call(self.url, "/v1/chat/completions", body)
         samples = []
         for choice in reply["choices"]:
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
@@ -324,6 +328,7 @@ class Server:
     def reload(self, weights):
         """Write (name, tensor) pairs as safetensors of about 4 GiB and have every server load them."""
         writer = dist.get_rank() == 0
+        # Old files would be loaded along with the new ones.
         if writer:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
@@ -360,7 +365,7 @@ def generate(engine, prompts, seeds, cfg):
     if isinstance(engine, torch.nn.Module):
         return decode(engine, prompts, seeds, cfg)
     rows_of = {}  # id of a prompt -> its rows in the batch
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(prompts):  # same object, same prompt: comparing images would take long
         rows_of.setdefault(id(prompt), []).append(row)
     shared = {
         "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k,
@@ -416,7 +421,7 @@ def decode_batch(engine, prompts, seeds, cfg):
     """`decode` of B rows side by side; b of them, the live ones, are still in the batch."""
     device = engine.banned.device
     stop = torch.tensor(engine.stop, device=device)
-    # 1. Read each prompt once, whatever the number of rows that answer it.
+    # 1. Read each prompt once, whatever the number of rows that answer it: in GRPO that is a whole group.
     unique = {id(prompt): prompt for prompt in prompts}
     places = {key: place for place, key in enumerate(unique)}
     owner = [places[id(prompt)] for prompt in prompts]
@@ -426,6 +431,7 @@ def decode_batch(engine, prompts, seeds, cfg):
 
     # 2. One token after the other.
     draws = uniform_draws(seeds, cfg.max_new_tokens).to(device)  # (B, max_new_tokens)
+    # Rows that left the batch keep what they have; the rest of their lines is never read.
     tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
     logprobs = torch.zeros(draws.shape, device=device)  # (B, max_new_tokens)
     live = torch.arange(len(prompts), device=device)  # (b,)
@@ -440,7 +446,7 @@ def decode_batch(engine, prompts, seeds, cfg):
             token = logprob.argmax(1, keepdim=True)
         tokens[live, t] = token[:, 0]
         logprobs[live, t] = logprob.gather(1, token)[:, 0]
-        so_far = tokens[live, :t + 1]
+        so_far = tokens[live, :t + 1]  # also before t: a row that ended goes on until it leaves the batch
         ended = torch.isin(so_far, stop).any(1)  # (b,)
         if ended.all() or t + 1 == cfg.max_new_tokens:
             break
@@ -450,6 +456,7 @@ def decode_batch(engine, prompts, seeds, cfg):
             cache.reorder_cache(keep)
             live, token, mask = live[keep], token[keep], mask[keep]
             shift = shift[keep] if shift is not None else None
+        # Positions count a row's own tokens, not the padding on its left.
         mask = torch.cat([mask, torch.ones_like(token)], 1)
         position = mask.sum(1, keepdim=True) - 1  # (b, 1)
         if shift is not None:
@@ -483,6 +490,7 @@ def prefill(engine, prompts, owner):
     count (None for other families) and next-token logits (B, V).
     """
     width = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    # Padding stands on the left, so that the next token of every row is the last column.
     rows = []
     for prompt in prompts:
         padded = {}
@@ -585,7 +593,7 @@ def find_benches(names):
         key, _, path = name.partition("=")
         if key in BENCHES:
             bench = BENCHES[key]
-            if not path:
+            if not path:  # a file here goes before a download
                 path = bench.path if Path(bench.path).exists() or not bench.hub else bench.hub
             found.append((key, bench._replace(path=path, split=Path(bench.path).stem)))
         elif Path(name).exists():
@@ -669,6 +677,7 @@ def answer_rows(records, engine, processor, cfg):
     A record gets cfg.n replies {"response", "tokens", "truncated"}, or just one with an "error" too.
     """
     for start in range(0, len(records), cfg.batch_rows):
+        # Prepare the prompts; one that cannot be read has its reply already.
         batch = records[start:start + cfg.batch_rows]
         replies = [[] for _ in batch]
         prompts, seeds, rows = [], [], []  # of each sample; rows are places in the batch
@@ -682,6 +691,7 @@ def answer_rows(records, engine, processor, cfg):
                 prompts.append(prompt)
                 seeds.append(seed)
                 rows.append(row)
+        # Sample all of the batch at once, and give each record its own.
         for row, sample in zip(rows, generate(engine, prompts, seeds, cfg)):
             text = processor.tokenizer.decode(sample.ids, skip_special_tokens=True)
             replies[row].append(
@@ -707,6 +717,7 @@ def ask_samples(record, model, cfg):
     key = api_key("OPENAI_API_KEY")
     replies = []
     try:
+        # One request a sample: not every server knows `n`.
         body = chat_request(record, model, cfg)
         for seed in row_seeds(record, cfg):
             if cfg.temperature:
@@ -787,6 +798,7 @@ def grade(response, record):
 
 def majority(samples, record):
     """The first of the samples whose answer most agree on, as the grader sees it; of equals the first."""
+    # Answers are compared by the grader, so that 0.5 and 1/2 are one vote.
     votes = []  # lists of samples that agree
     for sample in samples:
         for agreeing in votes:
@@ -806,6 +818,7 @@ def graded(record, replies, settings):
     for reply in replies:
         response = reply["response"]
         samples.append(reply | {"extracted": extract_answer(response), "correct": grade(response, record)})
+    # The row shows one response, the majority's; its numbers are means over all samples.
     best = majority(samples, record)
     scores = {}
     if gold and record["answer_type"] in SCORES:
@@ -825,7 +838,10 @@ def graded(record, replies, settings):
 
 def means(rows):
     """{key: mean} of dicts with the same keys."""
-    return {key: mean(row[key] for row in rows) for key in rows[0]}
+    averaged = {}
+    for key in rows[0]:
+        averaged[key] = mean(row[key] for row in rows)
+    return averaged
 
 
 # ----- a judge, for leaderboards whose answers a language model extracts -----------------------------------
@@ -878,6 +894,7 @@ def judged(pair, cfg):
     """The row of (record, row) with what the judge reads as its answer, graded by the rules, or the error."""
     record, row = pair
     question = build_prompt(record | {"task": "plain"})  # the options, but no order to work it out
+    # An answer stands at the end: a response that rambled must not crowd out the instruction.
     text = JUDGE.replace("{question}", question).replace("{response}", row["response"][-8000:])
     turn = {"role": "user", "content": [{"type": "text", "text": text}]}
     body = {"model": cfg.judge_model, "messages": [turn], "max_tokens": cfg.max_new_tokens,
@@ -886,6 +903,7 @@ def judged(pair, cfg):
         reply, truncated, _ = request_chat(*judge_server(cfg), body, cfg)
     except ConnectionError as error:
         return row | {"judge": {"error": str(error)}}
+    # A judge that thinks aloud does so before </think>.
     said = ""
     if not truncated:
         said = extract_answer(reply.rpartition("</think>")[2]) or ""
@@ -931,7 +949,7 @@ def run_bench(title, records, done, todo, fresh, path):
 
     Returns all rows in the records' order, in which the file then is.
     """
-    write_rows(path, done.values())
+    write_rows(path, done.values())  # without half a line of a run that was killed
     bar = tqdm(total=len(records), initial=len(records) - todo, desc=title, dynamic_ncols=True)
     with open(path, "a") as out, bar:
         for row in fresh:
@@ -946,14 +964,17 @@ def run_bench(title, records, done, todo, fresh, path):
 
 def judge_bench(title, records, rows, path, cfg):
     """Have the judge read the wrong rows that it has not read yet; return all rows with its verdicts."""
+    # A right row stays right: the judge is for answers that the rules could not read.
     todo = []
     for record, row in zip(records, rows):
         read = row.get("judge", {}).get("model") == cfg.judge_model
         if row["response"] and row["correct"] == 0 and not read:
             todo.append((record, row))
+    # Verdicts are kept in the rows' own file, so none is paid for twice.
     done = {row["id"]: row for row in rows}
     fresh = (row for _, row in in_parallel(partial(judged, cfg=cfg), todo, cfg.concurrency))
     rows = run_bench(f"{title}, judge", records, done, len(todo), fresh, path)
+    # The table counts the judge's verdict where there is one, and shows the rules' beside it.
     verdicts = []
     for row in rows:
         correct = row.get("judge", {}).get("correct", row["correct"])
@@ -1043,6 +1064,7 @@ def summarise(name, bench, records, rows, seconds):
     """One entry of summary.json: a benchmark's scores, whole and by each value of each field in bench.by."""
     n = len(rows)
     whole = score_of(rows)
+    # A leaderboard of many tasks counts each task alike, however many rows it has.
     if bench.macro:
         parts = scores_by(bench.macro, records, rows).values()
         whole["accuracy"] = round(sum(part["accuracy"] for part in parts) / len(parts), 4)
@@ -1101,6 +1123,7 @@ def with_averages(summary):
     for name, parts in AVERAGES.items():
         if not by_name.keys() >= set(parts):
             continue
+        # An average of a part of its benchmarks would look like the whole.
         averaged = [by_name[part] for part in parts]
         entries.append({
             "bench": f"{name} average", "rule": f"mean of {', '.join(parts)}, each alike", "by": {},

@@ -12,7 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import RECORDS
+from safetensors.torch import load_file
 
+import data_prep
 import sft
 import eval as evaluation
 import grpo
@@ -349,6 +352,84 @@ def test_a_response_ends_with_its_only_stop_token_or_is_truncated(family, stops)
         assert len(ids) == len(logps) <= CFG.max_new_tokens and not set(ids[:-1]) & set(stops)
         assert cut == (ids[-1] not in stops) and (len(ids) == CFG.max_new_tokens or not cut)
     assert {cut for _, _, cut in samples} == {True, False}
+
+
+# ----- servers, without one
+
+
+@pytest.fixture
+def server(group, family, tmp_path, monkeypatch):
+    """A Server whose two vLLMs answer from `replies`, and what was sent to them."""
+    sent = []
+
+    def call(self, url, route, body=None):
+        sent.append((url, route, body))
+        if route == "/v1/models":
+            return {"data": [{"id": "served"}]}
+        if route != "/v1/chat/completions":
+            return None
+        choices = [{"token_ids": [5, 6 + k], "finish_reason": ("stop", "length")[k],
+                    "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1.0 - k}]}} for k in range(body["n"])]
+        return {"prompt_token_ids": ids_of[json.dumps(body["messages"])], "choices": choices}
+
+    ids_of = {}
+    monkeypatch.setattr(evaluation.Server, "call", call)
+    cfg = dataclasses.replace(CFG, servers=("http://a", "http://b"), out=str(tmp_path / "run"))
+    return SimpleNamespace(engine=evaluation.Server(family.path, family.processor, cfg), sent=sent, ids_of=ids_of)
+
+
+def test_a_server_is_asked_once_for_all_samples_of_a_prompt(server, family):
+    prompts = [sft.encode_prompt(question, family.processor, 10**6) for question in RECORDS.values()][:3]
+    for prompt in prompts:
+        messages = data_prep.chat_messages(prompt["request"]["messages"], prompt["request"]["images"])
+        server.ids_of[json.dumps(messages)] = prompt["input_ids"][0].tolist()
+    rows = [prompts[0], prompts[2], prompts[0], prompts[1]]
+    got = evaluation.generate(server.engine, rows, [7, 8, 9, 10], CFG)
+    assert [s.ids for s in got] == [[5, 6], [5, 6], [5, 7], [5, 6]]
+    assert [s.truncated for s in got] == [False, False, True, False]
+    assert [s.logprobs.tolist() for s in got] == [[-0.5, -1.0], [-0.5, -1.0], [-0.5, -2.0], [-0.5, -1.0]]
+    bodies = [body for _, route, body in server.sent if route == "/v1/chat/completions"]
+    asked = [body | {"messages": None} for body in bodies]
+    assert sorted((body["n"], body["seed"]) for body in asked) == [(1, 8), (1, 10), (2, 7)]
+    banned = {str(token): -100.0 for token in server.engine.banned.tolist()}
+    for body in json.loads(json.dumps(asked)):  # as it is sent
+        assert body["logprobs"] is True and body["return_token_ids"] is True and body["model"] == "served"
+        assert body["max_tokens"] == CFG.max_new_tokens and body["stop_token_ids"] == server.engine.stop
+        assert body["logit_bias"] == banned and (body["temperature"], body["top_p"], body["top_k"]) == (1.0, 1.0, 0)
+
+
+def test_a_server_that_reads_a_prompt_otherwise_is_an_error(server, family):
+    prompt = sft.encode_prompt(RECORDS["text"], family.processor, 10**6)
+    messages = data_prep.chat_messages(prompt["request"]["messages"], [])
+    server.ids_of[json.dumps(messages)] = [1, 2, 3]
+    with pytest.raises(ValueError, match="reads a prompt as 3 tokens, the trainer as .*: their processors differ"):
+        evaluation.generate(server.engine, [prompt], [0], CFG)
+
+
+def test_servers_load_weights_in_files_and_forget_what_they_cached(server):
+    class Large:  # says it has 3 GiB
+        nbytes = 3 * 2**30
+
+        def __init__(self, value):
+            self.value = value
+
+        def cpu(self):
+            return torch.tensor([self.value])
+
+    folder = server.engine.folder
+    for names in ("abcde", "fg"):  # the second time nothing of the first is left
+        del server.sent[:]
+        server.engine.reload((name, Large(float(i))) for i, name in enumerate(names))
+        files = sorted(folder.iterdir())
+        assert [sorted(load_file(path)) for path in files] == (
+            [["a", "b"], ["c", "d"], ["e"]] if names == "abcde" else [["f", "g"]])
+        assert {k: v.item() for path in files for k, v in load_file(path).items()} == {
+            name: i for i, name in enumerate(names)}
+        for url in ("http://a", "http://b"):
+            mine = [(route, body) for to, route, body in server.sent if to == url]
+            assert [route for route, _ in mine] == ["/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache",
+                                                    "/reset_encoder_cache"]
+            assert mine[0][1] == {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
 
 
 # ----- transformers moves on
