@@ -182,7 +182,9 @@ def load_policy(path, cfg, device, trainable=True):
     policy.eval()
     blocks = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
     if trainable and cfg.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Newer transformers have another name for it, the older ones of requirements.txt know only the first.
+        enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
         for block in blocks:
             block.training = True  # or it keeps its activations; what is inside it stays in eval mode
 
@@ -545,7 +547,7 @@ def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
 
     The output head runs at response positions only and in chunks, so a (B, T, V) tensor never exists.
     """
-    hidden = policy.model(**inputs).last_hidden_state[:, :-1]  # (B, T-1, H)
+    hidden = policy.model(**inputs, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
     targets = inputs["input_ids"][:, 1:][mask]  # (N,)
     weight = policy.get_output_embeddings().weight  # (V, H)
     logps, entropy = ResponseLogprob.apply(hidden[mask], weight, targets, policy.head, temperature,

@@ -112,6 +112,17 @@ def test_load_policy_leaves_no_module_in_train_mode(run, tiny):
     assert {m for m in policy.modules() if m.training} == {m for m in policy.modules() if isinstance(m, layer)}
 
 
+@pytest.mark.parametrize("checkpointing, runs", [(False, 1), (True, 2)])
+def test_checkpointing_runs_a_layer_again_in_backward(tiny, group, checkpointing, runs):
+    policy, processor = sft.load_policy(tiny.model, config(gradient_checkpointing=checkpointing), CPU)
+    calls = []
+    policy.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    prompt = sft.encode_prompt(tiny.records[0], processor, 10**6)
+    inputs, mask = sft.collate([(prompt, [20, 30])], None, 0, CPU)
+    policy.token_logprobs(inputs, mask).sum().backward()
+    assert len(calls) == runs
+
+
 def capped(output, scale, cap):
     output.logits = cap * torch.tanh(scale * output.logits / cap)
     return output
