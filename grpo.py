@@ -93,7 +93,7 @@ class Config:
     kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
     loss_mean: str = "token"  # token | sequence
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
-    max_mismatch: float = 0.0  # nats a token between sampler and trainer that end the run, 0 = self-check's
+    max_mismatch: float = 0.0  # nats a token between sampler and trainer that end the run, 0 = set by self_check
     length_bonus: float = 0.0  # weight of a bonus for the shorter responses of a group, 0.05 in Reason-RFT
     length_after: int = 800  # steps before that bonus counts
     length_unit: str = "tokens"  # what it counts: tokens | characters (as in Reason-RFT's code)
@@ -939,9 +939,10 @@ def check_engine(cfg):
         raise ValueError("--temperature must be above 0: greedy rollouts of a group are all the same")
 
 
-def check(cfg, stages):
-    """Refuse what cannot train. Raises ValueError naming the flag."""
+def check(cfg):
+    """Refuse what cannot train; returns the stages of --ptst. Raises ValueError naming the flag."""
     check_engine(cfg)
+    stages = parse_ptst(cfg.ptst)
     check_at_least(1, cfg, "steps", "prompts_per_step", "max_prompt_tokens", "max_new_tokens",
                    "rollout_tokens", "updates", "tp", "token_budget", "eval_every", "eval_n", "save_every",
                    "samples_every", "keep")
@@ -959,16 +960,16 @@ def check(cfg, stages):
         raise ValueError("--rethink_frac: a server takes text, and a forced response goes on from token ids; "
                          "use --engine vllm or hf")
     parse_kinds(cfg.rethink_kinds)
+    return stages
 
 
 def main(cfg):
     """Train. A step has nine beats, numbered below."""
     rank, world, device = init_distributed()
     with one_line_errors():
-        stages = parse_ptst(cfg.ptst)
+        stages = check(cfg)
         if stages:
             cfg = dataclasses.replace(cfg, steps=sum(stage.steps for stage in stages))
-        check(cfg, stages)
         spec = parse_reward_spec(cfg.reward)
         run = open_run(cfg, device, need=("answer",))
         engine = build_engine(run.origin, run.processor, cfg, device)
