@@ -93,7 +93,7 @@ class Config:
     kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
     loss_mean: str = "token"  # token | sequence
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
-    max_mismatch: float = 0.0  # nats a token, sampler to trainer, that end the run; 0 = set by the first rollouts
+    max_mismatch: float = 0.0  # nats a token, sampler to trainer, that end the run; 0 = by the dtype
     length_bonus: float = 0.0  # weight of a bonus for the shorter responses of a group, 0.05 in Reason-RFT
     length_after: int = 800  # steps before that bonus counts
     length_unit: str = "tokens"  # what it counts: tokens | characters (as its released code)

@@ -102,7 +102,7 @@ class Config:
     kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
     loss_mean: str = "token"  # token | sequence
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
-    max_mismatch: float = 0.0  # nats a token, sampler to trainer, that end the run; 0 = set by the first rollouts
+    max_mismatch: float = 0.0  # nats a token, sampler to trainer, that end the run; 0 = by the dtype
     updates: int = 1  # optimizer updates per batch of rationales
     # optimisation
     steps: int = 20  # batches of rationales
