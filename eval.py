@@ -148,6 +148,7 @@ class Config:
     save_image: str = ""  # with --image: write the first of them to this file, with the boxes of the answer
     report: tuple[str, ...] = ()  # write RUN_DIR/report.html; RUN_DIR OTHER_DIR compares what both answered
     task: str = ""  # prompt of every question, one of rewards.PROMPTS, "" = a record's own (--prompt: plain)
+    max_prompt_tokens: int = 32768  # rows with a longer prompt are not answered, and count as failed
     max_new_tokens: int = 0  # response tokens at most, 0 = as the runs sampled (response_limit), else 1024
     n: int = 1  # samples per row: accuracy is their mean, maj@n that of the answer most of them agree on
     temperature: float = 0.0  # 0 = greedy
@@ -683,7 +684,7 @@ def answer_rows(records, engine, processor, cfg):
         prompts, seeds, rows = [], [], []  # of each sample; rows are places in the batch
         for row, record in enumerate(batch):
             try:
-                prompt = encode_prompt(record, processor, cfg.max_pixels)
+                prompt = encode_prompt(record, processor, cfg.max_pixels, cfg.max_prompt_tokens)
             except ValueError as error:
                 replies[row].append(no_reply(error))
                 continue

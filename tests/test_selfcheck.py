@@ -294,6 +294,15 @@ def test_prompts_beyond_the_limit_are_left_out_and_counted(tiny, tmp_path, in_th
     assert "tokens, --max_prompt_tokens is 200" in capsys.readouterr().out
 
 
+def test_eval_does_not_answer_prompts_beyond_the_limit(run, tiny):
+    """They count as failed rows, with the reason; the others are answered."""
+    records = [dict(tiny.records[0], id="short"), dict(tiny.records[0], id="long", question="red " * 300)]
+    cfg = evaluation.Config(max_prompt_tokens=200, max_new_tokens=4)
+    short, long = evaluation.answer_rows(records, run.engine, run.processor, cfg)
+    assert "error" not in short[1][0] and short[1][0]["tokens"] > 0
+    assert "tokens, --max_prompt_tokens is 200" in long[1][0]["error"] and long[1][0]["tokens"] == 0
+
+
 @pytest.mark.parametrize("stage", [grpo, sft])
 def test_a_run_without_one_usable_row_ends(stage, tiny, tmp_path, in_this_process):
     rows = data_prep.read_records(tiny.mini / "counting_train.jsonl")[:6]
