@@ -1286,17 +1286,71 @@ def convert_reason_rft(cfg) -> None:
 
 
 # ----- model folders -----
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError or OSError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return value
+
+
+def model_fault(folder: Path) -> str:
+    """Which file of a model folder or checkpoint is damaged and how, "" if none; tensors are not read."""
+    from safetensors import SafetensorError, safe_open
+    path = folder / "meta.json"
+    try:
+        sizes = read_json(path).get("files", {}) if path.exists() else {}
+        for name, size in sizes.items():
+            path = folder / name
+            if path.stat().st_size != size:
+                return f"{path} has {path.stat().st_size} bytes, {size} were saved"
+        for path in sorted(folder.glob("*.json")):
+            read_json(path)
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="np"):
+                pass
+    except (ValueError, OSError) as error:
+        return str(error)
+    except SafetensorError as error:
+        return f"{path}: {error}"
+    return ""
+
+
+def step_fault(step: Path) -> str:
+    """What is wrong with a checkpoint of a run, "" if nothing: meta.json was written last."""
+    if not (step / "meta.json").exists():
+        return f"{step}/meta.json is missing"
+    return model_fault(step)
+
+
 def newest_step(out: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run directory; unfinished ones still carry the suffix .tmp."""
-    return max((p for p in Path(out).glob("step_??????") if (p / "meta.json").exists()), default=None)
+    """The newest checkpoint of a run directory, None if it has none; unfinished ones carry the suffix .tmp.
+
+    Raises ValueError if it is damaged: to go on from an older one is for the user to decide.
+    """
+    steps = sorted(Path(out).glob("step_??????"), reverse=True)
+    if not steps:
+        return None
+    fault = step_fault(steps[0])
+    if not fault:
+        return steps[0]
+    sound = [step for step in steps[1:] if not step_fault(step)]
+    if sound:
+        raise ValueError(f"{fault}; remove {steps[0]} to go on from {sound[0]}")
+    raise ValueError(f"{fault}; {out} has no other checkpoint")
 
 
 def resolve_model(path: str) -> str:
-    """Model folder, run directory (newest complete step) or Hub id for from_pretrained. Raises ValueError."""
+    """Model folder, run directory (newest step) or Hub id for from_pretrained. Raises ValueError, OSError."""
     folder = Path(path)
     if (folder / "config.json").exists() and not (step := newest_step(folder)):
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         if "model_type" in config:
+            if fault := model_fault(folder):
+                raise ValueError(fault)
             return path
         raise ValueError(f"{path}: the run has no complete checkpoint yet")
     if folder.is_dir():

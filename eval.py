@@ -56,6 +56,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -67,6 +68,9 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -82,7 +86,7 @@ from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
                        resolve_model, served_model, write_json, write_rows, write_text)
-from sft import collate, encode_prompt, stop_ids, vision_ids
+from sft import collate, encode_prompt, end_on_signals, stop_ids, vision_ids
 
 class Bench(NamedTuple):
     path: str  # where its records are looked for: a file named after the split
@@ -1848,6 +1852,7 @@ def brief_reason(error):
 
 def main(cfg):
     """Write a report, answer one question, or run benchmarks; what cannot be done is one line."""
+    end_on_signals()  # each answer was flushed as it came, so the same command goes on from there
     disable_progress_bar()
     try:
         check(cfg)

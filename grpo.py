@@ -44,9 +44,13 @@ import itertools
 import math
 import random
 import re
+import signal
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -55,9 +59,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
-from sft import (TOLERANCE, RunLog, Stopwatch, Watchdog, blank_prompt, catch_sigterm, check_rows, collate,
-                 data_order, describe, encode_prompt, full_weights, global_max, global_sum, host_memory,
-                 init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, micro_batches,
+from sft import (TOLERANCE, RunLog, Stopwatch, Watchdog, blank_prompt, catch_signals, check_rows, collate,
+                 data_order, describe, encode_prompt, end_on_signals, full_weights, global_max, global_sum,
+                 host_memory, init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, micro_batches,
                  one_line_errors, open_run, optimizer_step, peak_memory, prepared, readable, refusing,
                  rehearse, save_checkpoint, self_check)
 from eval import Server, VLLM, build_engine, generate
@@ -481,19 +485,24 @@ class ReplayBuffer:
     trains on it again.
     """
 
-    def __init__(self, state=None):
+    def __init__(self):
         self.clear()
-        if state:
-            self.entries, held = state
+
+    def restore(self, states, cap):
+        """Take what `state` gave on those ranks at saving that this one stands for now. Collective."""
+        saved = {}
+        for held in states:
             for key, fields in held.items():
-                self.held[key] = Rollout(**fields)
+                saved[key] = Rollout(**fields)
+        self.add(saved, cap)
 
     def clear(self):
         self.entries = []  # of all ranks, the oldest first
         self.held = {}  # {key: rollout} of this rank
 
     def state(self):
-        return self.entries, {key: vars(r) for key, r in self.held.items()}
+        """What this rank holds; the entries follow from what all ranks hold."""
+        return {key: vars(r) for key, r in self.held.items()}
 
     def add(self, fresh, cap):
         """Enter this rank's {key: rollout}; beyond `cap` entries the oldest leave. Collective."""
@@ -966,6 +975,7 @@ def check(cfg):
 def main(cfg):
     """Train. A step has nine beats, numbered below."""
     rank, world, device = init_distributed()
+    end_on_signals()
     with one_line_errors():
         stages = check(cfg)
         if stages:
@@ -977,7 +987,8 @@ def main(cfg):
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
     tokenizer = processor.tokenizer
     reference = load_policy(run.origin, cfg, device, trainable=False)[0] if cfg.kl_beta else None
-    buffer = ReplayBuffer(run.extra)
+    buffer = ReplayBuffer()
+    buffer.restore(run.extras, cfg.ssr_cap)
     sync_weights(policy, engine)
     dummy = blank_prompt(processor, cfg.max_pixels)
 
@@ -1004,11 +1015,11 @@ def main(cfg):
         log.write("metrics.jsonl", [{"step": 0, **before}])
         log.note(f"before training: {before['eval/accuracy']:.3f} "
                  f"of {len(run.held_out)} held-out questions right")
-    stopping = catch_sigterm()
 
     order = data_order(len(records), cfg.prompts_per_step, run.done, cfg.steps, cfg.seed)
     shares = [questions[rank::world] for questions in order]
     drawn_ahead = prepared(shares, encode, cfg.workers, first_step=run.done + 1)
+    stopping = catch_signals()
     watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
         watch.lap("time/data")
@@ -1089,9 +1100,10 @@ def main(cfg):
                      f"right, {metrics['eval/len']:.1f} tokens long")
         log.step(step, metrics, shown=("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
-            save_checkpoint(cfg, step, policy, processor, optimizer, buffer.state())
+            with one_line_errors():
+                save_checkpoint(cfg, step, policy, processor, optimizer, buffer.state())
         if stop_now:
-            log.note(f"SIGTERM: saved step {step}; go on with --resume")
+            log.note(f"interrupted: saved step {step}; go on with --resume")
             break
         watchdog.step()
         watch = Stopwatch()

@@ -46,9 +46,13 @@ import functools
 import itertools
 import math
 import re
+import signal
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -58,9 +62,10 @@ from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, f
                      gold_distribution, leaks, parse_boxes, parse_distribution, reconstruct_prompt, scrub)
 from data_prep import (check_at_least, check_record, check_records, complete_rows, parse_config, read_records,
                        resolve_model, save_image, write_records)
-from sft import (RunLog, Stopwatch, Watchdog, blank_prompt, catch_sigterm, check_rows, data_order, describe,
-                 encode_prompt, global_max, global_sum, host_memory, init_distributed, load_policy, lr_at,
-                 one_line_errors, open_run, peak_memory, prepared, readable, refusing, save_checkpoint)
+from sft import (RunLog, Stopwatch, Watchdog, blank_prompt, catch_signals, check_rows, check_same_run, claim,
+                 data_order, describe, encode_prompt, end_on_signals, global_max, global_sum, host_memory,
+                 init_distributed, load_policy, lr_at, one_line_errors, open_run, peak_memory, prepared,
+                 readable, refusing, save_checkpoint)
 from eval import build_engine
 from grpo import (LOSSES, check_engine, check_run, encode_share, end_if_mismatched, group_advantages,
                   has_gradient, rollout_seed, sample_rollouts, sleep_engine, sync_weights, train_on,
@@ -334,7 +339,14 @@ def best_of(rows, tau):
 
 
 def sample_all(cfg, source, rank, world, device):
-    """Sample G rationales of every record into `source`, from where an earlier run stopped."""
+    """Sample G rationales of every record into `source`, from where an earlier run stopped.
+
+    Returns whether all are there; SIGTERM or Ctrl-C end it after a step, to be resumed.
+    """
+    if rank == 0 and Path(cfg.out).is_dir():
+        claim(cfg.out)
+    if cfg.resume and source.exists():
+        check_same_run(cfg)
     records = read_records(cfg.data)
     model = resolve_model(cfg.model)
     steps = math.ceil(len(records) / cfg.prompts_per_step)
@@ -352,13 +364,18 @@ def sample_all(cfg, source, rank, world, device):
         order.append(everything[start:start + cfg.prompts_per_step])
     shares = [questions[rank::world] for questions in order]
     drawn_ahead = prepared(shares, lambda q, _: encode_cot(records[q], processor, cfg), cfg.workers)
+    stopping = catch_signals()
     for step, questions, drawn in zip(itertools.count(done + 1), order, drawn_ahead):
         prompts = readable(drawn, records, cfg.strict, log)
         hops = two_hops(engine, prompts, records, processor, step, cfg)
         rows = gathered(score_rationales(*hops, records, cfg), questions)
         write_rationales(log, step, rows, records)
         log.step(step, quality(rows), shown=("reward/mean", "reward/agreement", "cot/leaks"))
+        if global_sum([len(stopping)])[0] and step < steps:
+            log.note(f"interrupted: {step} of {steps} steps are in {source}; go on with --resume")
+            return False
     log.bar.close()
+    return True
 
 
 def annotate(cfg, rank, world, device):
@@ -367,10 +384,11 @@ def annotate(cfg, rank, world, device):
     A --data named rationales.jsonl has been sampled already, perhaps in training, and is filtered only.
     """
     source = Path(cfg.data)
+    complete = True
     if source.name != "rationales.jsonl":
         source = Path(cfg.out) / "rationales.jsonl"
-        sample_all(cfg, source, rank, world, device)
-    if rank == 0:
+        complete = sample_all(cfg, source, rank, world, device)
+    if rank == 0 and complete:
         rows = read_rationales(source)
         kept, reasons = best_of(rows, cfg.tau)
         total = len({row["record"]["id"] for row in rows})
@@ -401,6 +419,7 @@ def check(cfg):
 def main(cfg):
     """Train the rationales, or annotate. A training step has nine beats, those of grpo.py, numbered below."""
     rank, world, device = init_distributed()
+    end_on_signals()
     usual = {"cot": ("out/talk", "out/rise"), "annotate": ("out/rise", "out/annotate")}
     model, out = usual[cfg.phase]
     cfg = dataclasses.replace(cfg, model=cfg.model or model, out=cfg.out or out)
@@ -429,11 +448,11 @@ def main(cfg):
         log.write("metrics.jsonl", [{"step": 0, **before}])
         log.note(f"before training: agreement {before['eval/agreement']:.3f} "
                  f"on {len(run.held_out)} held-out records")
-    stopping = catch_sigterm()
 
     order = data_order(len(records), cfg.prompts_per_step, run.done, cfg.steps, cfg.seed)
     shares = [questions[rank::world] for questions in order]
     drawn_ahead = prepared(shares, lambda q, _: encode_cot(records[q], processor, cfg), cfg.workers)
+    stopping = catch_signals()
     watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
         watch.lap("time/data")
@@ -504,9 +523,10 @@ def main(cfg):
                      f"on {len(run.held_out)} held-out records, {100 * metrics['eval/leaks']:.1f} % leak")
         log.step(step, metrics, shown=("reward/mean", "reward/agreement", "cot/leaks", "eval/agreement"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
-            save_checkpoint(cfg, step, policy, processor, optimizer)
+            with one_line_errors():
+                save_checkpoint(cfg, step, policy, processor, optimizer)
         if stop_now:
-            log.note(f"SIGTERM: saved step {step}; go on with --resume")
+            log.note(f"interrupted: saved step {step}; go on with --resume")
             break
         watchdog.step()
         watch = Stopwatch()

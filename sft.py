@@ -23,6 +23,7 @@ import contextlib
 import ctypes
 import dataclasses
 import faulthandler
+import fcntl
 import functools
 import itertools
 import json
@@ -34,6 +35,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -43,10 +45,16 @@ from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -55,8 +63,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data_prep import (build_messages, check_at_least, load_image, newest_step, parse_config, read_records,
-                       resolve_model)
+from data_prep import (build_messages, check_at_least, complete_rows, load_image, newest_step, parse_config,
+                       read_json, read_records, resolve_model, write_json, write_rows)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,11 @@ class Config:
 
 
 def fail(text):
-    """End this process with one line."""
+    """End this process with one line. What all ranks meet is told by rank 0 alone."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        # When rank 0 ends, torchrun ends the others: one that still lives then has a fault of its own.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     sys.exit(f"{Path(sys.argv[0]).name}: {text}")
 
 
@@ -135,6 +147,7 @@ def init_distributed():
         torch.set_num_threads(max(1, cores // local_world - 1))
         device, backend = torch.device("cpu"), "gloo"
     if "RANK" in os.environ:
+        follow_torchrun()
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -156,11 +169,84 @@ def global_max(value):
     return most.item()
 
 
-def catch_sigterm():
-    """A list that stays empty until SIGTERM comes: a loop that sees it filled saves its step and ends."""
+def follow_torchrun():
+    """Have this rank stopped when torchrun dies, even by kill -9; end it if torchrun is gone already."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    signal_with_parent(signal.SIGTERM)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # ranks meet at torchrun's own port
+        meeting = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(meeting, timeout=60).close()
+        except OSError as error:
+            fail(f"torchrun is gone ({error})")
+
+
+def signal_with_parent(number):
+    """Have the kernel send this process a signal when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(parent_death_signal, number)
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT)  # what an operator stops a run with; SIGINT is Ctrl-C
+
+
+def end_on_signals():
+    """From here on SIGTERM and Ctrl-C end this process at once, in one line: there is nothing to save yet.
+
+    And when another rank ends, the collective that fails for want of it ends this one in a line, too.
+    """
+    for number in STOPS:
+        signal.signal(number, end_at_once)
+    sys.excepthook = functools.partial(tell_lost_rank, usual=sys.excepthook)
+
+
+def end_at_once(number, _):
+    """Signal handler. No clean-up, which might wait for something; rank 0 speaks for all."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        name = signal.Signals(number).name
+        text = f"\n{Path(sys.argv[0]).name}: ended by {name}\n"  # the progress bar may be on this line
+        os.write(2, text.encode())  # print could be what was interrupted
+    os._exit(128 + number)
+
+
+def tell_lost_rank(kind, error, trace, usual):
+    """sys.excepthook: one line where gloo lost another rank, `usual` for everything else."""
+    if "gloo" not in str(error) or "peer" not in str(error):
+        return usual(kind, error, trace)
+    print(f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']} ends because another rank did",
+          file=sys.stderr, flush=True)
+    os._exit(1)  # to leave the process group in order would wait for the lost rank
+
+
+def catch_signals():
+    """A list that is empty until SIGTERM or Ctrl-C: a loop that sees it filled saves its step and ends.
+
+    A second signal ends this process at once. torchrun passes signals on, and so one who stops a whole process
+    group reaches each rank twice: under torchrun what comes within five seconds is still the first.
+    """
     stopping = []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    passed_on = 5 if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+    def stop(number, frame):
+        if stopping and time.monotonic() > stopping[0] + passed_on:
+            end_at_once(number, frame)
+        stopping.append(time.monotonic())
+
+    for number in STOPS:
+        signal.signal(number, stop)
     return stopping
+
+
+@contextlib.contextmanager
+def stops_blocked():
+    """A process that is forked in here never gets a stop signal: its trainer does, and says when to end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 # ----- the policy ------------------------------------------------------------------------------------------
@@ -346,9 +432,7 @@ def data_order(total, per_step, done, steps, seed):
 
 def end_with(trainer):
     """Have the kernel end this worker when its trainer dies, even by kill -9: it would wait for ever."""
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    signal_with_parent(signal.SIGKILL)
     if os.getppid() != trainer:  # it died before the line above
         os._exit(1)
 
@@ -382,7 +466,8 @@ def prepared(batches, encode, workers, first_step=0):
     loader = DataLoader(Rows(), sampler=places, batch_size=None, num_workers=workers, prefetch_factor=ahead,
                         worker_init_fn=lambda worker, trainer=os.getpid(): end_with(trainer),
                         multiprocessing_context="fork" if workers else None)
-    rows = iter(loader)
+    with stops_blocked():  # a worker that died first would take the trainer with it before it could save
+        rows = iter(loader)
     try:
         for batch in batches:
             yield [pickle.loads(next(rows)) for _ in batch]
@@ -800,14 +885,70 @@ def peak_memory(device):
 # ----- the run directory -----------------------------------------------------------------------------------
 
 
+# What a resumed run may change: how long, how fast and where it runs. Other flags make it another run.
+MAY_CHANGE = {
+    "out", "resume", "strict", "steps", "epochs", "lr", "warmup", "schedule", "lr_floor",
+    "engine", "tp", "gpu_memory_utilization", "servers", "workers", "token_budget", "rollout_tokens",
+    "gradient_checkpointing", "cpu_offload", "attn",
+    "eval_data", "eval_every", "eval_n", "save_every", "samples_every", "keep",
+    "stall", "max_mismatch",  # when to give up
+    "tau",  # filters what has been sampled
+}
+
+
+def check_same_run(cfg):
+    """Refuse to resume a run with flags that would make it another one. Raises ValueError or OSError."""
+    path = Path(cfg.out) / "config.json"
+    saved = read_json(path).get("config")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: no flags under \"config\"")
+    changed = []
+    for field in dataclasses.fields(cfg):
+        new = getattr(cfg, field.name)
+        if isinstance(new, tuple):
+            new = list(new)  # as JSON has it
+        # A flag that is newer than the run had no effect on it, as its default has none.
+        old = saved.get(field.name, field.default)
+        if old != new and field.name not in MAY_CHANGE:
+            changed.append(f"--{field.name} was {old!r}, is {new!r}")
+    if changed:
+        raise ValueError(f"{cfg.out} cannot be resumed with other flags: " + "; ".join(changed))
+
+
+LOCKS = []  # open files: a lock is held until this process ends, however it ends
+
+
+def claim(folder):
+    """Be the only process that writes into a run directory. Raises ValueError if another does, or OSError.
+
+    POSIX locks stay with the process: forked workers do not inherit them, unlike those of flock.
+    """
+    lock = open(Path(folder) / "lock", "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise ValueError(f"{folder}: another run writes into it ({lock.read().strip()})")
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error.strerror}): no other run may write into it")
+    LOCKS.append(lock)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+
+
 def open_run(cfg, device, need):
     """What every trainer opens with: data, policy and optimizer, new or from the newest step of --out.
 
     need: the fields that training data must have. Returns a namespace: origin (the start model, also when
-    resuming), records, held_out, policy, processor, optimizer, done (steps), extra (as save_checkpoint took).
+    resuming), records, held_out, policy, processor, optimizer, done (steps), extras (of load_checkpoint).
     Raises ValueError or OSError.
     """
+    if dist.get_rank() == 0 and Path(cfg.out).is_dir():
+        claim(cfg.out)
     start = newest_step(cfg.out) if cfg.resume else None
+    if start:
+        check_same_run(cfg)
     origin = resolve_model(cfg.model)
     folder = Path(origin).resolve()
     if not cfg.resume and Path(cfg.out).resolve() in [folder, *folder.parents]:
@@ -821,9 +962,9 @@ def open_run(cfg, device, need):
         held_out = read_records(cfg.eval_data, need=need, limit=cfg.eval_n)
     policy, processor = load_policy(start or origin, cfg, device)
     optimizer = make_optimizer(policy, cfg)
-    done, extra = load_checkpoint(start, policy, optimizer) if start else (0, None)
+    done, extras = load_checkpoint(start, policy, optimizer) if start else (0, [])
     return SimpleNamespace(origin=origin, records=records, held_out=held_out, policy=policy,
-                           processor=processor, optimizer=optimizer, done=done, extra=extra)
+                           processor=processor, optimizer=optimizer, done=done, extras=extras)
 
 
 def full_weights(policy, dtype=None, frozen=True):
@@ -839,83 +980,166 @@ def full_weights(policy, dtype=None, frozen=True):
 
 
 def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
-    """Write out/step_000200, complete or not at all: HF weights and processor, one trainer file per rank.
+    """Write out/step_000200, complete or not at all: HF weights and processor, trainer/, meta.json.
 
-    `extra` is what else this rank needs to go on, of plain containers and tensors.
+    trainer/ has the optimizer's moments, sharded, for any number of ranks to go on from. `extra` is what else
+    this rank needs for that, of plain containers and tensors.
 
     Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep
-    removed. With several nodes --out must be on a file system they share. On a full disk it raises OSError
-    and earlier checkpoints stay as they are.
+    removed. With several nodes --out must be on a file system they share. What cannot be written raises
+    OSError on all ranks; earlier checkpoints stay as they are.
     """
     final = Path(cfg.out) / f"step_{step:06d}"
     tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir()
-    dist.barrier()
-
     weights = {}
     for name, weight in full_weights(policy):
         if rank == 0:  # all ranks take part in gathering, one keeps the result
             weights[name] = weight.cpu()
-    if rank == 0:
-        policy.save_pretrained(tmp, state_dict=weights)
-        processor.save_pretrained(tmp)
-        meta = {"step": step, "world_size": dist.get_world_size()}
-        (tmp / "meta.json").write_text(json.dumps(meta))
+    with written_by_all(tmp):
+        if rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir()
+            policy.save_pretrained(tmp, state_dict=weights)
+            processor.save_pretrained(tmp)
 
     moments = {}
     for name, p in policy.named_parameters():
-        state = optimizer.state.get(p, {})
-        moments[name] = {key: x.to_local() if isinstance(x, DTensor) else x for key, x in state.items()}
-    state = {"optimizer": moments, "rng": torch.get_rng_state(), "extra": extra}
-    torch.save(state, tmp / f"trainer_rank{rank}.pt")
-    dist.barrier()
+        for key, value in optimizer.state.get(p, {}).items():
+            moments[f"{name}/{key}"] = value
+    with written_by_all(tmp):
+        dcp.save(moments, checkpoint_id=tmp / "trainer")
+        if extra is not None:
+            torch.save(extra, tmp / f"trainer/extra_rank{rank}.pt")
 
-    if rank == 0:
-        for path in [*tmp.iterdir(), tmp]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        tmp.rename(final)
-        complete = sorted(Path(cfg.out).glob("step_??????"))
-        for old in complete[:-cfg.keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    with written_by_all(tmp):
+        if rank == 0:
+            write_json(tmp / "meta.json", {"step": step, "world_size": dist.get_world_size(),
+                                           "files": file_sizes(tmp)})
+            for path in [*tmp.rglob("*"), tmp]:
+                fsync(path)
+            tmp.rename(final)
+            fsync(final.parent)
+            complete = sorted(final.parent.glob("step_??????"))
+            for old in complete[:-cfg.keep]:
+                shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # half removed, it is not complete
+
+
+@contextlib.contextmanager
+def written_by_all(tmp):
+    """What one rank fails to write all give up, and rank 0 removes it, or a full disk stays full. Collective.
+
+    Raises OSError on all ranks, with the path and the reason.
+    """
+    fault = None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        fault = first_reason(error)
+    faults = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    met = [fault for fault in faults if fault]
+    if met:
+        free = shutil.disk_usage(tmp.parent).free
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(f"{tmp} cannot be written: {met[0]} ({free / 2**20:.0f} MiB were free); "
+                      "earlier checkpoints are intact")
+
+
+def first_reason(error):
+    """The first line of an error; of several ranks' errors, that of the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def file_sizes(folder):
+    """{name: bytes} of all files below a folder: newest_step knows a damaged checkpoint by it."""
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    return sizes
+
+
+def fsync(path):
+    """Have a file, or the names in a folder, on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def load_checkpoint(path, policy, optimizer):
-    """Restore save_checkpoint's optimizer moments and RNG (weights came with load_policy).
+    """Restore save_checkpoint's optimizer moments (weights came with load_policy), on any number of ranks.
 
-    Returns (step, extra). Raises ValueError when the run was saved with another number of ranks.
+    Returns (step, extras), the `extra` of those ranks at saving that this rank stands for now: its own, with
+    as many ranks; else each goes to one rank, and some may get none. There is no random state: what a step
+    draws is a function of the seed. Raises ValueError naming what cannot be read.
     """
-    meta = json.loads((path / "meta.json").read_text())
-    if meta["world_size"] != dist.get_world_size():
-        raise ValueError(f"{path} was saved by {meta['world_size']} rank(s), "
-                         f"this run has {dist.get_world_size()}")
-    state = torch.load(path / f"trainer_rank{dist.get_rank()}.pt", weights_only=True)
-    for name, p in policy.named_parameters():
-        for key, value in state["optimizer"].get(name, {}).items():
-            if isinstance(p, DTensor) and key != "step":
-                value = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements,
-                                           shape=p.shape, stride=p.stride())
-            optimizer.state[p][key] = value
-    torch.set_rng_state(state["rng"])
-    return meta["step"], state["extra"]
+    with readable_file(path / "meta.json"):
+        meta = read_json(path / "meta.json")
+        step, saved_ranks = meta["step"], meta["world_size"]
+    folder = path / "trainer"
+    if not folder.is_dir():
+        raise ValueError(f"{path} is of an earlier release: it may be a --model, but not be resumed")
+    params = dict(policy.named_parameters())
+    with readable_file(folder / ".metadata"):
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    moments = {}
+    with readable_file(folder):
+        for entry in saved:
+            name, _, key = entry.rpartition("/")
+            like = params[name].detach()
+            moments[entry] = torch.zeros(()) if key == "step" else torch.zeros_like(like)
+        dcp.load(moments, checkpoint_id=folder)
+    for entry, value in moments.items():
+        name, _, key = entry.rpartition("/")
+        optimizer.state[params[name]][key] = value
+
+    extras = []
+    for rank in range(dist.get_rank(), saved_ranks, dist.get_world_size()):
+        file = folder / f"extra_rank{rank}.pt"
+        if file.exists():
+            with readable_file(file):
+                extras.append(torch.load(file, map_location="cpu", weights_only=True))
+    return step, extras
+
+
+@contextlib.contextmanager
+def readable_file(path):
+    """Whatever a damaged file raises becomes a ValueError that names it."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{path} cannot be read: {first_reason(error)}") from error
 
 
 class RunLog:
     """Writes config.json, the JSON lines of a run and the progress bar, on rank 0.
 
-    A new run moves an existing directory aside; a resumed one drops the lines written after its checkpoint.
+    A new run moves an existing directory aside; a resumed one drops the lines written after its checkpoint,
+    and ends here if it has no step left. Raises ValueError or OSError.
     """
 
     def __init__(self, cfg, done=0):
         self.out, self.rank = Path(cfg.out), dist.get_rank()
+        if done >= cfg.steps:
+            if self.rank == 0:
+                print(f"{self.out} is at step {done} of {cfg.steps}: nothing is left to do")
+            dist.destroy_process_group()
+            sys.exit(0)
         if self.rank == 0:
             if self.out.exists() and not cfg.resume:
+                claim(self.out)
                 self.move_aside()
             self.out.mkdir(parents=True, exist_ok=True)
+            claim(self.out)
+            for unfinished in self.out.glob("step_??????.tmp"):
+                shutil.rmtree(unfinished)
             for name in ("metrics.jsonl", "samples.jsonl", "rationales.jsonl"):
                 if (self.out / name).exists():
                     self.drop_lines_after(done, self.out / name)
@@ -935,11 +1159,12 @@ class RunLog:
 
     def drop_lines_after(self, done, path):
         kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            complete = line.endswith("\n")
-            if done and complete and json.loads(line)["step"] <= done:
-                kept.append(line)
-        path.write_text("".join(kept))
+        for number, row in enumerate(complete_rows(path) if done else [], 1):
+            if "step" not in row:
+                raise ValueError(f"{path} line {number}: no 'step'")
+            if row["step"] <= done:
+                kept.append(row)
+        write_rows(path, kept)
 
     def write_config(self, cfg):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
@@ -947,7 +1172,7 @@ class RunLog:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         config = {"config": dataclasses.asdict(cfg), "argv": sys.argv, "git": git.stdout.strip(),
                   "world_size": dist.get_world_size(), "versions": versions}
-        (self.out / "config.json").write_text(json.dumps(config, indent=1))
+        write_json(self.out / "config.json", config)
 
     def note(self, text):
         """Print a line above the progress bar."""
@@ -960,11 +1185,16 @@ class RunLog:
         fail(text)
 
     def write(self, name, rows):
-        """Append rows to a file of JSON lines."""
-        if self.rank == 0:
-            with open(self.out / name, "a") as f:
-                for row in rows:
-                    f.write(json.dumps(row) + "\n")
+        """Append rows to a file of JSON lines; what cannot be written ends the run."""
+        if self.rank > 0:
+            return
+        path = self.out / name
+        lines = [json.dumps(row) + "\n" for row in rows]
+        try:
+            with open(path, "a") as f:
+                f.writelines(lines)
+        except OSError as error:
+            self.fail(f"{path} cannot be written: {error.strerror}")
 
     def step(self, step, metrics, shown):
         """Write a step's metrics; those in `shown` stand beside the progress bar."""
@@ -997,6 +1227,7 @@ def evaluate(policy, rows, dummy, cfg):
 def main(cfg):
     """Train: draw rows, update, log, evaluate and save."""
     rank, world, device = init_distributed()
+    end_on_signals()
     with one_line_errors():
         check_at_least(1, cfg, "steps", "batch_size", "token_budget", "max_tokens", "eval_every", "eval_n",
                        "save_every", "keep")
@@ -1014,7 +1245,6 @@ def main(cfg):
     epochs = cfg.steps * cfg.batch_size / len(records)
     log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) "
              f"= {epochs:.2f} epochs")
-    stopping = catch_sigterm()
     with one_line_errors():
         rows = check_rows(records, encode)
     with refusing(policy.config.model_type, log):
@@ -1031,6 +1261,7 @@ def main(cfg):
     order = data_order(len(records), cfg.batch_size, run.done, cfg.steps, cfg.seed)
     shares = [drawn[rank::world] for drawn in order]
     drawn_ahead = prepared(shares, lambda i, _: encode(records[i]), cfg.workers)
+    stopping = catch_signals()
     watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, drawn in enumerate(drawn_ahead, run.done + 1):
         watch.lap("time/data")
@@ -1070,9 +1301,10 @@ def main(cfg):
             log.note(f"step {step}: loss {nll:.4f}, held-out loss {metrics['eval/loss']:.4f}")
         log.step(step, metrics, shown=("loss/nll", "eval/loss"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
-            save_checkpoint(cfg, step, policy, processor, optimizer)
+            with one_line_errors():
+                save_checkpoint(cfg, step, policy, processor, optimizer)
         if stop_now:
-            log.note(f"SIGTERM: saved step {step}; go on with --resume")
+            log.note(f"interrupted: saved step {step}; go on with --resume")
             break
         watchdog.step()
         watch = Stopwatch()

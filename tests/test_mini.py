@@ -198,12 +198,13 @@ def test_resolve_model_refuses(tmp_path, monkeypatch, path, message):
 
 def test_resolve_model_takes_the_newest_complete_step(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for step, complete in (("step_000002", True), ("step_000010", True),
-                           ("step_000011", False), ("step_000012.tmp", True)):
+    for step in ("step_000002", "step_000010", "step_000012.tmp"):
         (tmp_path / "run" / step).mkdir(parents=True)
-        if complete:
-            (tmp_path / "run" / step / "meta.json").write_text("{}")
+        (tmp_path / "run" / step / "meta.json").write_text("{}")
     assert data_prep.resolve_model("run") == "run/step_000010"
+    (tmp_path / "run/step_000011").mkdir()
+    with pytest.raises(ValueError, match="step_000011/meta.json is missing; .* from run/step_000010"):
+        data_prep.resolve_model("run")
     assert data_prep.resolve_model(tiny.model) == tiny.model
     assert data_prep.resolve_model("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
 
