@@ -891,12 +891,11 @@ def shaken(policy):
         shard.copy_(before)
 
 
-def check_run(policy, optimizer, engine, prompts, processor, dummy, longest, log, cfg):
+def check_run(policy, optimizer, engine, prompts, processor, dummy, log, cfg):
     """The self-check of a run that samples, before step 1. All ranks alike, on the same few prompts.
 
     Beside self_check: the engine's log-probabilities of what it samples equal the policy's, and again after
     every weight was moved and handed over. Returns the mismatch/mean beyond which a step ends the run.
-    longest: tokens that a row may have.
     """
     allowed = TOLERANCE[policy.compute_dtype]
     few = dataclasses.replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens), top_p=1.0, top_k=0)
@@ -919,7 +918,7 @@ def check_run(policy, optimizer, engine, prompts, processor, dummy, longest, log
     self_check(policy, rows, dummy, log)
     prompt, response = max(rows, key=lambda row: row[0]["input_ids"].shape[1])
     response = (response * cfg.max_new_tokens)[:cfg.max_new_tokens]
-    rehearse(policy, optimizer, (prompt, response), longest, dummy, cfg, log)
+    rehearse(policy, optimizer, (prompt, response), dummy, cfg, log)
 
     gap = compare(rollouts, "the sampler's log-probabilities differ from the trainer's",
                   "it reads images or positions otherwise, or holds another model")
@@ -1008,8 +1007,8 @@ def main(cfg):
     with one_line_errors():
         few = check_rows(records, encode_record)
     with refusing(policy.config.model_type, log):
-        worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy,
-                                   cfg.max_prompt_tokens + longest, log, cfg)
+        longest = dataclasses.replace(cfg, max_new_tokens=longest)
+        worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, longest)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, processor, staged(cfg, stages, 1)[1])
         log.write("metrics.jsonl", [{"step": 0, **before}])

@@ -441,8 +441,7 @@ def main(cfg):
     with one_line_errors():
         few = check_rows(records, functools.partial(encode_cot, processor=processor, cfg=cfg))
     with refusing(policy.config.model_type, log):
-        worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy,
-                                   cfg.max_prompt_tokens + cfg.max_new_tokens, log, cfg)
+        worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, cfg)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, processor, cfg)
         log.write("metrics.jsonl", [{"step": 0, **before}])

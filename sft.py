@@ -223,8 +223,8 @@ def tell_lost_rank(kind, error, trace, usual):
 def catch_signals():
     """A list that is empty until SIGTERM or Ctrl-C: a loop that sees it filled saves its step and ends.
 
-    A second signal ends this process at once. torchrun passes signals on, and so one who stops a whole process
-    group reaches each rank twice: under torchrun what comes within five seconds is still the first.
+    A second signal ends this process at once. torchrun passes signals on, and so one who stops a whole
+    process group reaches each rank twice: under torchrun what comes within five seconds is still the first.
     """
     stopping = []
     passed_on = 5 if "TORCHELASTIC_RUN_ID" in os.environ else 0
@@ -797,19 +797,15 @@ def optimizer_step(policy, optimizer, lr, max_norm, log):
     return norm
 
 
-def rehearse(policy, optimizer, row, longest, dummy, cfg, log):
-    """Run the largest micro-batch that the flags allow forward and backward: out of memory shows now.
+def rehearse(policy, optimizer, row, dummy, cfg, log):
+    """Run a micro-batch as large as --token_budget allows forward and backward: out of memory shows now.
 
-    row: (prompt, response ids) of this run; longest: tokens that a row may have. All ranks alike.
+    row: the longest (prompt, response ids) that this run can tell before it starts. All ranks alike.
     """
     prompt, response = row
     length = prompt["input_ids"].shape[1] + len(response)
-    if longest > cfg.token_budget:  # a single row may be more than the budget
-        response = response + response[:1] * (longest - length)
-        rows = [(prompt, response)]
-    else:
-        rows = [row] * max(1, cfg.token_budget // length)
-    size = f"{len(rows)} row(s) of {max(length, longest) if len(rows) == 1 else length} tokens"
+    rows = [row] * max(1, cfg.token_budget // length)  # a row longer than the budget runs alone
+    size = f"{len(rows)} row(s) of {length} tokens"
     try:
         inputs, mask = collate(rows, dummy, 0, policy.banned.device)
         policy.token_logprobs(inputs, mask).mean().backward()
@@ -1249,7 +1245,8 @@ def main(cfg):
         rows = check_rows(records, encode)
     with refusing(policy.config.model_type, log):
         self_check(policy, rows, dummy, log)
-        rehearse(policy, optimizer, rows[0], cfg.max_tokens, dummy, cfg, log)
+        longest = max(rows, key=lambda row: row[0]["input_ids"].shape[1] + len(row[1]))
+        rehearse(policy, optimizer, longest, dummy, cfg, log)
 
     # Held-out rows stay encoded in memory; each rank has every world-th.
     held_out = []
