@@ -3,6 +3,7 @@ import atexit
 import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -210,6 +211,46 @@ def test_the_length_bonus_starts_at_its_step(work):
         "--out", "short")
     before, after = [row["groups/effective_frac"] for row in metrics(work / "short") if row["step"]]
     assert before == 0 < after
+
+
+# ----- limits, warnings and tools of the interpreter
+
+RISE = ["rise.py", "--model", "tiny", "--data", "data/mood_train.jsonl", "--eval_data", "data/mood_id.jsonl",
+        "--eval_n", "6", "--prompts_per_step", "4", "--group_size", "2", "--max_new_tokens", "12",
+        "--warmup", "1"]
+STAGES = pytest.mark.parametrize("stage", [SFT, GRPO, RISE], ids=["sft", "grpo", "rise"])
+
+
+def few_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+
+
+@pytest.mark.parametrize("stage", [SFT, GRPO], ids=["sft", "grpo"])
+def test_a_run_needs_few_files(work, stage):
+    """`ulimit -n 256`, and a held-out set of more rows than that: they must not take a file each."""
+    rows = [json.loads(line) for line in (work / "data/counting_id.jsonl").read_text().splitlines()]
+    more = [json.dumps(row | {"id": f"{row['id']}-{turn}"}) for turn in range(25) for row in rows]
+    (work / "data/more.jsonl").write_text("\n".join(more) + "\n")
+    launch(work, *stage, "--eval_data", "data/more.jsonl", "--eval_n", "300", "--steps", "2", "--out", "few",
+           preexec_fn=few_files)
+    assert newest(work / "few").name == "step_000002"
+
+
+@STAGES
+def test_no_stage_calls_what_will_be_removed(work, stage):
+    """Nothing that torch or transformers have announced to drop: with the next release it would be an error."""
+    launch(work, *stage, "--steps", "2", "--out", "quiet", python=["-W", "error::FutureWarning"])
+    assert newest(work / "quiet").name == "step_000002"
+
+
+@pytest.mark.parametrize("tool, done", [
+    (["cProfile"], "function calls"), (["pdb", "-c", "continue"], "The program finished and will be restarted")],
+    ids=["cProfile", "pdb"])
+def test_profiler_and_debugger_can_start_a_stage(work, tool, done):
+    """Under both, the module __main__ is not the stage. At its end the debugger asks what to do next."""
+    output = launch(work, *GRPO, "--steps", "1", "--out", "out", python=["-m", *tool], stdin=subprocess.DEVNULL)
+    assert done in output and "Uncaught exception" not in output and "Traceback (most" not in output
+    assert newest(work / "out").name == "step_000001"
 
 
 BAD = {

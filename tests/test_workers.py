@@ -1,4 +1,5 @@
 """prepared(): rows in order, through a pipe each; what happens when one of the two processes dies."""
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,7 +25,8 @@ def where(i, step):
 
 @pytest.fixture(autouse=True)
 def patience():
-    """A test that would hang is ended, and what an exception keeps from ending, too."""
+    """A test that would hang fails, and what an exception keeps from ending is ended."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(100)
     yield
     signal.alarm(0)
@@ -214,4 +216,9 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path, size):
     workers = {line.split()[1] for line in lines if line.startswith("worker")}
     assert len(workers) == 2 and all(Path("/proc", pid).exists() for pid in workers)
     trainer.kill()
-    trainer.communicate(timeout=3)
+    try:
+        trainer.communicate(timeout=3)
+    finally:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
