@@ -163,8 +163,9 @@ class Stub(torch.nn.Module):
         super().__init__()
         self.logps, self.banned = torch.nn.Parameter(torch.tensor(logps)), torch.tensor([])
 
-    def token_logprobs(self, inputs, mask, temperature):
-        return torch.zeros(mask.shape).masked_scatter(mask, self.logps)
+    def token_logprobs(self, inputs, mask, temperature, with_entropy):
+        logps = torch.zeros(mask.shape).masked_scatter(mask, self.logps)
+        return logps, torch.zeros(mask.shape)
 
 
 def updated(rollouts, logps, **flags):

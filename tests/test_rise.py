@@ -238,8 +238,10 @@ def test_gradient_reaches_the_graded_segment_only(world, group, monkeypatch, tmp
     """Which tokens have a gradient on their log-probability, seen while rise.main trains a step."""
     seen = Counter()
 
-    def watched(policy, inputs, mask, temperature=1.0):
-        logps = token_logprobs(policy, inputs, mask, temperature)
+    def watched(policy, inputs, mask, temperature=1.0, with_entropy=False):
+        if not with_entropy:  # it is update that asks for the entropy; the self-check does not
+            return token_logprobs(policy, inputs, mask, temperature)
+        logps, entropy = token_logprobs(policy, inputs, mask, temperature, with_entropy=True)
         texts = [processor.tokenizer.decode(row) for row in inputs["input_ids"]]
 
         def count(grad):
@@ -248,7 +250,7 @@ def test_gradient_reaches_the_graded_segment_only(world, group, monkeypatch, tmp
                 seen[hop] += int((own[of_response] != 0).sum())
                 seen["elsewhere"] += int((own[~of_response] != 0).sum())
         logps.register_hook(count)
-        return logps
+        return logps, entropy
 
     token_logprobs = sft.token_logprobs
     processor = rise.AutoProcessor.from_pretrained(data_prep.newest_step(world / "warm"))
@@ -262,7 +264,7 @@ def train(world, monkeypatch, tmp_path, *flags):
     """rise.main in this process, whose process group it neither makes nor ends."""
     monkeypatch.setattr(rise, "init_distributed", lambda: (0, 1, CPU))
     monkeypatch.setattr(rise.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(rise, "catch_sigterm", lambda: [])
+    monkeypatch.setattr(rise, "catch_signals", lambda: [])
     monkeypatch.chdir(world)
     rise.main(rise.parse_config(rise.Config, [*RISE[1:], "--out", str(tmp_path / "run"), "--workers", "0",
                                               "--eval_data", "", *flags]))
