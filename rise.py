@@ -67,9 +67,9 @@ from sft import (RunLog, Stopwatch, Watchdog, blank_prompt, catch_signals, check
                  init_distributed, load_policy, lr_at, one_line_errors, open_run, peak_memory, prepared,
                  readable, refusing, save_checkpoint)
 from eval import build_engine
-from grpo import (LOSSES, check_engine, check_run, encode_share, end_if_mismatched, group_advantages,
+from grpo import (MEASURED, check_engine, check_run, encode_share, end_if_mismatched, group_advantages,
                   has_gradient, rollout_seed, sample_rollouts, sleep_engine, sync_weights, train_on,
-                  update_metrics, update_of)
+                  update_metrics, which_update)
 
 
 @dataclass(frozen=True)
@@ -173,29 +173,29 @@ def two_hops(engine, prompts, records, processor, step, cfg):
         second = hop(records[q], reconstruct_prompt(records[q], text), images)
         prompts[q, g] = encode_prompt(second, processor, cfg.max_pixels)
     seeds = [rollout_seed(cfg, step, q, f"{g}/reconstruction") for q, g in keys]
-    backs = sample_rollouts(engine, keys, prompts, seeds, tokenizer, cfg)
-    return cots, texts, backs
+    reconstructions = sample_rollouts(engine, keys, prompts, seeds, tokenizer, cfg)
+    return cots, texts, reconstructions
 
 
-def score_rationales(cots, texts, backs, records, cfg):
+def score_rationales(cots, texts, reconstructions, records, cfg):
     """Rows (question, sample, parts of the reward) of what two_hops returns."""
     rows = []
-    for cot, text, back in zip(cots, texts, backs):
-        q, g = back.question
-        rows.append((q, g, score_rationale(cot, text, back, records[q], cfg)))
+    for cot, text, reconstruction in zip(cots, texts, reconstructions):
+        q, g = reconstruction.question
+        rows.append((q, g, score_rationale(cot, text, reconstruction, records[q], cfg)))
     return rows
 
 
-def score_rationale(cot, text, back, record, cfg):
+def score_rationale(cot, text, reconstruction, record, cfg):
     """The reward of a rationale and what it is made of, as rationales.jsonl has them."""
-    whole = f"<think> {text} </think> {back.text}"
+    whole = f"<think> {text} </think> {reconstruction.text}"
     leaked = leaks(cot.text, record)  # in the rationale as it was sampled, before scrubbing
     agrees = agreement(whole, record)
     form = REWARDS[format_name(record)](whole, record)
     reward = agrees * (cfg.leak_penalty if leaked else 1) + cfg.format_weight * form
     if cot.truncated or not text.strip():
         reward = 0.0
-    return {"cot": cot.text, "rationale": text, "reconstruction": back.text, "reward": reward,
+    return {"cot": cot.text, "rationale": text, "reconstruction": reconstruction.text, "reward": reward,
             "agreement": agrees, "format": form, "leaks": leaked, "parsed": is_parsed(whole, record),
             "truncated": cot.truncated, "tokens": len(cot.response)}
 
@@ -438,8 +438,7 @@ def main(cfg):
     log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} records; a step: {cfg.prompts_per_step} x {cfg.group_size} rationales "
              f"on {world} rank(s)")
-    with one_line_errors():
-        few = check_rows(records, functools.partial(encode_cot, processor=processor, cfg=cfg))
+    few = check_rows(records, functools.partial(encode_cot, processor=processor, cfg=cfg), log)
     with refusing(policy.config.model_type, log):
         worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, cfg)
     if run.held_out and not run.done:
@@ -466,15 +465,15 @@ def main(cfg):
             log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
 
         # 2. generate G rationales of each, and reconstruct the annotation from every one
-        cots, texts, backs = two_hops(engine, prompts, records, processor, step, cfg)
+        cots, texts, reconstructions = two_hops(engine, prompts, records, processor, step, cfg)
         sleep_engine(engine)
         watch.lap("time/gen")
-        if step == run.done + 1 and backs:
-            first = prompts[backs[0].question]
+        if step == run.done + 1 and reconstructions:
+            first = prompts[reconstructions[0].question]
             log.note("first prompt of hop 2: " + tokenizer.decode(first["input_ids"][0]))
 
         # 3. score
-        own_rows = score_rationales(cots, texts, backs, records, cfg)
+        own_rows = score_rationales(cots, texts, reconstructions, records, cfg)
         rows = gathered(own_rows, questions)
         watch.lap("time/score")
 
@@ -482,20 +481,21 @@ def main(cfg):
         rewards = torch.tensor([parts["reward"] for _, _, parts in own_rows])
         rewards = rewards.view(-1, cfg.group_size)  # (Q, G)
         advantages = group_advantages(rewards, cfg.adv_std)
-        for cot, back, advantage in zip(cots, backs, advantages.flatten().tolist()):
-            cot.advantage = back.advantage = advantage
+        for cot, reconstruction, advantage in zip(cots, reconstructions, advantages.flatten().tolist()):
+            cot.advantage = reconstruction.advantage = advantage
 
         # 5. the tokens that are graded, in the update that their question belongs to
-        graded = {"cot": [cots], "reconstruction": [backs], "both": [cots, backs]}[cfg.graded]
+        choices = {"cot": [cots], "reconstruction": [reconstructions], "both": [cots, reconstructions]}
+        graded = choices[cfg.graded]
         place_of = {q: place for place, q in enumerate(questions)}
-        slices = [[] for _ in range(cfg.updates)]
+        per_update = [[] for _ in range(cfg.updates)]
         for rollouts in graded:
             for cot, r in zip(cots, rollouts):
-                update_number = update_of(place_of[cot.question], len(questions), cfg.updates)
-                slices[update_number].append(r)
+                number = which_update(place_of[cot.question], len(questions), cfg.updates)
+                per_update[number].append(r)
 
         # 6. update
-        totals = train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg)
+        totals = train_on(per_update, policy, reference, optimizer, prompts, dummy, step, log, cfg)
         watch.lap("time/train")
 
         # 7. hand the new weights to the sampler
@@ -505,9 +505,9 @@ def main(cfg):
         # 8. log; every rationale is kept, for --phase annotate
         write_rationales(log, step, rows, records)
         metrics = quality(rows) | group_metrics(rows, cfg.group_size)
-        metrics |= update_metrics(totals, LOSSES, cfg)
-        trained = [r for r in itertools.chain.from_iterable(slices) if has_gradient(r, cfg)]
-        tokens = global_sum([sum(map(len, cots + backs)), sum(map(len, trained))])
+        metrics |= update_metrics(totals, MEASURED, cfg)
+        trained = [r for r in itertools.chain.from_iterable(per_update) if has_gradient(r, cfg)]
+        tokens = global_sum([sum(map(len, cots + reconstructions)), sum(map(len, trained))])
         metrics["tokens/gen"], metrics["tokens/train"] = tokens
         metrics["data/unreadable"] = unreadable
         stop_now = global_sum([len(stopping)])[0]

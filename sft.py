@@ -648,10 +648,10 @@ def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
-def check_rows(records, encode, count=3):
+def check_rows(records, encode, log, count=3):
     """Up to `count` encoded records to check with: other numbers of images first, then the next ones.
 
-    All ranks choose alike. Raises ValueError with the last error if none of the first 64 can be encoded.
+    All ranks choose alike. Ends the run with the last error if none of the first 64 can be encoded.
     """
     seen, unlike, alike = set(), [], []
     for record in records[:10000]:
@@ -668,7 +668,7 @@ def check_rows(records, encode, count=3):
         if row and len(rows) < count:
             rows.append(row)
     if not rows:
-        raise ValueError(f"none of the first rows can be used: {last}")
+        log.fail(f"none of the first rows can be used: {last}")
     return rows
 
 
@@ -1241,8 +1241,7 @@ def main(cfg):
     epochs = cfg.steps * cfg.batch_size / len(records)
     log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) "
              f"= {epochs:.2f} epochs")
-    with one_line_errors():
-        rows = check_rows(records, encode)
+    rows = check_rows(records, encode, log)
     with refusing(policy.config.model_type, log):
         self_check(policy, rows, dummy, log)
         longest = max(rows, key=lambda row: row[0]["input_ids"].shape[1] + len(row[1]))

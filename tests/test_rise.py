@@ -426,9 +426,16 @@ def test_a_rank_without_a_readable_question_does_not_hang(work):
 
 
 def test_a_prompt_that_is_too_long_is_left_out_and_named(work):
-    output = run(work, *RISE, "--steps", "1", "--max_prompt_tokens", "50", "--out", "short")
-    assert metrics(work / "short")[-1]["data/unreadable"] == 4 and rationales(work / "short") == []
-    assert "sun-" in output and "--max_prompt_tokens is 50" in output
+    """One is named and the others train; where all are too long the run ends before its first step."""
+    path = work / "long.jsonl"
+    records = data_prep.read_records(work / "world/train.jsonl")[:4]
+    records[1]["question"] = "sky " * 90
+    data_prep.write_records(path, records)
+    output = run(work, *RISE, "--data", str(path), "--steps", "1", "--max_prompt_tokens", "90", "--out", "some")
+    assert metrics(work / "some")[-1]["data/unreadable"] == 1 and len(rationales(work / "some")) == 12
+    assert f"record {records[1]['id']} skipped" in output and "--max_prompt_tokens is 90" in output
+    output = run(work, *RISE, "--steps", "1", "--max_prompt_tokens", "50", "--out", "none", code=1)
+    assert "none of the first rows can be used" in output and "--max_prompt_tokens is 50" in output
 
 
 BAD = {

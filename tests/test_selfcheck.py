@@ -211,14 +211,14 @@ def test_a_run_stops_where_the_sampler_drifts_away():
 
 def test_check_rows_prefers_other_numbers_of_images():
     records = [{"id": str(i), "images": ["x"] * n} for i, n in enumerate([1, 1, 0, 1, 2, 1])]
-    assert [r["id"] for r in sft.check_rows(records, dict)] == ["0", "2", "4"]
-    assert [r["id"] for r in sft.check_rows(records[:2], dict)] == ["0", "1"]
+    assert [r["id"] for r in sft.check_rows(records, dict, Log())] == ["0", "2", "4"]
+    assert [r["id"] for r in sft.check_rows(records[:2], dict, Log())] == ["0", "1"]
 
     def unreadable(record):
         raise ValueError("cannot be read")
 
-    with pytest.raises(ValueError, match="none of the first rows can be used: record .*: cannot be read"):
-        sft.check_rows(records, unreadable)
+    with pytest.raises(SystemExit, match="none of the first rows can be used: record .*: cannot be read"):
+        sft.check_rows(records, unreadable, Log())
 
 
 # ----- worst case first, stalls
