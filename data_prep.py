@@ -1334,13 +1334,20 @@ def newest_step(out: str | Path) -> Path | None:
     steps = sorted(Path(out).glob("step_??????"), reverse=True)
     if not steps:
         return None
-    fault = step_fault(steps[0])
-    if not fault:
-        return steps[0]
-    sound = [step for step in steps[1:] if not step_fault(step)]
-    if sound:
-        raise ValueError(f"{fault}; remove {steps[0]} to go on from {sound[0]}")
-    raise ValueError(f"{fault}; {out} has no other checkpoint")
+    if fault := step_fault(steps[0]):
+        raise ValueError(fault + instead_of(steps[0]))
+    return steps[0]
+
+
+def instead_of(step: Path) -> str:
+    """What to do about a damaged checkpoint, to be added to the message; "" for other model folders."""
+    if not re.fullmatch("step_.{6}", step.name):
+        return ""
+    older = sorted(step.parent.glob("step_??????"), reverse=True)
+    for other in older:
+        if other != step and not step_fault(other):
+            return f"; remove {step} to go on from {other}"
+    return f"; {step.parent} has no other sound checkpoint"
 
 
 def resolve_model(path: str) -> str:

@@ -19,6 +19,7 @@ What differs from the usual recipe, and why:
 Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -28,6 +29,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -63,8 +65,8 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from data_prep import (build_messages, check_at_least, complete_rows, load_image, newest_step, parse_config,
-                       read_json, read_records, resolve_model, write_json, write_rows)
+from data_prep import (build_messages, check_at_least, complete_rows, instead_of, load_image, newest_step,
+                       parse_config, read_json, read_records, resolve_model, write_json, write_rows)
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,8 @@ def tell_lost_rank(kind, error, trace, usual):
 def catch_signals():
     """A list that is empty until SIGTERM or Ctrl-C: a loop that sees it filled saves its step and ends.
 
-    A second signal ends this process at once. torchrun passes signals on, and so one who stops a whole
-    process group reaches each rank twice: under torchrun what comes within five seconds is still the first.
+    A second signal ends this process at once. torchrun passes signals on, and one who stops a whole process
+    group reaches each rank twice: under torchrun what comes within five seconds is still the first.
     """
     stopping = []
     passed_on = 5 if "TORCHELASTIC_RUN_ID" in os.environ else 0
@@ -437,6 +439,14 @@ def end_with(trainer):
         os._exit(1)
 
 
+def end_workers():
+    """As Python exits it asks its workers to end by the signal that they do not get, and waits: kill them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def prepared(batches, encode, workers, first_step=0):
     """Iterate over each step's record indices, as lists of (index, encode(index, step)), prepared ahead.
 
@@ -468,6 +478,8 @@ def prepared(batches, encode, workers, first_step=0):
                         multiprocessing_context="fork" if workers else None)
     with stops_blocked():  # a worker that died first would take the trainer with it before it could save
         rows = iter(loader)
+    atexit.unregister(end_workers)  # once is enough
+    atexit.register(end_workers)
     try:
         for batch in batches:
             yield [pickle.loads(next(rows)) for _ in batch]
@@ -956,9 +968,12 @@ def open_run(cfg, device, need):
     held_out = []
     if cfg.eval_data and not foreign:
         held_out = read_records(cfg.eval_data, need=need, limit=cfg.eval_n)
-    policy, processor = load_policy(start or origin, cfg, device)
-    optimizer = make_optimizer(policy, cfg)
-    done, extras = load_checkpoint(start, policy, optimizer) if start else (0, [])
+    try:
+        policy, processor = load_policy(start or origin, cfg, device)
+        optimizer = make_optimizer(policy, cfg)
+        done, extras = load_checkpoint(start, policy, optimizer) if start else (0, [])
+    except (ValueError, OSError) as error:
+        raise ValueError(first_reason(error) + instead_of(Path(start or origin))) from error
     return SimpleNamespace(origin=origin, records=records, held_out=held_out, policy=policy,
                            processor=processor, optimizer=optimizer, done=done, extras=extras)
 
@@ -1039,12 +1054,12 @@ def written_by_all(tmp):
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"{tmp} cannot be written: {met[0]} ({free / 2**20:.0f} MiB were free); "
+        raise OSError(f"{tmp} cannot be written, {free / 2**20:.0f} MiB free: {met[0]}; "
                       "earlier checkpoints are intact")
 
 
 def first_reason(error):
-    """The first line of an error; of several ranks' errors, that of the first."""
+    """The first line of an error, which may be long; of several ranks' errors, that of the first."""
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))
     lines = str(error).strip().splitlines()
@@ -1086,7 +1101,8 @@ def load_checkpoint(path, policy, optimizer):
     with readable_file(folder / ".metadata"):
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     moments = {}
-    with readable_file(folder):
+    files = sorted(folder.glob("*.distcp"))
+    with readable_file(files[0] if len(files) == 1 else folder):
         for entry in saved:
             name, _, key = entry.rpartition("/")
             like = params[name].detach()
@@ -1111,7 +1127,7 @@ def readable_file(path):
     try:
         yield
     except (Exception, CheckpointException) as error:
-        raise ValueError(f"{path} cannot be read: {first_reason(error)}") from error
+        raise ValueError(f"{path} cannot be read: {first_reason(error)[:100]}") from error
 
 
 class RunLog:

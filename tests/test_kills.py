@@ -149,10 +149,9 @@ def test_a_second_signal_ends_a_run_at_once(work):  # noqa: F811
     assert own_lines(job.log()) == ["grpo.py: ended by SIGINT"] and "Traceback" not in job.log()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_eval_keeps_what_was_answered(work, number):  # noqa: F811
+def test_a_stopped_eval_keeps_what_was_answered(work, number=signal.SIGINT):  # noqa: F811
     command = ["eval.py", "--bench", "counting-id=data/counting_id.jsonl", "--model", "tiny",
-               "--max_new_tokens", "400", "--batch_size", "1"]
+               "--max_new_tokens", "2500", "--rollout_tokens", "1"]
     job = started(work, *command)
     path = work / "tiny/eval/counting-id.jsonl"
     wait_for(lambda: path.exists() and path.read_text().count("\n") >= 2)
@@ -200,9 +199,8 @@ def test_a_full_disk_ends_a_run_in_one_line(work, small_disk):  # noqa: F811
     """The earlier checkpoint stays, what was begun is removed, and the run can go on when there is room."""
     command = [*SFT, "--steps", "4", "--save_every", "1", "--keep", "9", "--out", small_disk / "run"]
     output = run(work, *command, code=1)
-    last = output.strip().splitlines()[-1]
     assert "Traceback" not in output
-    assert re.match(rf"sft.py: {small_disk}/run/step_00000\d.tmp cannot be written: .*intact", last), last
+    assert re.search(rf"sft.py: {small_disk}/run/step_00000\d.tmp cannot be written, [01] MiB free: .* intact$", output, re.M)
     left = sorted(path.name for path in (small_disk / "run").glob("step_*"))
     assert left and not any(name.endswith(".tmp") for name in left)
     subprocess.run(["mount", "-o", "remount,size=60m", small_disk], check=True)
