@@ -66,7 +66,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_prep import (build_messages, check_at_least, complete_rows, instead_of, load_image, newest_step,
-                       parse_config, read_json, read_records, resolve_model, write_json, write_rows)
+                       parse_config, read_json, read_records, resolve_model, write_json, write_text)
 
 
 @dataclass(frozen=True)
@@ -244,11 +244,11 @@ def catch_signals():
 @contextlib.contextmanager
 def stops_blocked():
     """A process that is forked in here never gets a stop signal: its trainer does, and says when to end."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ----- the policy ------------------------------------------------------------------------------------------
@@ -952,8 +952,6 @@ def open_run(cfg, device, need):
     resuming), records, held_out, policy, processor, optimizer, done (steps), extras (of load_checkpoint).
     Raises ValueError or OSError.
     """
-    if dist.get_rank() == 0 and Path(cfg.out).is_dir():
-        claim(cfg.out)
     start = newest_step(cfg.out) if cfg.resume else None
     if start:
         check_same_run(cfg)
@@ -961,6 +959,8 @@ def open_run(cfg, device, need):
     folder = Path(origin).resolve()
     if not cfg.resume and Path(cfg.out).resolve() in [folder, *folder.parents]:
         raise ValueError(f"--out {cfg.out} holds the model to start from: name another --out, or --resume")
+    if dist.get_rank() == 0 and Path(cfg.out).is_dir():
+        claim(cfg.out)
     records = read_records(cfg.data, need=need)
     # The default held-out file belongs to the default data.
     usual = type(cfg)
@@ -1024,10 +1024,12 @@ def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
 
     with written_by_all(tmp):
         if rank == 0:
-            write_json(tmp / "meta.json", {"step": step, "world_size": dist.get_world_size(),
-                                           "files": file_sizes(tmp)})
-            for path in [*tmp.rglob("*"), tmp]:
+            for path in tmp.rglob("*"):
                 fsync(path)
+            meta = {"step": step, "world_size": dist.get_world_size(), "files": file_sizes(tmp)}
+            write_json(tmp / "meta.json", meta)
+            fsync(tmp / "meta.json")
+            fsync(tmp)
             tmp.rename(final)
             fsync(final.parent)
             complete = sorted(final.parent.glob("step_??????"))
@@ -1142,7 +1144,6 @@ class RunLog:
         if done >= cfg.steps:
             if self.rank == 0:
                 print(f"{self.out} is at step {done} of {cfg.steps}: nothing is left to do")
-            dist.destroy_process_group()
             sys.exit(0)
         if self.rank == 0:
             if self.out.exists() and not cfg.resume:
@@ -1176,7 +1177,7 @@ class RunLog:
                 raise ValueError(f"{path} line {number}: no 'step'")
             if row["step"] <= done:
                 kept.append(row)
-        write_rows(path, kept)
+        write_text(path, [json.dumps(row) + "\n" for row in kept])
 
     def write_config(self, cfg):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,

@@ -113,8 +113,8 @@ def test_a_stopped_run_loses_nothing(work, stage, number, target):  # noqa: F811
 
 @LINUX
 @pytest.mark.parametrize("number, target", [
-    (signal.SIGTERM, "all"), (signal.SIGINT, "itself"), (signal.SIGKILL, "itself"),
-], ids=["SIGTERM-all", "SIGINT-torchrun", "SIGKILL-torchrun"])
+    (signal.SIGTERM, "all"), (signal.SIGKILL, "itself"),
+], ids=["SIGTERM-all", "SIGKILL-torchrun"])
 def test_torchrun_is_stopped_or_killed(work, number, target):  # noqa: F811
     """Both ranks save the step they are at and end, and so do their workers."""
     job = started(work, *SFT, *LONG, "--out", "two", torchrun=TWO)
@@ -151,7 +151,7 @@ def test_a_second_signal_ends_a_run_at_once(work):  # noqa: F811
 
 def test_a_stopped_eval_keeps_what_was_answered(work, number=signal.SIGINT):  # noqa: F811
     command = ["eval.py", "--bench", "counting-id=data/counting_id.jsonl", "--model", "tiny",
-               "--max_new_tokens", "2500", "--rollout_tokens", "1"]
+               "--max_new_tokens", "200", "--batch_rows", "1"]
     job = started(work, *command)
     path = work / "tiny/eval/counting-id.jsonl"
     wait_for(lambda: path.exists() and path.read_text().count("\n") >= 2)
@@ -161,6 +161,24 @@ def test_a_stopped_eval_keeps_what_was_answered(work, number=signal.SIGINT):  # 
     assert "Traceback" not in job.log()
     answered = path.read_text().splitlines(keepends=True)
     assert 2 <= len(answered) < 12 and answered[-1].endswith("\n")
+
+
+def test_a_stopped_annotate_goes_on(work):  # noqa: F811
+    """What was sampled is on disk, and the resumed run samples the rest of it."""
+    command = ["rise.py", "--phase", "annotate", "--model", "tiny", "--data", "data/mood_train.jsonl", "--tau", "0",
+               "--group_size", "2", "--prompts_per_step", "4", "--max_new_tokens", "12"]
+    job = started(work, *command, "--out", "cut")
+    wait_for(reached(work / "cut", 2))
+    pids = send(job, signal.SIGTERM, "all")
+    assert job.process.wait(30) == 0, job.log()
+    wait_for(is_gone(pids), 10)
+    told = own_lines(job.log())
+    assert len(told) == 1 and "of 6 steps are in cut/rationales.jsonl; go on with --resume" in told[0], job.log()
+    assert "Traceback" not in job.log() and not (work / "cut/sft.jsonl").exists()
+    run(work, *command, "--out", "cut", "--resume")
+    run(work, *command, "--out", "whole")
+    whole, cut = ((work / name / "rationales.jsonl").read_text() for name in ("whole", "cut"))
+    assert cut == whole and (work / "cut/sft.jsonl").read_text() == (work / "whole/sft.jsonl").read_text()
 
 
 # ----- one writer, and a full disk
