@@ -2261,6 +2261,8 @@ def parse_config(cls, argv: list[str] | None = None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
     for field in dataclasses.fields(cls):
+        if field.name not in comments:
+            parser.error(f"Config.{field.name} has no comment behind its default: it is the --help text")
         comment, default = comments[field.name], field.default
         allowed = allowed_values(comment)
         if isinstance(default, bool):

@@ -152,6 +152,7 @@ class Config:
     save_image: str = ""  # with --image: write the first of them to this file, with the boxes of the answer
     report: tuple[str, ...] = ()  # write RUN_DIR/report.html; RUN_DIR OTHER_DIR compares what both answered
     task: str = ""  # prompt of every question, one of rewards.PROMPTS, "" = a record's own (--prompt: plain)
+    max_prompt_tokens: int = 32768  # rows with a longer prompt are not answered, and count as failed
     max_new_tokens: int = 0  # response tokens at most, 0 = as the runs sampled (response_limit), else 1024
     n: int = 1  # samples per row: accuracy is their mean, maj@n that of the answer most of them agree on
     temperature: float = 0.0  # 0 = greedy
@@ -457,7 +458,7 @@ def decode_batch(engine, prompts, seeds, cfg):
         # Ended rows ride along until they are half of the batch: only then is copying the cache worth it.
         if 2 * ended.sum() >= len(live):
             keep = (~ended).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)
             live, token, mask = live[keep], token[keep], mask[keep]
             shift = shift[keep] if shift is not None else None
         # Positions count a row's own tokens, not the padding on its left.
@@ -508,16 +509,17 @@ def prefill(engine, prompts, owner):
             padded[name] = value
         rows.append((padded, []))  # no response yet
     inputs, _ = collate(rows, None, engine.stop[0], owner.device)
-    if hasattr(engine.model, "rope_deltas"):
-        engine.model.rope_deltas = None  # kept from the last batch otherwise
     mask = inputs["attention_mask"]
-    if "image_grid_thw" not in inputs:  # with images Qwen's models find the positions themselves
+    finds_positions = hasattr(engine.model, "rope_deltas")  # Qwen's models do, where there are images
+    if finds_positions:
+        engine.model.rope_deltas = None  # kept from the last batch otherwise
+    if not finds_positions or "image_grid_thw" not in inputs:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     result = engine(**inputs, use_cache=True, logits_to_keep=1)
     # Each row gets a copy of its prompt's states.
     cache = result[name_of_cache(engine)]
-    cache.batch_select_indices(owner)
-    shift = getattr(engine.model, "rope_deltas", None)
+    cache.reorder_cache(owner)  # the one way to pick rows that recurrent layers know, too
+    shift = engine.model.rope_deltas if finds_positions else None
     if shift is not None:
         shift = shift[owner]
     return cache, mask[owner], shift, result.logits[owner, -1]
@@ -686,7 +688,7 @@ def answer_rows(records, engine, processor, cfg):
         prompts, seeds, rows = [], [], []  # of each sample; rows are places in the batch
         for row, record in enumerate(batch):
             try:
-                prompt = encode_prompt(record, processor, cfg.max_pixels)
+                prompt = encode_prompt(record, processor, cfg.max_pixels, cfg.max_prompt_tokens)
             except ValueError as error:
                 replies[row].append(no_reply(error))
                 continue

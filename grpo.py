@@ -3,7 +3,7 @@
 For each question q draw G rollouts y_1..y_G from the policy, score them and make the better ones more likely:
 
     A_i  = (r_i - mean(r)) / (std(r) + 1e-4)       group advantage, exactly 0 when all rewards are equal
-    rho  = pi(y_t) / pi_old(y_t)                   per token; pi_old is the policy before this batch's updates
+    rho  = pi(y_t) / pi_old(y_t)                   per token; pi_old is the policy that sampled the rollout
     loss = - sum_t w_t c_t min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)
            + kl_beta sum_t w_t k3(pi_ref, pi)
 
@@ -23,8 +23,8 @@ What differs from the papers, and why:
   5. Each rollout has its own random stream, a function of (seed, step, question, sample): batches, ranks and
      restarts do not change what is sampled.
   6. Three methods are off by default and cost nothing then: selective sample replay (`select`,
-     `ReplayBuffer`) and forced rethinking (`force_rethink`) of VL-Rethinker, arXiv 2504.08837, whose code
-     replays nothing and masks no trigger; staged lengths (`staged`) of Vision-R1, arXiv 2503.06749.
+     `ReplayBuffer`) and forced rethinking (`force_rethink`) of VL-Rethinker, arXiv 2504.08837 (its released
+     code replays nothing and masks no trigger); staged lengths (`staged`) of Vision-R1, arXiv 2503.06749.
 
     python grpo.py                                               # mini suite, laptop: out/sft -> out/grpo
     torchrun --nproc_per_node 8 grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct --data hiyouga/geometry3k
@@ -36,6 +36,7 @@ G rollouts per question.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
 import bisect
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -53,19 +54,21 @@ if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: no tr
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
-from sft import (RunLog, Stopwatch, blank_prompt, catch_signals, collate, data_order, describe,
-                 encode_prompt, end_on_signals, full_weights, global_max, global_sum, init_distributed,
-                 is_over_tokens, load_policy, lr_at, micro_batches, one_line_errors, open_run, optimizer_step,
-                 peak_memory, prepared, readable, save_checkpoint)
+from sft import (TOLERANCE, RunLog, Stopwatch, Watchdog, blank_prompt, catch_signals, check_rows, collate,
+                 data_order, describe, encode_prompt, end_on_signals, full_weights, global_max, global_sum,
+                 host_memory, init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, micro_batches,
+                 one_line_errors, open_run, optimizer_step, peak_memory, prepared, readable, refusing,
+                 rehearse, save_checkpoint, self_check)
 from eval import Server, VLLM, build_engine, generate
 
 
 @dataclass(frozen=True)
-class Config:
+class Config:  # a field's comment is its --help text; `a | b` in it are the values allowed
     # i/o
     model: str = "out/sft"  # Hub id, model folder or run directory to start from
     data: str = "data/mini/counting_train.jsonl"  # records with an answer: file or Hub id in a known format
@@ -81,6 +84,7 @@ class Config:
     reward: str = "accuracy=1"  # weighted sum of rewards, name=weight,...
     prompts_per_step: int = 64  # questions per step, over all ranks
     group_size: int = 8  # rollouts per question (G)
+    max_prompt_tokens: int = 8192  # questions with a longer prompt are skipped: no prompt is ever cut
     max_new_tokens: int = 72  # response tokens at most
     temperature: float = 1.0  # for sampling and for scoring alike
     top_p: float = 1.0  # nucleus sampling
@@ -93,23 +97,25 @@ class Config:
     kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
     loss_mean: str = "token"  # token | sequence
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
+    max_mismatch: float = 0.0  # nats a token, sampler to trainer, that end the run; 0 = by the dtype
     length_bonus: float = 0.0  # weight of a bonus for the shorter responses of a group, 0.05 in Reason-RFT
     length_after: int = 800  # steps before that bonus counts
+    length_unit: str = "tokens"  # what it counts: tokens | characters (as its released code)
     truncated: str = "keep"  # responses cut at max_new_tokens: keep | zero (reward 0) | mask (no gradient)
     updates: int = 1  # optimizer updates per batch of rollouts
-    # methods (README, "Recipes"): selective sample replay, forced rethinking, staged lengths
+    # methods (docs/recipes.md): selective sample replay, forced rethinking, staged lengths
     ssr: str = "off"  # rollouts without advantage: off (kept) | filter (left out) | replay (replaced)
     ssr_alpha: float = 1.0  # replayed with probability ~ |advantage| ^ ssr_alpha
     ssr_episode: int = 16  # steps after which the replay buffer is emptied, 0 = never
     ssr_cap: int = 65536  # rollouts in the replay buffer, over all ranks; the oldest leave
     rethink_frac: float = 0.0  # share of finished responses that are forced to rethink
     rethink_kinds: str = "bare=0.2,question=0.3,outcome=0.5"  # triggers; outcome = verify or correct
-    rethink_rewind: float = 0.5  # share cut before its answer first; the rest goes on after the answer
+    rethink_rewind: float = 0.5  # share of these whose answer is taken off first; the rest goes on after it
     rethink_min: int = 31  # new tokens at least, for a rethought response to be accepted
     rethink_max: int = 1023  # and at most; a response that leaves no room for them is not forced
     rethink_mask: str = "trigger"  # tokens without policy loss: trigger | none | prefix (and trigger)
     rethink_nll: float = 0.05  # weight of the NLL on forced responses with positive advantage
-    ptst: str = ""  # stages of max_new_tokens x group_size : steps, as 4096x16:100,8192x8:100
+    ptst: str = ""  # stages of max_new_tokens x group_size : steps (4096x16:100,8192x8:100), for --steps
     # optimisation
     steps: int = 40  # rollout batches
     lr: float = 1e-4  # peak learning rate (1e-6 is usual for a 7B model)
@@ -123,7 +129,6 @@ class Config:
     workers: int = 1  # processes that prepare images, per rank
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
-    param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
     attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
@@ -133,6 +138,7 @@ class Config:
     eval_n: int = 200  # held-out questions used
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
+    stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
     samples_every: int = 5  # steps between entries of samples.jsonl
 
 
@@ -146,7 +152,7 @@ class Rollout:
     text: str
     reward: float = 0.0
     advantage: float = 0.0
-    old_logps: torch.Tensor | None = None  # (len(response),) under the trainer, before this batch's updates
+    old_logps: torch.Tensor | None = None  # (len(response),) under the policy that sampled it
     ref_logps: torch.Tensor | None = None
     trigger: tuple[int, int] | None = None  # the forced tokens response[start:stop], if any
     rewound: int = 0  # tokens of its first ending that were dropped before the trigger
@@ -167,14 +173,14 @@ def rollout_seed(cfg, step, question, sample):
     return random.Random(f"{cfg.seed}/{step}/{question}/{sample}").getrandbits(62)
 
 
-def sample_rollouts(engine, keys, prompts, seeds, tokenizer, cfg):
-    """One rollout for each key of `prompts`; a key that comes G times makes a group."""
-    asked = [prompts[key] for key in keys]
+def sample_rollouts(engine, questions, prompts, seeds, tokenizer, cfg):
+    """One rollout for each of `questions`, keys of `prompts`; one that comes G times makes a group."""
+    asked = [prompts[q] for q in questions]
     rollouts = []
-    for key, sample in zip(keys, generate(engine, asked, seeds, cfg)):
+    for q, sample in zip(questions, generate(engine, asked, seeds, cfg)):
         ids, logps, truncated = sample
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        rollouts.append(Rollout(key, ids, logps, truncated, text))
+        rollouts.append(Rollout(q, ids, logps, truncated, text))
     return rollouts
 
 
@@ -258,7 +264,7 @@ def add_length_bonus(rollouts, parts, cfg):
     for start in range(0, len(rollouts), cfg.group_size):
         stop = start + cfg.group_size
         group = rollouts[start:stop]
-        lengths = [len(r.text) for r in group]
+        lengths = [len(r) if cfg.length_unit == "tokens" else len(r.text) for r in group]
         solved = [part["solved"] for part in parts[start:stop]]
         for r, bonus in zip(group, length_bonus(lengths, solved)):
             r.reward += cfg.length_bonus * bonus
@@ -276,42 +282,56 @@ def group_advantages(rewards, std=True, eps=1e-4):
 # ----- the objective ---------------------------------------------------------------------------------------
 
 
+def clamped(log_ratio):
+    """What exp may be taken of: beyond, a single token would turn the whole batch to infinity."""
+    return log_ratio.clamp(-20, 20)
+
+
+def k3(gap):
+    """Schulman's estimator of a KL divergence, exp(d) - d - 1; d = other policy - the one that sampled."""
+    gap = clamped(gap)
+    return gap.exp() - gap - 1
+
+
 def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, cfg):
-    """The clipped objective of the module docstring. Tensors (B, T-1).
+    """The clipped objective of the module docstring. Tensors (B, T-1): a row is a rollout, or the dummy.
 
     weights carry the global denominator, so the loss is a sum; they are 0 outside the response and at forced
-    tokens, so `weights > 0` is the mask of what the policy chose. ref_logps may be None when cfg.kl_beta = 0.
-    Returns the loss and weighted sums for the log. KL: Schulman's k3, exp(d) - d - 1, d = ref - policy.
+    tokens, so `weights > 0` is the mask of what the policy chose. All tensors are 0 outside the response.
+    ref_logps may be None when cfg.kl_beta = 0.
+    Returns the loss and weighted sums for the log.
     """
-    ratio = (logps - old_logps).exp()
-    correction = (old_logps - sampler_logps).exp().clamp(max=cfg.is_cap)
+    ratio = clamped(logps - old_logps).exp()
+    correction = clamped(old_logps - sampler_logps).exp().clamp(max=cfg.is_cap)
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     loss = -(weights * correction * surrogate).sum()
     clipped_low = (ratio < 1 - cfg.clip_low) & (advantages < 0)
     clipped_high = (ratio > 1 + cfg.clip_high) & (advantages > 0)
-    sums = {"loss/policy": loss.detach(), "loss/clip_low": (weights * clipped_low).sum(),
-            "loss/clip_high": (weights * clipped_high).sum()}
+    sums = {"loss/policy": loss.detach(),
+            "loss/clip_low": (weights * clipped_low).sum(),
+            "loss/clip_high": (weights * clipped_high).sum(),
+            "policy/kl_old": (weights * k3(logps - old_logps)).sum().detach()}
     if cfg.kl_beta:
-        gap = ref_logps - logps
-        kl = (weights * (gap.exp() - gap - 1)).sum()
+        kl = (weights * k3(ref_logps - logps)).sum()
         loss = loss + cfg.kl_beta * kl
         sums["loss/kl"] = kl.detach()
     return loss, sums
 
 
-def train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg):
-    """The step's updates, one for each slice (this rank's rollouts of it). Returns sums for the log.
+def train_on(per_update, policy, reference, optimizer, prompts, dummy, step, log, cfg):
+    """Make the step's updates, each on its list of this rank's rollouts. Returns sums for the log.
 
     prompts: {question: encode_prompt's result}. reference: the frozen start model, None without a KL term.
     """
-    # A rollout may stand in several slices, drawn from the buffer in the step in which it was new.
+    # The same rollout may be in several lists: replay draws with replacement, also from this step.
     trained = {}
-    for r in itertools.chain.from_iterable(slices):
+    for r in itertools.chain.from_iterable(per_update):
         if has_gradient(r, cfg):
             trained[id(r)] = r
 
-    # The log-probabilities before the updates; with a single update they are those of the update itself.
+    # Log-probabilities under the policy that sampled: before the first of several updates they are asked for,
+    # a single update computes them itself, and a replayed rollout has had them since it was new.
     if cfg.updates > 1:
         fresh = [r for r in trained.values() if r.old_logps is None]
         logprobs = all_logprobs(policy, fresh, prompts, dummy, cfg)
@@ -324,17 +344,18 @@ def train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cf
             r.ref_logps = logps
 
     totals = Counter()
-    for rollouts in slices:
+    for rollouts in per_update:
         # Rollouts without an advantage have no gradient, but they count in the denominator.
-        active, size, imitated_tokens = [], 0.0, 0
+        active, denominator, imitated_tokens = [], 0.0, 0
         for r in rollouts:
-            size += policy_mask(r, cfg).sum().item() if cfg.loss_mean == "token" else 1
+            denominator += policy_mask(r, cfg).sum().item() if cfg.loss_mean == "token" else 1
             if has_gradient(r, cfg):
                 active.append(r)
                 imitated_tokens += len(r) if is_imitated(r) else 0
-        size, imitated_tokens, anywhere = global_sum([size, imitated_tokens, len(active)])
+        denominator, imitated_tokens, anywhere = global_sum([denominator, imitated_tokens, len(active)])
         if anywhere:
-            sums = update(policy, optimizer, active, size, imitated_tokens, prompts, dummy, step, log, cfg)
+            sums = update(policy, optimizer, active, denominator, imitated_tokens, prompts, dummy, step, log,
+                          cfg)
             totals["largest gap"] = max(totals["largest gap"], sums.pop("largest gap"))
             totals["norm"] = sums.pop("norm")  # of the last update
             totals.update(sums)
@@ -346,18 +367,21 @@ def has_gradient(r, cfg):
     return bool(r.advantage or cfg.kl_beta)
 
 
-def update_of(place, total, updates):
+def which_update(place, total, updates):
     """Which of the step's updates the place-th of `total` trains: cut alike for every number of ranks."""
     return place * updates // total
 
 
-def packed(rollouts, prompts, dummy, device, cfg):
-    """Yield micro-batches: (indices of their rollouts, forward kwargs, mask (B, T-1) of response tokens)."""
+def padded_batches(rollouts, prompts, dummy, device, cfg):
+    """Yield micro-batches, a row for each rollout: (their indices, forward kwargs, mask (B, T-1)).
+
+    The mask is of response tokens. A batch may hold no rollout but the dummy, so that all ranks run as many.
+    """
     rows = [(prompts[r.question], r.response) for r in rollouts]
     lengths = [prompt["input_ids"].shape[1] + len(response) for prompt, response in rows]
-    for group in micro_batches(lengths, cfg.token_budget):
-        inputs, mask = collate([rows[i] for i in group], dummy, 0, device)
-        yield group, inputs, mask
+    for indices in micro_batches(lengths, cfg.token_budget):
+        inputs, mask = collate([rows[i] for i in indices], dummy, 0, device)
+        yield indices, inputs, mask
 
 
 def by_rollout(values, mask, rollouts):
@@ -376,11 +400,12 @@ def over_tokens(values, mask):
 def all_logprobs(policy, rollouts, prompts, dummy, cfg):
     """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
     out = [None] * len(rollouts)
-    for group, inputs, mask in packed(rollouts, prompts, dummy, policy.banned.device, cfg):
+    for indices, inputs, mask in padded_batches(rollouts, prompts, dummy, policy.banned.device, cfg):
         logps = policy.token_logprobs(inputs, mask, cfg.temperature)
-        rows = [rollouts[i] for i in group]
-        for i, own in zip(group, by_rollout(logps, mask, rows)):
+        rows = [rollouts[i] for i in indices]
+        for i, own in zip(indices, by_rollout(logps, mask, rows)):
             out[i] = own
+    policy.reshard()  # without a backward pass the root's parameters would stay gathered
     return out
 
 
@@ -395,15 +420,15 @@ def policy_mask(r, cfg):
     return mask
 
 
-def token_weights(r, size, cfg):
+def token_weights(r, denominator, cfg):
     """(len(response),): what a token counts in the policy loss; all weights of all ranks add up to 1.
 
-    size: of the global batch, in tokens (--loss_mean token) or rollouts (sequence).
+    denominator: of the global batch, in tokens (--loss_mean token) or rollouts (sequence).
     """
     mask = policy_mask(r, cfg)
     if cfg.loss_mean == "token":
-        return mask / size
-    return mask / (size * mask.sum())
+        return mask / denominator
+    return mask / (denominator * mask.sum())
 
 
 def is_imitated(r):
@@ -411,17 +436,17 @@ def is_imitated(r):
     return r.trigger is not None and r.advantage > 0
 
 
-def update(policy, optimizer, rollouts, size, imitated_tokens, prompts, dummy, step, log, cfg):
+def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, dummy, step, log, cfg):
     """One optimizer step on this rank's rollouts; returns sums for the log.
 
-    size: the global count of tokens (or rollouts) in the policy loss; imitated_tokens: that of tokens in the
-    NLL on forced responses.
+    denominator: the global count of tokens (or rollouts) in the policy loss; imitated_tokens: that of
+    tokens in the NLL on forced responses.
     """
     totals = Counter()
     largest_gap = 0.0
-    for group, inputs, mask in packed(rollouts, prompts, dummy, policy.banned.device, cfg):
-        rows = [rollouts[i] for i in group]
-        logps = policy.token_logprobs(inputs, mask, cfg.temperature)  # (B, T-1)
+    for indices, inputs, mask in padded_batches(rollouts, prompts, dummy, policy.banned.device, cfg):
+        rows = [rollouts[i] for i in indices]
+        logps, entropy = policy.token_logprobs(inputs, mask, cfg.temperature, with_entropy=True)  # (B, T-1)
 
         # Rollouts that have no old log-probabilities yet were sampled by this very policy. They keep these:
         # what is replayed later is compared with the policy that it came from.
@@ -430,12 +455,13 @@ def update(policy, optimizer, rollouts, size, imitated_tokens, prompts, dummy, s
                 r.old_logps = own
         old = over_tokens([r.old_logps for r in rows], mask)
         sampler = over_tokens([r.sampler_logps for r in rows], mask)
-        sampler = torch.where(sampler.isnan(), old, sampler)  # nobody sampled a trigger: nothing to correct
-        reference = over_tokens([r.ref_logps for r in rows], mask) if cfg.kl_beta else None
+        sampled = mask & ~sampler.isnan()
+        sampler = torch.where(sampled, sampler, old)  # nobody sampled a trigger: there is nothing to correct
+        ref = over_tokens([r.ref_logps for r in rows], mask) if cfg.kl_beta else None
 
         advantages = over_tokens([r.at_every_token(r.advantage) for r in rows], mask)
-        weights = over_tokens([token_weights(r, size, cfg) for r in rows], mask)
-        loss, sums = grpo_loss(logps, old, sampler, reference, advantages, weights, cfg)
+        weights = over_tokens([token_weights(r, denominator, cfg) for r in rows], mask)
+        loss, sums = grpo_loss(logps, old, sampler, ref, advantages, weights, cfg)
         if imitated_tokens:  # what a right rethought response wrote, trigger included, is also imitated
             imitated = over_tokens([r.at_every_token(is_imitated(r)) for r in rows], mask)
             nll = -(imitated * logps).sum() / imitated_tokens
@@ -445,8 +471,8 @@ def update(policy, optimizer, rollouts, size, imitated_tokens, prompts, dummy, s
         # FSDP averages gradients over ranks; the weights already sum to 1 over all ranks together.
         (loss * dist.get_world_size()).backward()
 
-        gap = (old - sampler)[mask].abs()
-        sums |= {"gap": gap.sum(), "tokens": mask.sum()}
+        gap = (old - sampler)[sampled].abs()
+        sums |= {"gap": gap.sum(), "sampled": sampled.sum(), "entropy": entropy.sum(), "tokens": mask.sum()}
         for name, value in sums.items():
             totals[name] += value.item()
         if len(gap):
@@ -461,9 +487,9 @@ def update(policy, optimizer, rollouts, size, imitated_tokens, prompts, dummy, s
 class ReplayBuffer:
     """Rollouts with an advantage, to fill a batch that lacks them.
 
-    All ranks know all entries, (key, |advantage|) with the key (step, question's place, sample), and so draw
-    the same; a rollout itself (ids and logprobs, no image) stays with the rank that sampled it, which also
-    trains on it again.
+    All ranks know all entries, (key, |advantage|), and so draw the same; a key is (step, position of the
+    question in it, sample). A rollout itself (ids and logprobs, no image) stays with the rank that sampled
+    it, which also trains on it again.
     """
 
     def __init__(self):
@@ -500,8 +526,8 @@ class ReplayBuffer:
         """`count` keys with replacement, P(j) = |A_j|^alpha / sum_k |A_k|^alpha (Eq. 1); none if empty."""
         if not self.entries:
             return []
-        weights = [size ** alpha for _, size in self.entries]
-        drawn = chance.choices(self.entries, weights, k=count)
+        odds = [size ** alpha for _, size in self.entries]
+        drawn = chance.choices(self.entries, odds, k=count)
         return [key for key, _ in drawn]
 
 
@@ -511,8 +537,8 @@ def select(rollouts, questions, buffer, step, cfg):
     off: all. filter: those with an advantage. replay: those, and as many drawn from the buffer (which holds
     them, too) as the whole batch lacks (Algorithm 1). questions: of all ranks, in the order they were drawn.
     """
-    place_of = {q: place for place, q in enumerate(questions)}
-    slices = [[] for _ in range(cfg.updates)]
+    position_of = {q: position for position, q in enumerate(questions)}
+    per_update = [[] for _ in range(cfg.updates)]
     effective = {}
     lacking = 0
     for i, r in enumerate(rollouts):
@@ -521,12 +547,12 @@ def select(rollouts, questions, buffer, step, cfg):
         if not r.advantage and cfg.ssr != "off":
             lacking += 1
             continue
-        place = place_of[r.question]
-        update_number = update_of(place, len(questions), cfg.updates)
-        slices[update_number].append(r)
-        effective[step, place, i % cfg.group_size] = r
+        position = position_of[r.question]
+        number = which_update(position, len(questions), cfg.updates)
+        per_update[number].append(r)
+        effective[step, position, i % cfg.group_size] = r
     if cfg.ssr != "replay":
-        return slices, 0
+        return per_update, 0
 
     if cfg.ssr_episode and (step - 1) % cfg.ssr_episode == 0:
         buffer.clear()
@@ -534,12 +560,12 @@ def select(rollouts, questions, buffer, step, cfg):
     lacking = int(global_sum([lacking])[0])
     drawn = buffer.draw(lacking, cfg.ssr_alpha, random.Random(f"{cfg.seed}/ssr/{step}"))
     replayed = 0
-    for place, key in enumerate(drawn):
+    for position, key in enumerate(drawn):
         if key in buffer.held:
-            update_number = update_of(place, len(drawn), cfg.updates)
-            slices[update_number].append(buffer.held[key])
+            number = which_update(position, len(drawn), cfg.updates)
+            per_update[number].append(buffer.held[key])
             replayed += 1
-    return slices, replayed
+    return per_update, replayed
 
 
 # ----- forced rethinking (VL-Rethinker, arXiv 2504.08837) --------------------------------------------------
@@ -556,23 +582,23 @@ TRIGGERS = {
 @dataclass
 class Retry:
     """A finished response that is made to go on: `prefix`, what is left of it, then a forced `trigger`."""
-    place: int  # of its rollout in the batch
+    index: int  # of its rollout in the batch
     prefix: list[int]
     trigger: list[int]
     seed: int
 
 
 def force_rethink(engine, rollouts, prompts, records, tokenizer, step, cfg):
-    """Continue a share of the finished responses behind a trigger; replaces rollouts in place.
+    """Continue a share of the finished responses behind a trigger; replaces rollouts in index.
 
-    Spliced as token ids: prefix + trigger + continuation. At most two right results a question replace their
-    originals; everything else stays as it was, so G does too. Returns counts for the log.
+    Spliced as token ids: prefix + trigger + continuation. A right result replaces its original; everything
+    else stays as it was, so G does too. Returns counts for the log.
     """
     right = [accuracy(r.text, records[r.question]) == 1 for r in rollouts]
     retries = choose_retries(rollouts, right, tokenizer, step, cfg)
     begun, seeds = [], []
     for retry in retries:
-        prompt = prompts[rollouts[retry.place].question]
+        prompt = prompts[rollouts[retry.index].question]
         begun.append(continued(prompt, retry.prefix + retry.trigger))
         seeds.append(retry.seed)
     at_most = dataclasses.replace(cfg, max_new_tokens=cfg.rethink_max)
@@ -581,15 +607,16 @@ def force_rethink(engine, rollouts, prompts, records, tokenizer, step, cfg):
     counts = Counter(frac=len(retries))
     accepted = Counter()  # by question
     for retry, (ids, logps, truncated) in zip(retries, samples):
-        r = rollouts[retry.place]
-        was_right = right[retry.place]
+        r = rollouts[retry.index]
+        was_right = right[retry.index]
         response = retry.prefix + retry.trigger + ids
         text = tokenizer.decode(response, skip_special_tokens=True)
         now_right = not truncated and accuracy(text, records[r.question]) == 1
         counts["fixed"] += now_right and not was_right
         counts["broke"] += was_right and not now_right
 
-        # A result of a few words did not reconsider, one that hesitates again and again does not end.
+        # A result of a few words did not reconsider, one that hesitates again and again does not end. At most
+        # two a question, so that G keeps its variety (numbers of the released code, as --rethink_min is).
         hesitations = 1 + reflections(tokenizer.decode(ids))
         fitting = len(ids) >= cfg.rethink_min and hesitations <= 4
         if now_right and fitting and accepted[r.question] < 2:
@@ -599,7 +626,7 @@ def force_rethink(engine, rollouts, prompts, records, tokenizer, step, cfg):
             unsampled = torch.full((stop - start,), math.nan)
             sampler_logps = torch.cat([r.sampler_logps[:start], unsampled, logps])
             rewound = len(r) - 1 - start  # its stop token does not count
-            rollouts[retry.place] = Rollout(r.question, response, sampler_logps, truncated=False, text=text,
+            rollouts[retry.index] = Rollout(r.question, response, sampler_logps, truncated=False, text=text,
                                             trigger=(start, stop), rewound=rewound)
     counts["accepted"] = sum(accepted.values())
     return counts
@@ -608,28 +635,28 @@ def force_rethink(engine, rollouts, prompts, records, tokenizer, step, cfg):
 def choose_retries(rollouts, right, tokenizer, step, cfg):
     """Which responses are forced to rethink, by which trigger and from where; drawn anew for each step.
 
-    Where more than 70 % of a group is right, its wrong ones are left alone.
+    Where more than 70 % of a group is right, its wrong ones are left alone (a number of the released code).
     """
-    kinds, weights = parse_kinds(cfg.rethink_kinds)
+    kinds, odds = parse_kinds(cfg.rethink_kinds)
     retries = []
-    for place, r in enumerate(rollouts):
-        sample = place % cfg.group_size
-        group = right[place - sample:place - sample + cfg.group_size]
+    for index, r in enumerate(rollouts):
+        sample = index % cfg.group_size
+        group = right[index - sample:index - sample + cfg.group_size]
         chance = random.Random(f"{cfg.seed}/rethink/{step}/{r.question}/{sample}")
         if chance.random() >= cfg.rethink_frac:
             continue
         no_room = len(r) > cfg.max_new_tokens - cfg.rethink_max - 1
-        easy_but_wrong = sum(group) > 0.7 * cfg.group_size and not right[place]
+        easy_but_wrong = sum(group) > 0.7 * cfg.group_size and not right[index]
         if r.truncated or no_room or easy_but_wrong:
             continue
-        kind = chance.choices(kinds, weights)[0]
+        kind = chance.choices(kinds, odds)[0]
         if kind == "outcome":
-            kind = "verify" if right[place] else "correct"
+            kind = "verify" if right[index] else "correct"
         prefix = r.response[:-1]  # without its stop token
         if chance.random() < cfg.rethink_rewind:
             prefix = prefix[:before_answer(prefix, tokenizer)]
         trigger = tokenizer(TRIGGERS[kind], add_special_tokens=False)["input_ids"]
-        retries.append(Retry(place, prefix, trigger, seed=chance.getrandbits(62)))
+        retries.append(Retry(index, prefix, trigger, seed=chance.getrandbits(62)))
     return retries
 
 
@@ -723,13 +750,13 @@ def staged(cfg, stages, step):
 
 # ----- the log ---------------------------------------------------------------------------------------------
 
-LOSSES = ("loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl")
+MEASURED = ("loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl", "policy/kl_old")
 RETHINK = ("frac", "fixed", "broke", "accepted")  # counts of force_rethink
 LEVELS = ("all_wrong", "hard", "medium", "easy", "all_right")  # of a group, by its share of right answers
 
 
 def difficulty(share):
-    """The level of a group with that share of right answers."""
+    """The level of a group with that share of right answers; all_wrong may have a few in a large group."""
     limits = (1/8, 3/8, 6/8, 1)
     return LEVELS[bisect.bisect_right(limits, share)]
 
@@ -783,16 +810,26 @@ def rollout_metrics(rollouts, batch, rewards, parts, spec, cfg):
     return metrics
 
 
-def update_metrics(totals, losses, cfg):
-    """What train_on's updates measured, over all ranks; a loss is the mean over the step's updates."""
+def update_metrics(totals, names, cfg):
+    """What train_on's updates measured, over all ranks; `names` are means over the step's updates."""
     metrics = {}
-    for name, total in zip(losses, global_sum([totals[name] / cfg.updates for name in losses])):
+    for name, total in zip(names, global_sum([totals[name] / cfg.updates for name in names])):
         metrics[name] = total
-    gap, tokens = global_sum([totals["gap"], totals["tokens"]])
-    metrics["mismatch/mean"] = gap / max(1.0, tokens)
+    gap, sampled = global_sum([totals["gap"], totals["sampled"]])
+    entropy, tokens = global_sum([totals["entropy"], totals["tokens"]])
+    metrics["mismatch/mean"] = gap / max(1.0, sampled)
+    metrics["policy/entropy"] = entropy / max(1.0, tokens)
     metrics["mismatch/max"] = global_max(float(totals["largest gap"]))
     metrics["optim/grad_norm"] = totals["norm"]
     return metrics
+
+
+def end_if_mismatched(step, metrics, most, log):
+    """End the run when sampler and trainer have become two models: the gradient would be of neither."""
+    found = metrics["mismatch/mean"]
+    if not found <= most:
+        log.fail(f"step {step}: mismatch/mean is {found:.3g} nats a token, allowed are {most:.3g} "
+                 f"(--max_mismatch); the last checkpoint in {log.out} is sound")
 
 
 def shown_groups(rollouts, records, tokenizer, step, group_size):
@@ -830,7 +867,8 @@ def encode_share(records, encode, workers):
 
 def evaluate(engine, records, processor, cfg):
     """Greedy accuracy and mean response length on held-out records, sharded over ranks."""
-    encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels)
+    encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels,
+                               max_tokens=cfg.max_prompt_tokens)
     prompts, n = encode_share(records, encode, cfg.workers)  # what cannot be read counts as wrong
     greedy = dataclasses.replace(cfg, temperature=0.0)
     seeds = [0] * len(prompts)  # greedy decoding draws nothing
@@ -842,6 +880,67 @@ def evaluate(engine, records, processor, cfg):
 
 
 # ----- the run ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def shaken(policy):
+    """The policy with every trained weight moved by some percent, for a moment."""
+    policy.reshard()
+    stream = torch.Generator().manual_seed(0)
+    saved = []
+    for p in policy.parameters():
+        if p.requires_grad:
+            shard = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
+            saved.append((shard, shard.cpu().clone()))
+            size = shard.square().mean().sqrt().nan_to_num()  # of a small tensor a rank may hold nothing
+            noise = torch.randn(shard.shape, generator=stream).to(shard)
+            shard.add_(0.05 * (size + 1e-3) * noise)
+    yield
+    for shard, before in saved:
+        shard.copy_(before)
+
+
+def check_run(policy, optimizer, engine, prompts, processor, dummy, log, cfg):
+    """The self-check of a run that samples, before step 1. All ranks alike, on the same few prompts.
+
+    Beside self_check: the engine's log-probabilities of what it samples equal the policy's, and again after
+    every weight was moved and handed over. Returns the mismatch/mean beyond which a step ends the run.
+    """
+    allowed = TOLERANCE[policy.compute_dtype]
+    short = dataclasses.replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens), top_p=1.0, top_k=0)
+    prompts = dict(enumerate(prompts))
+    asked = [q for q in prompts for _ in range(2)]  # two rollouts each
+
+    def sampled():
+        return sample_rollouts(engine, asked, prompts, list(range(len(asked))), processor.tokenizer, short)
+
+    def compare(rollouts, what, hint):
+        own = all_logprobs(policy, rollouts, prompts, dummy, cfg)
+        gap = mean_gap([r.sampler_logps for r in rollouts], own)
+        if not gap <= allowed:
+            log.fail(f"self-check: {what} by {gap:.2g} nats a token (allowed {allowed:g}) with --engine "
+                     f"{cfg.engine} and {policy.config.model_type}; {hint}")
+        return gap
+
+    rollouts = sampled()
+    rows = [(prompts[r.question], r.response) for r in rollouts[::2]]  # one of each prompt
+    self_check(policy, rows, dummy, log)
+    prompt, response = max(rows, key=lambda row: row[0]["input_ids"].shape[1])
+    response = (response * cfg.max_new_tokens)[:cfg.max_new_tokens]  # as long as one may be
+    rehearse(policy, optimizer, (prompt, response), dummy, cfg, log)
+
+    gap = compare(rollouts, "the sampler's log-probabilities differ from the trainer's",
+                  "it reads images or positions otherwise, or holds another model")
+    with shaken(policy):
+        sync_weights(policy, engine)
+        compare(sampled(), "sampler and trainer differ once the weights have changed",
+                "a weight does not reach the sampler (sync_weights)")
+    sync_weights(policy, engine)
+
+    # Top-p and top-k cut the distribution that is sampled from; the trainer scores with all of it. That is up
+    # to log(1 / top_p) a token, and what top-k cuts, which no flag tells: a nat lets all but a fault pass.
+    cut = 1.0 if cfg.top_p < 1 or cfg.top_k else 0.0
+    return cfg.max_mismatch or 10 * max(gap, allowed / 2) + cut
 
 
 def check_engine(cfg):
@@ -858,11 +957,13 @@ def check_engine(cfg):
         raise ValueError("--temperature must be above 0: greedy rollouts of a group are all the same")
 
 
-def check(cfg, stages):
-    """Refuse what cannot train. Raises ValueError naming the flag."""
+def check(cfg):
+    """Refuse what cannot train; returns the stages of --ptst. Raises ValueError naming the flag."""
     check_engine(cfg)
-    check_at_least(1, cfg, "steps", "prompts_per_step", "max_new_tokens", "rollout_tokens", "updates", "tp",
-                   "token_budget", "eval_every", "eval_n", "save_every", "samples_every", "keep")
+    stages = parse_ptst(cfg.ptst)
+    check_at_least(1, cfg, "steps", "prompts_per_step", "max_prompt_tokens", "max_new_tokens",
+                   "rollout_tokens", "updates", "tp", "token_budget", "eval_every", "eval_n", "save_every",
+                   "samples_every", "keep", "ssr_cap")
     if cfg.group_size < 2:
         raise ValueError("--group_size must be at least 2: the advantage compares the rollouts of a group")
     if any(stage.group_size < 2 for stage in stages):
@@ -877,6 +978,7 @@ def check(cfg, stages):
         raise ValueError("--rethink_frac: a server takes text, and a forced response goes on from token ids; "
                          "use --engine vllm or hf")
     parse_kinds(cfg.rethink_kinds)
+    return stages
 
 
 def main(cfg):
@@ -884,10 +986,9 @@ def main(cfg):
     rank, world, device = init_distributed()
     end_on_signals()
     with one_line_errors():
-        stages = parse_ptst(cfg.ptst)
+        stages = check(cfg)
         if stages:
             cfg = dataclasses.replace(cfg, steps=sum(stage.steps for stage in stages))
-        check(cfg, stages)
         spec = parse_reward_spec(cfg.reward)
         run = open_run(cfg, device, need=("answer",))
         engine = build_engine(run.origin, run.processor, cfg, device)
@@ -898,18 +999,28 @@ def main(cfg):
     buffer = ReplayBuffer()
     buffer.restore(run.extras, cfg.ssr_cap)
     sync_weights(policy, engine)
-    dummy = blank_prompt(processor, cfg.max_pixels)
+    dummy = blank_prompt(processor, cfg.max_pixels)  # stands in where a rank has no image (collate)
 
-    def encode(q, step):  # what the policy sees of a question; `step` is there for what changes over the run
-        return encode_prompt(records[q], processor, cfg.max_pixels)
+    encode_record = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels,
+                                      max_tokens=cfg.max_prompt_tokens)
+
+    def encode(q, step):
+        """What sampler and trainer see of a question. `step` is for what changes over a run; where a replayed
+        question is encoded again, it is the current one."""
+        return encode_record(records[q])
 
     log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} questions; a step: {cfg.prompts_per_step} x {cfg.group_size} rollouts "
              f"on {world} rank(s)")
+    longest = max([stage.max_new_tokens for stage in stages], default=cfg.max_new_tokens)
     if cfg.ssr == "replay":
-        longest = staged(cfg, stages, cfg.steps)[1].max_new_tokens
-        size = cfg.ssr_cap * longest * 44  # an id is a Python int
+        of_token = 8 + 28 + 2 * 4  # bytes of pointer, Python int and two fp32 log-probabilities
+        size = cfg.ssr_cap * longest * of_token
         log.note(f"replay buffer: at most {cfg.ssr_cap} rollouts, {size / 2**30:.2f} GiB over all ranks")
+    few = check_rows(records, encode_record, log)
+    with refusing(policy.config.model_type, log):
+        longest = dataclasses.replace(cfg, max_new_tokens=longest)
+        worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, longest)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, processor, staged(cfg, stages, 1)[1])
         log.write("metrics.jsonl", [{"step": 0, **before}])
@@ -920,51 +1031,55 @@ def main(cfg):
     shares = [questions[rank::world] for questions in order]
     drawn_ahead = prepared(shares, encode, cfg.workers, first_step=run.done + 1)
     stopping = catch_signals()
+    watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
-        watch = Stopwatch()
-        stage, now = staged(cfg, stages, step)  # `now` is cfg with the stage's length and group size
+        watch.lap("time/data")
+        stage, stage_cfg = staged(cfg, stages, step)  # length and group size are the stage's
 
         # 1. draw this rank's questions; their images were prepared in the background
         prompts = readable(drawn, records, cfg.strict, log)
-        unreadable = len(drawn) - len(prompts)
+        usable, unreadable = global_sum([len(prompts), len(drawn) - len(prompts)])
+        if not usable:
+            log.fail(f"step {step}: none of its {len(questions)} questions can be used; see the lines above")
         if step == run.done + 1 and prompts:
             first = next(iter(prompts.values()))
             log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
 
         # 2. generate G rollouts of each, those of a question side by side
-        keys, seeds = [], []
+        asked, seeds = [], []
         for q in prompts:
-            for sample in range(now.group_size):
-                keys.append(q)
+            for sample in range(stage_cfg.group_size):
+                asked.append(q)
                 seeds.append(rollout_seed(cfg, step, q, sample))
-        rollouts = sample_rollouts(engine, keys, prompts, seeds, tokenizer, now)
+        rollouts = sample_rollouts(engine, asked, prompts, seeds, tokenizer, stage_cfg)
         rethought = Counter()
         if cfg.rethink_frac:
-            rethought = force_rethink(engine, rollouts, prompts, records, tokenizer, step, now)
+            rethought = force_rethink(engine, rollouts, prompts, records, tokenizer, step, stage_cfg)
         sleep_engine(engine)
         watch.lap("time/gen")
 
         # 3. score
-        parts = score_rollouts(rollouts, records, spec, step, now)
+        parts = score_rollouts(rollouts, records, spec, step, stage_cfg)
         watch.lap("time/score")
 
         # 4. advantages within each group
         rewards = torch.tensor([r.reward for r in rollouts])
-        rewards = rewards.view(len(prompts), now.group_size)  # (Q, G)
+        rewards = rewards.view(len(prompts), stage_cfg.group_size)  # (Q, G)
         advantages = group_advantages(rewards, cfg.adv_std)
         for r, advantage in zip(rollouts, advantages.flatten().tolist()):
             r.advantage = advantage
 
         # 5. select what counts; a replayed rollout's question is encoded again
-        slices, replayed = select(rollouts, questions, buffer, step, now)
-        batch = list(itertools.chain.from_iterable(slices))
+        per_update, replayed = select(rollouts, questions, buffer, step, stage_cfg)
+        batch = list(itertools.chain.from_iterable(per_update))
         trained = [r for r in batch if has_gradient(r, cfg)]
         older = dict.fromkeys(r.question for r in trained if r.question not in prompts)
+        encoded = dict(prompts)
         for again in prepared([list(older)], encode, cfg.workers, first_step=step):
-            prompts |= readable(again, records, strict=True, log=log)
+            encoded |= readable(again, records, strict=True, log=log)
 
         # 6. update
-        totals = train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg)
+        totals = train_on(per_update, policy, reference, optimizer, encoded, dummy, step, log, cfg)
         watch.lap("time/train")
 
         # 7. hand the new weights to the sampler
@@ -972,24 +1087,27 @@ def main(cfg):
         watch.lap("time/sync")
 
         # 8. log
-        metrics = rollout_metrics(rollouts, batch, rewards, parts, spec, now)
-        metrics |= update_metrics(totals, (*LOSSES, "loss/nll"), cfg)
+        metrics = rollout_metrics(rollouts, batch, rewards, parts, spec, stage_cfg)
+        metrics |= update_metrics(totals, (*MEASURED, "loss/nll"), cfg)
         tokens = global_sum([sum(map(len, rollouts)), sum(map(len, trained))])
         metrics["tokens/gen"], metrics["tokens/train"] = tokens
-        metrics["data/unreadable"], replayed, stop_now = global_sum([unreadable, replayed, len(stopping)])
-        asked = len(questions) * now.group_size
-        metrics["replay/frac"] = replayed / asked
+        metrics["data/unreadable"] = unreadable
+        replayed, stop_now = global_sum([replayed, len(stopping)])
+        total = len(questions) * stage_cfg.group_size
+        metrics["replay/frac"] = replayed / total
         rethought = global_sum([rethought[name] for name in RETHINK])
         for name, count in zip(RETHINK, rethought):
-            metrics[f"rethink/{name}"] = count / asked
+            metrics[f"rethink/{name}"] = count / total
         metrics |= {"ptst/stage": stage, "optim/lr": lr_at(step, cfg), **watch.laps,
-                    "time/step": watch.total(), "mem/peak_gb": peak_memory(device)}
+                    "time/step": watch.total(), "mem/peak_gb": peak_memory(device),
+                    "mem/host_gb": host_memory()}
+        end_if_mismatched(step, metrics, worst_mismatch, log)
         if step % cfg.samples_every == 0:
-            log.write("samples.jsonl", shown_groups(rollouts, records, tokenizer, step, now.group_size))
+            log.write("samples.jsonl", shown_groups(rollouts, records, tokenizer, step, stage_cfg.group_size))
 
         # 9. evaluate and save
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
-            metrics |= evaluate(engine, run.held_out, processor, now)
+            metrics |= evaluate(engine, run.held_out, processor, stage_cfg)
             log.note(f"step {step}: {metrics['eval/accuracy']:.3f} of {len(run.held_out)} held-out questions "
                      f"right, {metrics['eval/len']:.1f} tokens long")
         log.step(step, metrics, shown=("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))
@@ -999,6 +1117,9 @@ def main(cfg):
         if stop_now:
             log.note(f"interrupted: saved step {step}; go on with --resume")
             break
+        watchdog.step()
+        watch = Stopwatch()
+    watchdog.done()
     if cfg.engine != "vllm":  # vLLM takes the process group down itself when Python exits
         dist.destroy_process_group()
 

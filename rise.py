@@ -62,13 +62,14 @@ from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, f
                      gold_distribution, leaks, parse_boxes, parse_distribution, reconstruct_prompt, scrub)
 from data_prep import (check_at_least, check_record, check_records, complete_rows, parse_config, read_records,
                        resolve_model, save_image, write_records)
-from sft import (RunLog, Stopwatch, blank_prompt, catch_signals, check_same_run, claim, data_order,
-                 describe, encode_prompt, end_on_signals, global_max, global_sum, init_distributed,
-                 load_policy, lr_at, one_line_errors, open_run, peak_memory, prepared, readable,
-                 save_checkpoint)
+from sft import (RunLog, Stopwatch, Watchdog, blank_prompt, catch_signals, check_rows, check_same_run, claim,
+                 data_order, describe, encode_prompt, end_on_signals, global_max, global_sum, host_memory,
+                 init_distributed, load_policy, lr_at, one_line_errors, open_run, peak_memory, prepared,
+                 readable, refusing, save_checkpoint)
 from eval import build_engine
-from grpo import (LOSSES, check_engine, encode_share, group_advantages, has_gradient, rollout_seed,
-                  sample_rollouts, sleep_engine, sync_weights, train_on, update_metrics, update_of)
+from grpo import (MEASURED, check_engine, check_run, encode_share, end_if_mismatched, group_advantages,
+                  has_gradient, rollout_seed, sample_rollouts, sleep_engine, sync_weights, train_on,
+                  update_metrics, which_update)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Config:
     kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
     loss_mean: str = "token"  # token | sequence
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
+    max_mismatch: float = 0.0  # nats a token, sampler to trainer, that end the run; 0 = by the dtype
     updates: int = 1  # optimizer updates per batch of rationales
     # optimisation
     steps: int = 20  # batches of rationales
@@ -120,7 +122,6 @@ class Config:
     workers: int = 1  # processes that prepare images, per rank
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
-    param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
     attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
@@ -130,6 +131,7 @@ class Config:
     eval_n: int = 200  # held-out questions used
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
+    stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
 
 # ----- two hops --------------------------------------------------------------------------------------------
 
@@ -141,12 +143,9 @@ def hop(record, question, images):
 
 
 def encode_cot(record, processor, cfg):
-    """encode_prompt of hop 1. Raises ValueError beyond --max_prompt_tokens: no prompt is ever cut."""
-    prompt = encode_prompt(hop(record, cot_prompt(record), record["images"]), processor, cfg.max_pixels)
-    length = prompt["input_ids"].shape[1]
-    if length > cfg.max_prompt_tokens:
-        raise ValueError(f"its prompt has {length} tokens, --max_prompt_tokens is {cfg.max_prompt_tokens}")
-    return prompt
+    """encode_prompt of hop 1."""
+    first = hop(record, cot_prompt(record), record["images"])
+    return encode_prompt(first, processor, cfg.max_pixels, cfg.max_prompt_tokens)
 
 
 def two_hops(engine, prompts, records, processor, step, cfg):
@@ -174,29 +173,29 @@ def two_hops(engine, prompts, records, processor, step, cfg):
         second = hop(records[q], reconstruct_prompt(records[q], text), images)
         prompts[q, g] = encode_prompt(second, processor, cfg.max_pixels)
     seeds = [rollout_seed(cfg, step, q, f"{g}/reconstruction") for q, g in keys]
-    backs = sample_rollouts(engine, keys, prompts, seeds, tokenizer, cfg)
-    return cots, texts, backs
+    reconstructions = sample_rollouts(engine, keys, prompts, seeds, tokenizer, cfg)
+    return cots, texts, reconstructions
 
 
-def score_rationales(cots, texts, backs, records, cfg):
+def score_rationales(cots, texts, reconstructions, records, cfg):
     """Rows (question, sample, parts of the reward) of what two_hops returns."""
     rows = []
-    for cot, text, back in zip(cots, texts, backs):
-        q, g = back.question
-        rows.append((q, g, score_rationale(cot, text, back, records[q], cfg)))
+    for cot, text, reconstruction in zip(cots, texts, reconstructions):
+        q, g = reconstruction.question
+        rows.append((q, g, score_rationale(cot, text, reconstruction, records[q], cfg)))
     return rows
 
 
-def score_rationale(cot, text, back, record, cfg):
+def score_rationale(cot, text, reconstruction, record, cfg):
     """The reward of a rationale and what it is made of, as rationales.jsonl has them."""
-    whole = f"<think> {text} </think> {back.text}"
+    whole = f"<think> {text} </think> {reconstruction.text}"
     leaked = leaks(cot.text, record)  # in the rationale as it was sampled, before scrubbing
     agrees = agreement(whole, record)
     form = REWARDS[format_name(record)](whole, record)
     reward = agrees * (cfg.leak_penalty if leaked else 1) + cfg.format_weight * form
     if cot.truncated or not text.strip():
         reward = 0.0
-    return {"cot": cot.text, "rationale": text, "reconstruction": back.text, "reward": reward,
+    return {"cot": cot.text, "rationale": text, "reconstruction": reconstruction.text, "reward": reward,
             "agreement": agrees, "format": form, "leaks": leaked, "parsed": is_parsed(whole, record),
             "truncated": cot.truncated, "tokens": len(cot.response)}
 
@@ -439,6 +438,9 @@ def main(cfg):
     log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} records; a step: {cfg.prompts_per_step} x {cfg.group_size} rationales "
              f"on {world} rank(s)")
+    few = check_rows(records, functools.partial(encode_cot, processor=processor, cfg=cfg), log)
+    with refusing(policy.config.model_type, log):
+        worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, cfg)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, processor, cfg)
         log.write("metrics.jsonl", [{"step": 0, **before}])
@@ -449,26 +451,29 @@ def main(cfg):
     shares = [questions[rank::world] for questions in order]
     drawn_ahead = prepared(shares, lambda q, _: encode_cot(records[q], processor, cfg), cfg.workers)
     stopping = catch_signals()
+    watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
-        watch = Stopwatch()
+        watch.lap("time/data")
 
         # 1. draw this rank's questions; their images were prepared in the background
         prompts = readable(drawn, records, cfg.strict, log)
-        unreadable = len(drawn) - len(prompts)
+        usable, unreadable = global_sum([len(prompts), len(drawn) - len(prompts)])
+        if not usable:
+            log.fail(f"step {step}: none of its {len(questions)} questions can be used; see the lines above")
         if step == run.done + 1 and prompts:
             first = next(iter(prompts.values()))
             log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
 
         # 2. generate G rationales of each, and reconstruct the annotation from every one
-        cots, texts, backs = two_hops(engine, prompts, records, processor, step, cfg)
+        cots, texts, reconstructions = two_hops(engine, prompts, records, processor, step, cfg)
         sleep_engine(engine)
         watch.lap("time/gen")
-        if step == run.done + 1 and backs:
-            first = prompts[backs[0].question]
+        if step == run.done + 1 and reconstructions:
+            first = prompts[reconstructions[0].question]
             log.note("first prompt of hop 2: " + tokenizer.decode(first["input_ids"][0]))
 
         # 3. score
-        own_rows = score_rationales(cots, texts, backs, records, cfg)
+        own_rows = score_rationales(cots, texts, reconstructions, records, cfg)
         rows = gathered(own_rows, questions)
         watch.lap("time/score")
 
@@ -476,20 +481,21 @@ def main(cfg):
         rewards = torch.tensor([parts["reward"] for _, _, parts in own_rows])
         rewards = rewards.view(-1, cfg.group_size)  # (Q, G)
         advantages = group_advantages(rewards, cfg.adv_std)
-        for cot, back, advantage in zip(cots, backs, advantages.flatten().tolist()):
-            cot.advantage = back.advantage = advantage
+        for cot, reconstruction, advantage in zip(cots, reconstructions, advantages.flatten().tolist()):
+            cot.advantage = reconstruction.advantage = advantage
 
         # 5. the tokens that are graded, in the update that their question belongs to
-        graded = {"cot": [cots], "reconstruction": [backs], "both": [cots, backs]}[cfg.graded]
+        choices = {"cot": [cots], "reconstruction": [reconstructions], "both": [cots, reconstructions]}
+        graded = choices[cfg.graded]
         place_of = {q: place for place, q in enumerate(questions)}
-        slices = [[] for _ in range(cfg.updates)]
+        per_update = [[] for _ in range(cfg.updates)]
         for rollouts in graded:
             for cot, r in zip(cots, rollouts):
-                update_number = update_of(place_of[cot.question], len(questions), cfg.updates)
-                slices[update_number].append(r)
+                number = which_update(place_of[cot.question], len(questions), cfg.updates)
+                per_update[number].append(r)
 
         # 6. update
-        totals = train_on(slices, policy, reference, optimizer, prompts, dummy, step, log, cfg)
+        totals = train_on(per_update, policy, reference, optimizer, prompts, dummy, step, log, cfg)
         watch.lap("time/train")
 
         # 7. hand the new weights to the sampler
@@ -499,13 +505,15 @@ def main(cfg):
         # 8. log; every rationale is kept, for --phase annotate
         write_rationales(log, step, rows, records)
         metrics = quality(rows) | group_metrics(rows, cfg.group_size)
-        metrics |= update_metrics(totals, LOSSES, cfg)
-        trained = [r for r in itertools.chain.from_iterable(slices) if has_gradient(r, cfg)]
-        tokens = global_sum([sum(map(len, cots + backs)), sum(map(len, trained))])
+        metrics |= update_metrics(totals, MEASURED, cfg)
+        trained = [r for r in itertools.chain.from_iterable(per_update) if has_gradient(r, cfg)]
+        tokens = global_sum([sum(map(len, cots + reconstructions)), sum(map(len, trained))])
         metrics["tokens/gen"], metrics["tokens/train"] = tokens
-        metrics["data/unreadable"], stop_now = global_sum([unreadable, len(stopping)])
+        metrics["data/unreadable"] = unreadable
+        stop_now = global_sum([len(stopping)])[0]
         metrics |= {"optim/lr": lr_at(step, cfg), **watch.laps, "time/step": watch.total(),
-                    "mem/peak_gb": peak_memory(device)}
+                    "mem/peak_gb": peak_memory(device), "mem/host_gb": host_memory()}
+        end_if_mismatched(step, metrics, worst_mismatch, log)
 
         # 9. evaluate and save
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
@@ -519,6 +527,9 @@ def main(cfg):
         if stop_now:
             log.note(f"interrupted: saved step {step}; go on with --resume")
             break
+        watchdog.step()
+        watch = Stopwatch()
+    watchdog.done()
     if cfg.engine != "vllm":
         dist.destroy_process_group()
 

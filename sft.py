@@ -23,6 +23,7 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import faulthandler
 import fcntl
 import functools
 import itertools
@@ -37,12 +38,14 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType, SimpleNamespace
+from typing import NamedTuple
 
 if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -91,7 +94,6 @@ class Config:
     workers: int = 1  # processes that prepare images, per rank
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
-    param_dtype: str = "fp32"  # weights and AdamW moments: fp32 | bf16
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
     attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
@@ -101,6 +103,7 @@ class Config:
     eval_n: int = 200  # held-out rows used
     save_every: int = 100  # steps between checkpoints (one is always written at the end)
     keep: int = 1  # checkpoints kept
+    stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
 
 
 # ----- processes -------------------------------------------------------------------------------------------
@@ -254,8 +257,9 @@ def stops_blocked():
 def load_policy(path, cfg, device, trainable=True):
     """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
 
-    Master weights are cfg.param_dtype (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at
-    a time is cast and moved, so the GPU never holds an unsharded model.
+    Master weights are fp32 (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at a time is
+    cast and moved, so the GPU never holds an unsharded model. The policy is always in eval mode: one that
+    drops units, or whose batch norm looks at the batch, is not the one that was sampled from.
     """
     policy = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", attn_implementation=cfg.attn)
     processor = AutoProcessor.from_pretrained(path)
@@ -263,32 +267,69 @@ def load_policy(path, cfg, device, trainable=True):
     for name, p in policy.named_parameters():
         frozen = cfg.freeze_vision and vision.search(name)
         p.requires_grad_(trainable and not frozen)
+    policy.eval()
+    blocks = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
     if trainable and cfg.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy.train(trainable)
+        # Newer transformers have another name for it, the older ones of requirements.txt know only the first.
+        enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+        for block in blocks:
+            block.training = True  # or it keeps its activations; what is inside it stays in eval mode
 
     on_gpu = device.type == "cuda"
-    halved = cfg.param_dtype == "bf16" or on_gpu and not trainable
-    master = torch.bfloat16 if halved else torch.float32
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy() if cfg.cpu_offload and on_gpu else OffloadPolicy()
-    blocks = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
+    policy.compute_dtype = precision.param_dtype or torch.float32
     for block in [*blocks, policy]:
-        fully_shard(block.to(master), mesh=mesh, mp_policy=precision, offload_policy=offload)
+        cast_parameters(block, torch.float32 if trainable else policy.compute_dtype)
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
     policy.banned = vision_ids(policy.config, device)
+    policy.head = head_of(policy.config)
     policy.token_logprobs = MethodType(token_logprobs, policy)
     register_fsdp_forward_method(policy, "token_logprobs")  # it needs the root's parameters, as forward does
     return policy, processor
 
 
+def cast_parameters(module, dtype):
+    """Cast parameters, never buffers: rotary frequencies in bf16 turn distant tokens by wrong angles."""
+    for p in module.parameters():
+        if p.dtype != dtype:
+            p.data = p.data.to(dtype)
+
+
+class Head(NamedTuple):
+    """What a family does to its logits behind the output matrix."""
+    scale: float = 1.0  # logits are multiplied by it
+    cap: float = 0.0  # soft-capping: cap * tanh(logits / cap), 0 = none
+
+    def __call__(self, logits):
+        logits = logits * self.scale if self.scale != 1 else logits
+        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+
+    def slope(self, logits):
+        """d head(raw) / d raw, from the logits behind the head."""
+        return self.scale * (1 - (logits / self.cap) ** 2) if self.cap else self.scale
+
+
+def head_of(config):
+    """The Head that a configuration speaks of; self_check finds out whether the model does it."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere
+    scale = scale / (getattr(text, "logits_scaling", None) or 1.0)  # Granite
+    return Head(scale, getattr(text, "final_logit_softcapping", None) or 0.0)  # Gemma
+
+
 def vision_ids(config, device):
-    """Ids of image and video placeholders. A response must hold none: the model would look for features."""
+    """Ids of image, video and audio placeholders. A response must hold none: the model looks for features."""
+    kinds = "image|img|video|visual|vision|audio|boi|eoi|boa|eoa"
+    placeholder = re.compile(rf"(^|_)({kinds})\w*_token_(id|ids|index)$")
     found = set()
     for name, value in config.to_dict().items():
-        if re.search(r"(image|video|vision\w*|boi|eoi)_token_(id|index)$", name) and isinstance(value, int):
-            found.add(value)
+        if placeholder.search(name):
+            ids = value if isinstance(value, list) else [value]
+            found.update(i for i in ids if isinstance(i, int))
     return torch.tensor(sorted(found), device=device)
 
 
@@ -318,10 +359,9 @@ def describe(policy, cfg, copies):
     sizes = [p.numel() for p in policy.parameters()]
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     total = sum(sizes)
-    master_bytes = 2 if cfg.param_dtype == "bf16" else 4
-    compute_bytes = 2 if policy.banned.device.type == "cuda" else 4
-    # A trained number has a gradient and two moments beside it.
-    states = (total + 3 * trained) * master_bytes / dist.get_world_size()
+    compute_bytes = policy.compute_dtype.itemsize
+    # A number takes 4 bytes; a trained one has a gradient and two moments beside it.
+    states = (total + 3 * trained) * 4 / dist.get_world_size()
     text = policy.config.get_text_config()
     hidden_units = cfg.token_budget * text.num_hidden_layers * text.hidden_size
     per_unit = 2 if cfg.gradient_checkpointing else 34
@@ -337,10 +377,11 @@ def describe(policy, cfg, copies):
 # ----- rows: from a record to tensors ----------------------------------------------------------------------
 
 
-def encode_prompt(record, processor, max_pixels):
-    """Render a record's prompt and images into the processor's CPU tensors, batch size 1. Raises BadImage.
+def encode_prompt(record, processor, max_pixels, max_tokens=0):
+    """Render a record's prompt and images into the processor's CPU tensors, batch size 1.
 
     `request` is the same prompt for engines that process images themselves: one placeholder per image.
+    Raises BadImage, and ValueError beyond max_tokens (0 = any length): no prompt is ever cut.
     """
     messages = build_messages(record)
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -348,6 +389,9 @@ def encode_prompt(record, processor, max_pixels):
     # The template already wrote every special token, a second BOS would shift the prompt.
     inputs = processor(text=[text], images=[images] if images else None, add_special_tokens=False,
                        return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    if max_tokens and length > max_tokens:
+        raise ValueError(f"its prompt has {length} tokens, --max_prompt_tokens is {max_tokens}")
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     return {**inputs, "request": {"ids": ids, "images": images, "messages": messages}}
 
@@ -544,53 +588,182 @@ def joined_images(tensors):
 
 
 class ResponseLogprob(torch.autograd.Function):
-    """log softmax(h W' / temperature)[target] at N positions; both passes hold logits a chunk at a time."""
+    """log softmax(head(h W') / temperature)[target] at N positions, and the entropy there (without gradient).
+
+    Both passes hold logits a chunk at a time.
+    """
 
     @staticmethod
-    def chunks(hidden, weight, temperature, banned):
+    def chunks(hidden, weight, head, temperature, banned):
         size = max(1, 2**25 // weight.shape[0])  # 2^25 fp32 logits = 128 MiB
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            logits = (hidden[rows] @ weight.T).float().div_(temperature)  # (n, V)
+            logits = head((hidden[rows] @ weight.T).float()).div_(temperature)  # (n, V)
             logits[:, banned] = -torch.inf
             yield rows, logits
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, banned):
+    def forward(ctx, hidden, weight, targets, head, temperature, banned):
         ctx.save_for_backward(hidden, weight, targets, banned)
-        ctx.temperature = temperature
+        ctx.head, ctx.temperature = head, temperature
         logps = torch.empty(len(hidden), device=hidden.device)  # (N,)
-        for rows, logits in ResponseLogprob.chunks(hidden, weight, temperature, banned):
+        entropy = torch.empty_like(logps)
+        for rows, logits in ResponseLogprob.chunks(hidden, weight, head, temperature, banned):
             chosen = logits.gather(1, targets[rows, None])[:, 0]
-            logps[rows] = chosen - logits.logsumexp(1)
-        return logps
+            total = logits.logsumexp(1)
+            logps[rows] = chosen - total
+            # H = log Z - sum_v p_v logit_v; a banned token has p = 0 and must not make 0 * inf.
+            probs = (logits - total[:, None]).exp_()
+            logits[:, banned] = 0
+            entropy[rows] = total - (probs * logits).sum(1)
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         """d logp / d logits = (onehot(target) - softmax) / temperature, written over the logits."""
         hidden, weight, targets, banned = ctx.saved_tensors
+        head, temperature = ctx.head, ctx.temperature
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for rows, logits in ResponseLogprob.chunks(hidden, weight, ctx.temperature, banned):
-            g = grad[rows, None] / ctx.temperature  # (n, 1)
+        for rows, logits in ResponseLogprob.chunks(hidden, weight, head, temperature, banned):
+            g = grad[rows, None] / temperature  # (n, 1)
+            slope = 1.0
+            if head != Head():  # what is banned has no gradient, and must not make 0 * inf
+                slope = head.slope(logits.masked_fill(logits.isneginf(), 0) * temperature)
             softmax = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_()
-            d_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g).to(weight.dtype)
+            d_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g).mul_(slope).to(weight.dtype)
             d_hidden[rows] = d_logits @ weight
             if d_weight is not None:
                 d_weight.addmm_(d_logits.T, hidden[rows])
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
-def token_logprobs(policy, inputs, mask, temperature=1.0):
-    """Log-probability of each response token under the policy, (B, T-1), 0 outside `mask`.
+def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
+    """Log-probability of each response token under the policy, (B, T-1), 0 outside `mask`; also the entropy.
 
     The output head runs at response positions only and in chunks, so a (B, T, V) tensor never exists.
     """
-    hidden = policy.model(**inputs).last_hidden_state[:, :-1]  # (B, T-1, H)
+    hidden = policy.model(**inputs, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
     targets = inputs["input_ids"][:, 1:][mask]  # (N,)
-    head = policy.get_output_embeddings().weight  # (V, H)
-    logps = ResponseLogprob.apply(hidden[mask], head, targets, temperature, policy.banned)
-    return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps)
+    weight = policy.get_output_embeddings().weight  # (V, H)
+    logps, entropy = ResponseLogprob.apply(hidden[mask], weight, targets, policy.head, temperature,
+                                           policy.banned)
+    zeros = torch.zeros(mask.shape, device=logps.device)
+    logps = zeros.masked_scatter(mask, logps)
+    return (logps, zeros.masked_scatter(mask, entropy)) if with_entropy else logps
+
+
+# ----- self-check: no run trains on wrong numbers in silence -----------------------------------------------
+
+# Mean difference in nats a token that another batch, kernel or engine may make.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+
+
+def check_rows(records, encode, log, count=3):
+    """Up to `count` encoded records to check with: other numbers of images first, then the next ones.
+
+    All ranks choose alike. Ends the run with the last error if none of the first 64 can be encoded.
+    """
+    seen, unlike, alike = set(), [], []
+    for record in records[:10000]:
+        images = len(record["images"])
+        (alike if images in seen else unlike).append(record)
+        seen.add(images)
+    rows, last = [], "too long"
+    for record in (unlike + alike)[:64]:
+        try:
+            row = encode(record)
+        except ValueError as error:
+            last = f"record {record['id']}: {error}"
+            continue
+        if row and len(rows) < count:
+            rows.append(row)
+    if not rows:
+        log.fail(f"none of the first rows can be used: {last}")
+    return rows
+
+
+def mean_gap(a, b):
+    """Mean absolute difference of two lists of tensors over all their numbers."""
+    return (torch.cat(a) - torch.cat(b)).abs().mean().item()
+
+
+@torch.no_grad()
+def row_logprobs(policy, rows, dummy):
+    """Log-probabilities of the responses of (prompt, response ids) rows in one batch: a tensor for each."""
+    inputs, mask = collate(rows, dummy, 0, policy.banned.device)
+    logps = policy.token_logprobs(inputs, mask)
+    return logps[mask].split([len(response) for _, response in rows])
+
+
+@torch.no_grad()
+def own_logprobs(policy, row, dummy):
+    """Log-probabilities of a row's response from the logits that the model itself returns."""
+    inputs, mask = collate([row], dummy, 0, policy.banned.device)
+    logits = policy(**inputs).logits[0, :-1][mask[0]].float()  # (N, V)
+    logits[:, policy.banned] = -torch.inf
+    targets = inputs["input_ids"][0, 1:][mask[0]]
+    return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+
+
+@contextlib.contextmanager
+def refusing(family, log):
+    """A model that crashes on the first rows is refused in one line: it is not known here."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        log.fail(f"self-check: {family} cannot be trained on these rows: {type(error).__name__}: {lines[0]}")
+
+
+def self_check(policy, rows, dummy, log):
+    """End the run before step 1 if `rows`, (prompt, response ids) of this run, show that it would go wrong.
+
+    Four comparisons, each of log-probabilities that must be equal: train mode with eval mode (dropout, batch
+    norm), with the model's own logits (soft-capping, scaling), rows in one batch with each row alone
+    (positions, image features), and with another token behind (a mask that leaks).
+    """
+    family = policy.config.model_type
+    allowed = TOLERANCE[policy.compute_dtype]
+
+    def compare(what, a, b, hint):
+        gap = mean_gap(a, b)
+        if not gap <= allowed:
+            log.fail(f"self-check: {what} by {gap:.2g} nats a token (allowed {allowed:g}), so {family} would "
+                     f"train on wrong numbers; {hint}")
+
+    alone = [row_logprobs(policy, [row], dummy)[0] for row in rows]
+
+    modes = {module: module.training for module in policy.modules()}
+    policy.eval()
+    evaluated = [row_logprobs(policy, [row], dummy)[0] for row in rows]
+    for module, training in modes.items():
+        module.training = training
+    compare("train mode differs from eval mode", alone, evaluated,
+            "a module in train mode drops units or normalises by the batch")
+
+    # What the configuration says of the head need not be what the model does with it.
+    own = own_logprobs(policy, rows[0], dummy)
+    if mean_gap([alone[0]], [own]) > allowed:
+        policy.head = Head()
+        alone = [row_logprobs(policy, [row], dummy)[0] for row in rows]
+    compare("token_logprobs differs from the model's own logits", [alone[0]], [own],
+            "its head does more than scale or cap the logits (Head in sft.py)")
+
+    together = row_logprobs(policy, rows, dummy)
+    compare("rows in one batch differ from each row alone", alone, together,
+            "its inputs cannot be put together (collate in sft.py)")
+
+    # One token behind each response, then another one; any that stand in the prompt will do.
+    banned = set(policy.banned.tolist())
+    known = dict.fromkeys(rows[0][0]["input_ids"][0].tolist())
+    ends = []
+    for last in [token for token in known if token not in banned][:2]:
+        longer = row_logprobs(policy, [(prompt, [*response, last]) for prompt, response in rows], dummy)
+        ends.append([logps[:-1] for logps in longer])
+    compare("a later token changes the log-probability of an earlier one", *ends,
+            "its mask is not causal over the response; try another --attn")
 
 
 # ----- optimizer -------------------------------------------------------------------------------------------
@@ -636,6 +809,55 @@ def optimizer_step(policy, optimizer, lr, max_norm, log):
     return norm
 
 
+def rehearse(policy, optimizer, row, dummy, cfg, log):
+    """Run a micro-batch as large as --token_budget allows forward and backward: out of memory shows now.
+
+    row: the longest (prompt, response ids) that this run can tell before it starts. All ranks alike.
+    """
+    prompt, response = row
+    length = prompt["input_ids"].shape[1] + len(response)
+    rows = [row] * max(1, cfg.token_budget // length)  # a row longer than the budget runs alone
+    size = f"{len(rows)} row(s) of {length} tokens"
+    try:
+        inputs, mask = collate(rows, dummy, 0, policy.banned.device)
+        policy.token_logprobs(inputs, mask).mean().backward()
+    except torch.OutOfMemoryError as error:
+        log.fail(f"the largest micro-batch, {size}, does not fit: lower --token_budget, or add "
+                 f"--gradient_checkpointing or ranks ({str(error).splitlines()[0]})")
+    optimizer.zero_grad()
+    log.note(f"largest micro-batch, {size}: peak {peak_memory(policy.banned.device):.2f} GiB so far, AdamW's "
+             "moments come with the first update")
+
+
+class Watchdog:
+    """Dumps the stacks of all threads and ends the process when a step takes `factor` times the median.
+
+    A collective that waits for a rank that died, or a server that never answers, would otherwise cost days.
+    """
+    LEAST = 600  # seconds that any step may take
+    FIRST = 3600  # the first one also warms up
+
+    def __init__(self, factor):
+        self.factor = factor
+        self.steps = []
+        self.last = time.time()
+        self.wait(self.FIRST)
+
+    def wait(self, seconds):
+        if self.factor:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+
+    def step(self):
+        """Call once a step."""
+        now = time.time()
+        self.steps.append(now - self.last)
+        self.last = now
+        self.wait(max(self.LEAST, self.factor * statistics.median(self.steps[-100:])))
+
+    def done(self):
+        faulthandler.cancel_dump_traceback_later()
+
+
 class Stopwatch:
     """Wall seconds by name: lap("time/gen") stores those since the lap before it."""
 
@@ -650,6 +872,15 @@ class Stopwatch:
 
     def total(self):
         return self.last - self.began
+
+
+def host_memory():
+    """GiB of host memory that this process holds now; a number that grows is a leak."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no Linux: the largest so far
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return pages * resource.getpagesize() / 2**30
 
 
 def peak_memory(device):
@@ -668,6 +899,7 @@ MAY_CHANGE = {
     "engine", "tp", "gpu_memory_utilization", "servers", "workers", "token_budget", "rollout_tokens",
     "gradient_checkpointing", "cpu_offload", "attn",
     "eval_data", "eval_every", "eval_n", "save_every", "samples_every", "keep",
+    "stall", "max_mismatch",  # when to give up
     "tau",  # filters what has been sampled
 }
 
@@ -999,11 +1231,9 @@ def losses(policy, rows, dummy, cfg):
 @torch.no_grad()
 def evaluate(policy, rows, dummy, cfg):
     """Mean negative log-likelihood per response token of held-out rows; each rank holds its share."""
-    policy.eval()
     total = sum(loss.item() for loss in losses(policy, rows, dummy, cfg))
     tokens = sum(len(response) for _, response in rows)
     total, tokens = global_sum([total, tokens])
-    policy.train()
     return {"eval/loss": total / max(1, tokens)}
 
 
@@ -1028,6 +1258,11 @@ def main(cfg):
     epochs = cfg.steps * cfg.batch_size / len(records)
     log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) "
              f"= {epochs:.2f} epochs")
+    rows = check_rows(records, encode, log)
+    with refusing(policy.config.model_type, log):
+        self_check(policy, rows, dummy, log)
+        longest = max(rows, key=lambda row: row[0]["input_ids"].shape[1] + len(row[1]))
+        rehearse(policy, optimizer, longest, dummy, cfg, log)
 
     # Held-out rows stay encoded in memory; each rank has every world-th.
     held_out = []
@@ -1040,8 +1275,9 @@ def main(cfg):
     shares = [drawn[rank::world] for drawn in order]
     drawn_ahead = prepared(shares, lambda i, _: encode(records[i]), cfg.workers)
     stopping = catch_signals()
+    watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, drawn in enumerate(drawn_ahead, run.done + 1):
-        began = time.time()
+        watch.lap("time/data")
 
         # 1. draw this rank's rows; their images were prepared in the background
         rows = [row for row in readable(drawn, records, cfg.strict, log).values() if row]
@@ -1054,18 +1290,23 @@ def main(cfg):
         # 2. update, with the denominator counted over all ranks before the first backward
         tokens = sum(len(response) for _, response in rows)
         tokens, left_out, stop_now = global_sum([tokens, len(drawn) - len(rows), len(stopping)])
+        if not tokens:
+            log.fail(f"step {step}: none of its rows can be used (--max_tokens {cfg.max_tokens}, images, "
+                     f"placeholders); see the lines above, or python data_prep.py --source records")
         total = 0.0
         for loss in losses(policy, rows, dummy, cfg):
             # FSDP averages gradients over ranks; here their sum is divided by the common token count instead.
             (loss * world / max(1, tokens)).backward()
             total += loss.item()
         norm = optimizer_step(policy, optimizer, lr_at(step, cfg), cfg.max_grad_norm, log)
+        watch.lap("time/train")
 
         # 3. log
         nll = global_sum([total])[0] / max(1, tokens)
         metrics = {"loss/nll": nll, "optim/lr": lr_at(step, cfg), "optim/grad_norm": norm,
                    "tokens/train": tokens, "data/left_out": left_out,
-                   "time/step": time.time() - began, "mem/peak_gb": peak_memory(device)}
+                   **watch.laps, "time/step": watch.total(),
+                   "mem/peak_gb": peak_memory(device), "mem/host_gb": host_memory()}
 
         # 4. evaluate and save
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
@@ -1078,6 +1319,9 @@ def main(cfg):
         if stop_now:
             log.note(f"interrupted: saved step {step}; go on with --resume")
             break
+        watchdog.step()
+        watch = Stopwatch()
+    watchdog.done()
     dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """Shared fixtures: a process group, the mini suite, tiny models of every family with real processors."""
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,10 @@ import transformers as hf  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 import data_prep  # noqa: E402
-import sft
-import eval as evaluation
+import eval as evaluation  # noqa: E402
 import grpo  # noqa: E402
 import rewards  # noqa: E402
+import sft  # noqa: E402
 
 CPU = torch.device("cpu")
 WORDS = ["User:", "Assistant:", "user", "model", "assistant",
@@ -34,6 +35,30 @@ GEMMA_TEMPLATE = (
     "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}"
     "{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+
+
+# ----- other processes
+
+
+def wait_until(happened, process=None, seconds=300):
+    """Wait for happened(). Fails when it is late, or when `process` has ended without it, and shows its output."""
+    deadline = time.time() + seconds
+    while True:
+        ended = process is not None and process.poll() is not None
+        if happened():
+            return
+        if ended or time.time() > deadline:
+            output = ""
+            if process is not None:
+                process.terminate()
+                output, _ = process.communicate(timeout=60)
+            pytest.fail(f"{'the process ended' if ended else f'{seconds} s passed'}: {(output or '')[-3000:]}")
+        time.sleep(0.02)
+
+
+def lines_in(path):
+    """Whole lines of a file that may not be there yet."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 # ----- records

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import picture
+from conftest import lines_in, picture, wait_until
 from PIL import Image
 from test_api import PASSING, Handler, Server
 from test_stages import run, work  # noqa: F401
@@ -484,9 +484,8 @@ def test_kill_9_loses_no_row_and_asks_none_twice(serve):
 
     for total, new in ((20, 20), (55, 35)):
         command = [sys.executable, ROOT / "data_prep.py", *flags(metered(new), "--concurrency", "5")]
-        process, deadline = subprocess.Popen(command, stderr=subprocess.DEVNULL), time.time() + 60
-        while (not log.exists() or log.read_bytes().count(b"\n") < total) and time.time() < deadline:
-            time.sleep(0.02)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        wait_until(lambda: lines_in(log) >= total, process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert log.read_bytes().count(b"\n") == total and not Path("cold/train.jsonl").exists()

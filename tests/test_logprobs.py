@@ -111,7 +111,7 @@ def test_placeholder_ids_are_banned_and_have_no_probability(family):
     assert placeholder in family.policy.banned.tolist()
     hidden, head = torch.randn(3, 8), torch.randn(20, 8)
     banned, targets = torch.tensor([4, 11]), torch.tensor([4, 3, 11])
-    logps = sft.ResponseLogprob.apply(hidden, head, targets, 1.0, banned)
+    logps, _ = sft.ResponseLogprob.apply(hidden, head, targets, sft.Head(), 1.0, banned)
     assert logps.tolist()[::2] == [-torch.inf] * 2 and logps[1].isfinite()
 
 
@@ -201,7 +201,7 @@ def test_collate_adds_the_dummy_only_to_batches_without_images(family):
 def fake_policy(hidden, head, banned=()):
     """What token_logprobs needs of a model: a body that returns `hidden` and an output head."""
     return SimpleNamespace(model=lambda **_: SimpleNamespace(last_hidden_state=hidden),
-                           banned=torch.tensor(banned, dtype=torch.long),
+                           banned=torch.tensor(banned, dtype=torch.long), head=sft.Head(),
                            get_output_embeddings=lambda: SimpleNamespace(weight=head))
 
 
@@ -209,7 +209,7 @@ def fake_policy(hidden, head, banned=()):
 def test_chunk_boundaries(tokens):
     """A vocabulary of 2^20 leaves 32 positions to a chunk: one exactly, one and a half."""
     vocab, generator = 2**20, torch.Generator().manual_seed(0)
-    chunks = sft.ResponseLogprob.chunks(torch.zeros(33, 1), torch.zeros(vocab, 1), 1.0, [])
+    chunks = sft.ResponseLogprob.chunks(torch.zeros(33, 1), torch.zeros(vocab, 1), sft.Head(), 1.0, [])
     assert [rows.stop - rows.start for rows, _ in chunks] == [32, 32]
     hidden = torch.randn(1, tokens + 1, 16, generator=generator)
     head = torch.randn(vocab, 16, generator=generator) / 4

@@ -284,9 +284,9 @@ def test_lr_at(cfg, step, lr):
 
 
 @pytest.mark.parametrize("total, per_step", [(10, 3), (12, 4), (7, 7), (5, 8), (1, 1), (1, 4), (100, 32)])
-def test_schedule_covers_every_record_and_repeats_none_within_a_step(total, per_step):
+def test_data_order_covers_every_record_and_repeats_none_within_a_step(total, per_step):
     steps = 2 * total + 3
-    plan = sft.schedule(total, per_step, 0, steps, 0)
+    plan = sft.data_order(total, per_step, 0, steps, 0)
     assert len(plan) == steps and all(len(set(drawn)) == len(drawn) for drawn in plan)
     assert all(set(drawn) <= set(range(total)) and drawn for drawn in plan)
     drawn_at_least = [sum(i in drawn for drawn in plan) for i in range(total)]
@@ -294,19 +294,19 @@ def test_schedule_covers_every_record_and_repeats_none_within_a_step(total, per_
 
 
 def test_an_epoch_shows_every_record_exactly_once():
-    plan = sft.schedule(12, 4, 0, 9, 5)
+    plan = sft.data_order(12, 4, 0, 9, 5)
     for epoch in range(3):
         assert sorted(sum(plan[3 * epoch:3 * epoch + 3], [])) == list(range(12))
     assert plan[:3] != plan[3:6]
 
 
 @pytest.mark.parametrize("total, per_step", [(10, 3), (12, 4), (5, 8)])
-def test_schedule_resumes_anywhere_and_depends_on_the_seed_alone(total, per_step):
-    plan = sft.schedule(total, per_step, 0, 20, 7)
+def test_data_order_resumes_anywhere_and_depends_on_the_seed_alone(total, per_step):
+    plan = sft.data_order(total, per_step, 0, 20, 7)
     random.seed(123)
     torch.manual_seed(123)
-    assert all(sft.schedule(total, per_step, done, 20, 7) == plan[done:] for done in range(21))
-    assert sft.schedule(total, per_step, 0, 30, 7)[:20] == plan != sft.schedule(total, per_step, 0, 20, 8)
+    assert all(sft.data_order(total, per_step, done, 20, 7) == plan[done:] for done in range(21))
+    assert sft.data_order(total, per_step, 0, 30, 7)[:20] == plan != sft.data_order(total, per_step, 0, 20, 8)
 
 
 # ----- micro-batches

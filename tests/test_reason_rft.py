@@ -241,12 +241,19 @@ def test_lines_of_json_do_too(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ({"form": "sft"}, "--form sft: use ans_sft | cot_sft | rl | stage1 | stage2 | sharegpt"),
-    ({"form": ""}, "--form : use"), ({"stage2": "some"}, "--stage2 some: use rest | full"),
+    ({"form": ""}, "--form : use"),
     ({"stage1_n": 0}, "--stage1_n 0: must be at least 1"), ({"task": "box"}, "--task box: use plain | "),
     ({"form": "stage2"}, "no row is fit for --form stage2"), ({"image_root": "gone"}, "image a.png: "),
 ])
 def test_flags(tmp_path, flags, message):
     assert message in refusal(tmp_path, ROWS, **{"form": "rl"} | flags)
+
+
+def test_what_stage2_takes_is_checked_with_the_flags():
+    for allowed in ("rest", "full"):
+        assert data_prep.parse_config(Config, ["--stage2", allowed]).stage2 == allowed
+    with pytest.raises(SystemExit, match=r"--stage2: some: use rest \| full$"):
+        data_prep.parse_config(Config, ["--source", "reason_rft", "--form", "rl", "--stage2", "some"])
 
 
 def test_images_may_lie_elsewhere_and_move_along(tmp_path):

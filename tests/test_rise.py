@@ -14,6 +14,7 @@ import data_prep
 import rewards
 import eval as evaluation
 import sft
+import grpo
 import rise
 from test_stages import close, metrics, newest, run, weights
 
@@ -102,7 +103,7 @@ def fake_generate(monkeypatch, processor, write):
             out.append((ids, -torch.ones(len(ids)), False))
         return out
 
-    monkeypatch.setattr(rise, "generate", generate)
+    monkeypatch.setattr(grpo, "generate", generate)
     return calls
 
 
@@ -182,7 +183,7 @@ def test_samples_differ_though_the_checkpoint_asks_for_greedy(world, stage, tmp_
 
 
 def rollout(text, truncated=False, question=0):
-    return rise.Rollout(question, [1, 2], torch.zeros(2), truncated, text)
+    return grpo.Rollout(question, [1, 2], torch.zeros(2), truncated, text)
 
 
 GOLD = "<answer> [[0, 0, 500, 500]] </answer>"
@@ -202,13 +203,13 @@ GOLD = "<answer> [[0, 0, 500, 500]] </answer>"
 def test_reward(cot, back, more, reward, agrees, parsed):
     """agreement x leak penalty + format; nothing for a rationale that scrubbing empties."""
     record, cfg = sun(0, "x.png"), dataclasses.replace(rise.Config(), **more)
-    got = rise.score(rollout(cot), rewards.scrub(cot, record), rollout(back), record, cfg)
+    got = rise.score_rationale(rollout(cot), rewards.scrub(cot, record), rollout(back), record, cfg)
     assert got["reward"] == pytest.approx(reward) and got["agreement"] == pytest.approx(agrees)
     assert got["parsed"] == parsed and bool(got["leaks"]) == ("[" in cot)
 
 
 def test_a_rationale_that_was_cut_off_earns_nothing():
-    got = rise.score(rollout("the upper left", True), "the upper left", rollout(GOLD), sun(0, "x.png"),
+    got = rise.score_rationale(rollout("the upper left", True), "the upper left", rollout(GOLD), sun(0, "x.png"),
                      rise.Config())
     assert got["reward"] == 0 and got["agreement"] == 1 and got["truncated"]
 
@@ -224,7 +225,7 @@ MOOD = {"answer_type": "distribution", "answer": '{"joy": 0.6, "fear": 0.4}'}
     (dict(answer_type="number", answer="4"), "4", 1, True),
 ])
 def test_format_fits_the_answer(record, back, form, parsed):
-    got = rise.score(rollout("bright"), "bright", rollout(f"<answer> {back} </answer>"), record,
+    got = rise.score_rationale(rollout("bright"), "bright", rollout(f"<answer> {back} </answer>"), record,
                      rise.Config())
     assert got["format"] == pytest.approx(form, abs=1e-6) and got["parsed"] == parsed
 
@@ -237,8 +238,10 @@ def test_gradient_reaches_the_graded_segment_only(world, group, monkeypatch, tmp
     """Which tokens have a gradient on their log-probability, seen while rise.main trains a step."""
     seen = Counter()
 
-    def watched(policy, inputs, mask, temperature=1.0):
-        logps = token_logprobs(policy, inputs, mask, temperature)
+    def watched(policy, inputs, mask, temperature=1.0, with_entropy=False):
+        if not with_entropy:  # it is update that asks for the entropy; the self-check does not
+            return token_logprobs(policy, inputs, mask, temperature)
+        logps, entropy = token_logprobs(policy, inputs, mask, temperature, with_entropy=True)
         texts = [processor.tokenizer.decode(row) for row in inputs["input_ids"]]
 
         def count(grad):
@@ -247,11 +250,11 @@ def test_gradient_reaches_the_graded_segment_only(world, group, monkeypatch, tmp
                 seen[hop] += int((own[of_response] != 0).sum())
                 seen["elsewhere"] += int((own[~of_response] != 0).sum())
         logps.register_hook(count)
-        return logps
+        return logps, entropy
 
     token_logprobs = sft.token_logprobs
     processor = rise.AutoProcessor.from_pretrained(data_prep.newest_step(world / "warm"))
-    monkeypatch.setattr(rise, "token_logprobs", watched)
+    monkeypatch.setattr(sft, "token_logprobs", watched)
     rows = train(world, monkeypatch, tmp_path, "--steps", "1", "--graded", graded)
     assert (seen["cot"] > 0, seen["back"] > 0, seen["elsewhere"]) == (cot, back, 0)
     assert rows[-1]["tokens/train"] == seen["cot"] + seen["back"]
@@ -261,7 +264,7 @@ def train(world, monkeypatch, tmp_path, *flags):
     """rise.main in this process, whose process group it neither makes nor ends."""
     monkeypatch.setattr(rise, "init_distributed", lambda: (0, 1, CPU))
     monkeypatch.setattr(rise.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(rise.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(rise, "catch_signals", lambda: [])
     monkeypatch.chdir(world)
     rise.main(rise.parse_config(rise.Config, [*RISE[1:], "--out", str(tmp_path / "run"), "--workers", "0",
                                               "--eval_data", "", *flags]))
@@ -276,7 +279,8 @@ def test_the_reference_exists_only_with_a_kl_term(world, group, monkeypatch, tmp
         built.append(trainable)
         return load(path, cfg, device, trainable)
 
-    monkeypatch.setattr(rise, "load_policy", counted)
+    for stage in (sft, rise):  # open_run loads the policy, main the reference
+        monkeypatch.setattr(stage, "load_policy", counted)
     rows = train(world, monkeypatch, tmp_path, "--steps", "2", "--kl_beta", str(beta), "--updates", "2")
     assert built == [True] + [False] * bool(beta)
     assert all(("loss/kl" in row) and (row["loss/kl"] > 0) == bool(beta) for row in rows[1:])
@@ -422,9 +426,16 @@ def test_a_rank_without_a_readable_question_does_not_hang(work):
 
 
 def test_a_prompt_that_is_too_long_is_left_out_and_named(work):
-    output = run(work, *RISE, "--steps", "1", "--max_prompt_tokens", "50", "--out", "short")
-    assert metrics(work / "short")[-1]["data/unreadable"] == 4 and rationales(work / "short") == []
-    assert "sun-" in output and "--max_prompt_tokens is 50" in output
+    """One is named and the others train; where all are too long the run ends before its first step."""
+    path = work / "long.jsonl"
+    records = data_prep.read_records(work / "world/train.jsonl")[:4]
+    records[1]["question"] = "sky " * 90
+    data_prep.write_records(path, records)
+    output = run(work, *RISE, "--data", str(path), "--steps", "1", "--max_prompt_tokens", "90", "--out", "some")
+    assert metrics(work / "some")[-1]["data/unreadable"] == 1 and len(rationales(work / "some")) == 12
+    assert f"record {records[1]['id']} skipped" in output and "--max_prompt_tokens is 90" in output
+    output = run(work, *RISE, "--steps", "1", "--max_prompt_tokens", "50", "--out", "none", code=1)
+    assert "none of the first rows can be used" in output and "--max_prompt_tokens is 50" in output
 
 
 BAD = {

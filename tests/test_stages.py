@@ -3,6 +3,7 @@ import atexit
 import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import wait_until
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -39,16 +41,17 @@ def environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def start(work, *argv, torchrun=()):
-    """Start a stage script in `work` without waiting for it."""
-    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+def start(work, *argv, torchrun=(), python=(), **options):
+    """Start a stage script in `work` without waiting for it; `python` are flags of the interpreter."""
+    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else python
     return subprocess.Popen([sys.executable, *launcher, ROOT / argv[0], *argv[1:]], cwd=work,
-                            env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            **options)
 
 
-def launch(work, *argv, torchrun=(), code=0):
+def launch(work, *argv, code=0, **options):
     """Run a stage script in `work` as a new process; return what it printed."""
-    process = start(work, *argv, torchrun=torchrun)
+    process = start(work, *argv, **options)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == code, output[-3000:]
     return output
@@ -116,6 +119,12 @@ def newest(folder):
     return max(folder.glob("step_??????"))
 
 
+def wait_for_step(step, folder, process):
+    """Wait until a run has logged a step."""
+    path = folder / "metrics.jsonl"
+    wait_until(lambda: path.exists() and f'"step": {step}' in path.read_text(), process)
+
+
 def test_four_commands_hand_over(work):
     """SFT learns, GRPO starts from its newest step, eval scores that of GRPO and answers one question."""
     run(work, *SFT, "--steps", "30", "--lr", "5e-3", "--out", "out/sft", "--eval_every", "10")
@@ -158,9 +167,7 @@ def test_killed_run_resumes_bitwise(work, stage):
     command = [*stage, "--steps", "6", "--save_every", "2", "--keep", "9"]
     run(work, *command, "--out", "whole")
     process = start(work, *command, "--out", "cut")
-    deadline = time.time() + 120
-    while not list((work / "cut").glob("step_000002")) and time.time() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: list((work / "cut").glob("step_000002")), process)
     process.kill()
     process.communicate(timeout=60)  # a data worker that outlives its trainer would keep the pipe open
     (work / "cut/step_000099.tmp").mkdir()  # a checkpoint that was being written
@@ -175,9 +182,7 @@ def test_killed_run_resumes_bitwise(work, stage):
 def test_sigterm_saves_and_exits_zero(work, stage):
     """SIGTERM ends a run after the current step, with a checkpoint of it."""
     process = start(work, *stage, "--steps", "100000", "--out", "long")
-    path, deadline = work / "long/metrics.jsonl", time.time() + 120
-    while not (path.exists() and '"step": 2' in path.read_text()) and time.time() < deadline:
-        time.sleep(0.05)
+    wait_for_step(2, work / "long", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output[-2000:]
@@ -206,6 +211,46 @@ def test_the_length_bonus_starts_at_its_step(work):
         "--out", "short")
     before, after = [row["groups/effective_frac"] for row in metrics(work / "short") if row["step"]]
     assert before == 0 < after
+
+
+# ----- limits, warnings and tools of the interpreter
+
+RISE = ["rise.py", "--model", "tiny", "--data", "data/mood_train.jsonl", "--eval_data", "data/mood_id.jsonl",
+        "--eval_n", "6", "--prompts_per_step", "4", "--group_size", "2", "--max_new_tokens", "12",
+        "--warmup", "1"]
+STAGES = pytest.mark.parametrize("stage", [SFT, GRPO, RISE], ids=["sft", "grpo", "rise"])
+
+
+def few_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+
+
+@pytest.mark.parametrize("stage", [SFT, GRPO], ids=["sft", "grpo"])
+def test_a_run_needs_few_files(work, stage):
+    """`ulimit -n 256`, and a held-out set of more rows than that: they must not take a file each."""
+    rows = [json.loads(line) for line in (work / "data/counting_id.jsonl").read_text().splitlines()]
+    more = [json.dumps(row | {"id": f"{row['id']}-{turn}"}) for turn in range(25) for row in rows]
+    (work / "data/more.jsonl").write_text("\n".join(more) + "\n")
+    launch(work, *stage, "--eval_data", "data/more.jsonl", "--eval_n", "300", "--steps", "2", "--out", "few",
+           preexec_fn=few_files)
+    assert newest(work / "few").name == "step_000002"
+
+
+@STAGES
+def test_no_stage_calls_what_will_be_removed(work, stage):
+    """Nothing that torch or transformers have announced to drop: with the next release it would be an error."""
+    launch(work, *stage, "--steps", "2", "--out", "quiet", python=["-W", "error::FutureWarning"])
+    assert newest(work / "quiet").name == "step_000002"
+
+
+@pytest.mark.parametrize("tool, done", [
+    (["cProfile"], "function calls"), (["pdb", "-c", "continue"], "The program finished and will be restarted")],
+    ids=["cProfile", "pdb"])
+def test_profiler_and_debugger_can_start_a_stage(work, tool, done):
+    """Under both, the module __main__ is not the stage. At its end the debugger asks what to do next."""
+    output = launch(work, *GRPO, "--steps", "1", "--out", "out", python=["-m", *tool], stdin=subprocess.DEVNULL)
+    assert done in output and "Uncaught exception" not in output and "Traceback (most" not in output
+    assert newest(work / "out").name == "step_000001"
 
 
 BAD = {
@@ -341,10 +386,10 @@ def test_a_killed_rank_ends_the_run(work):
     """Losing one of two ranks ends everything, with a non-zero exit, within a minute."""
     process = start(work, *GRPO, "--steps", "100000", "--out", "long",
                     torchrun=["--standalone", "--nproc_per_node", "2"])
-    path, deadline = work / "long/metrics.jsonl", time.time() + 120
-    while not (path.exists() and '"step": 1' in path.read_text()) and time.time() < deadline:
-        time.sleep(0.05)
+    wait_for_step(1, work / "long", process)
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+    ranks = found.stdout.split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[-1]), signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0

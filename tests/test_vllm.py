@@ -31,7 +31,8 @@ from test_api import Server
 from test_bridge import Asked
 from test_methods import check_forced
 from test_rise import RISE, rationales, world  # noqa: F401
-from test_stages import GRPO, SFT, environment, metrics, newest, start, weights, work  # noqa: F401
+from test_stages import (GRPO, SFT, environment, metrics, newest, start, wait_for_step, weights,  # noqa: F401
+                         work)
 from test_stages import launch as run
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="needs vLLM")
@@ -263,9 +264,7 @@ def test_rollouts_from_a_server(work, driver, serve, tmp_path):  # noqa: F811
     assert len(rows) == 3 and all(0 < row["mismatch/max"] < TOLERANCE for row in rows)
     assert all(row["optim/grad_norm"] > 0 for row in rows)
     running = start(work, *command, "--steps", "100000", "--out", "cut")
-    path, deadline = work / "cut/metrics.jsonl", time.time() + 120
-    while not (path.exists() and '"step": 2' in path.read_text()) and time.time() < deadline:
-        time.sleep(0.05)
+    wait_for_step(2, work / "cut", running)
     os.killpg(process.pid, signal.SIGKILL)
     output, _ = running.communicate(timeout=60)
     assert running.returncode == 1 and f"rollout server {url}" in output, output[-2000:]
@@ -335,9 +334,8 @@ def test_bridging_fifty_images_through_kill_9(work, serve):  # noqa: F811
     command = ["data_prep.py", "--source", "bridge", "--input", "fifty/rows.jsonl", "--out", "cold",
                "--vlm_url", server.url, "--vlm_model", model, "--reasoner_url", server.url,
                "--reasoner_model", model, "--max_new_tokens", "64", "--concurrency", "4"]
-    running, deadline = start(work, *command), time.time() + 120
-    while (not log.exists() or log.read_bytes().count(b"\n") < 40) and time.time() < deadline:
-        time.sleep(0.02)
+    running = start(work, *command)
+    conftest.wait_until(lambda: conftest.lines_in(log) >= 40, running)
     os.kill(running.pid, signal.SIGKILL)
     running.communicate()
     whole = [json.loads(line) for line in log.read_bytes().splitlines(True) if line.endswith(b"\n")]

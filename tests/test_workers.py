@@ -1,0 +1,224 @@
+"""prepared(): rows in order, through a pipe each; what happens when one of the two processes dies."""
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import wait_until
+from test_stages import environment, run
+
+import sft
+
+EMPTY = [[], [3, 1], [], [], [4], [1, 5, 9], []]
+
+
+def where(i, step):
+    return i, step, os.getpid()
+
+
+@pytest.fixture(autouse=True)
+def patience():
+    """A test that would hang fails, and what an exception keeps from ending is ended."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(100)
+    yield
+    signal.alarm(0)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+
+
+# ----- what comes
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has cores
+@pytest.mark.parametrize("batches", [[[5, 2, 9], [1], [7, 3, 0, 4]], EMPTY, [[]], [[], []], []])
+def test_rows_come_in_order_with_their_step(batches, workers):
+    """A resumed run numbers on from its first step; a batch may be empty, as a rank's share of a step is."""
+    steps = list(sft.prepared(batches, where, workers, first_step=7))
+    assert [[i for i, _ in rows] for rows in steps] == batches
+    rows = [(i, step, got) for step, drawn in enumerate(steps, 7) for i, got in drawn]
+    assert all(got[:2] == (i, step) for i, step, got in rows)
+    processes = {got[2] for _, _, got in rows}
+    assert len(processes) <= max(1, workers) and (os.getpid() in processes) == (workers == 0 and rows != [])
+    assert multiprocessing.active_children() == []
+
+
+def test_no_process_is_started_for_nothing(monkeypatch):
+    monkeypatch.setattr(sft, "DataLoader", lambda *_, **__: pytest.fail("started workers for no row"))
+    assert list(sft.prepared([[], []], where, 2)) == [[], []]
+
+
+def test_tensors_arrive_as_they_were():
+    made = {"a": torch.arange(6).view(2, 3), "b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
+            "c": torch.tensor([True]), "d": torch.ones(2, dtype=torch.bfloat16), "e": torch.zeros(0, 5)}
+    [[(i, got)]] = sft.prepared([[3]], lambda i, step: made, 1)
+    assert i == 3 and got.keys() == made.keys()
+    assert all(torch.equal(got[k], made[k]) and got[k].dtype == made[k].dtype for k in made)
+
+
+def test_they_are_prepared_ahead(tmp_path):
+    """While the trainer is at its first step, the second is already there: the processor's time is hidden."""
+    def noted(i, step):
+        (tmp_path / str(i)).touch()
+
+    rows = sft.prepared([[0, 1, 2], [3, 4, 5], [6, 7, 8]], noted, 1)
+    next(rows)
+    wait_until(lambda: (tmp_path / "5").exists(), seconds=20)
+    rows.close()
+
+
+def test_a_loop_that_is_left_early_leaves_no_process():
+    rows = sft.prepared([[i] for i in range(1000)], where, 2)
+    next(rows)
+    assert len(multiprocessing.active_children()) == 2
+    rows.close()
+    wait_until(lambda: not multiprocessing.active_children(), seconds=20)
+
+
+# ----- errors
+
+
+def refuses(i, step):
+    if i % 2:
+        raise ValueError(f"row {i} of step {step}")
+    return i
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_value_error_takes_the_place_of_its_row(workers):
+    first, second = sft.prepared([[2, 3], [5]], refuses, workers, first_step=1)
+    assert first[0] == (2, 2) and [i for i, _ in first + second] == [2, 3, 5]
+    for (i, error), text in ((first[1], "row 3 of step 1"), (second[0], "row 5 of step 2")):
+        assert type(error) is ValueError and str(error) == text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [TypeError, RuntimeError, KeyError, ZeroDivisionError, OSError, MemoryError])
+def test_other_exceptions_come_through_as_themselves(kind, workers):
+    """A bug in a processor is no broken image: it must not be counted as one, nor as a process that died."""
+    def broken(i, step):
+        raise kind("of its own")
+
+    with pytest.raises(kind, match="of its own"):
+        list(sft.prepared([[0, 1]], broken, workers))
+
+
+# ----- files and memory
+
+
+MANY = """
+import os, resource, signal, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+signal.alarm(90)  # each tensor a file: it would wait for ever
+import torch, sft
+
+def row(i, step):
+    return {k: torch.full((2, 3), i) for k in "abcde"}, [i]
+
+def shared():
+    maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else ""
+    files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+             if os.path.lexists(f"/proc/self/fd/{fd}")]
+    return maps.count("/dev/shm/torch_") + sum("/torch_" in file for file in files)
+
+for rows in sft.prepared([list(range(300)), [7] * 300], row, int(sys.argv[1])):
+    assert len(rows) == 300
+    for i, (tensors, ids) in rows:
+        assert ids == [i] and len(tensors) == 5 and all(bool((t == i).all()) for t in tensors.values())
+    print("shared", shared(), "files", len(os.listdir("/proc/self/fd")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_rows_take_neither_files_nor_shared_memory(tmp_path, workers):
+    """300 rows of 5 tensors in a batch, 256 files allowed. A container's /dev/shm may have 64 MiB."""
+    (tmp_path / "many.py").write_text(MANY)
+    lines = run(tmp_path, tmp_path / "many.py", workers).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        _, shared, _, files = line.split()
+        assert shared == "0" and int(files) < 60, line
+
+
+# ----- a process that dies
+
+
+def kills_itself(i, step):
+    if i == 2:
+        time.sleep(0.5)  # so that what came before has been written
+        os.kill(os.getpid(), signal.SIGKILL)
+    return i
+
+
+def dies_midway(i, step):
+    """From row 2 on, half of a row is written and then the process is gone, as at the hands of the OOM killer."""
+    if i == 2:
+        def send(self, data, **_):
+            sent = 0
+            while sent < len(data) // 2:
+                sent += os.write(self.fileno(), data[sent:sent + 2**16])
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)  # so that what came before has been written
+        multiprocessing.connection.Connection._send = send
+        return bytes(2**24)
+    return i
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("encode", [kills_itself, dies_midway])
+def test_a_dead_worker_ends_the_run_in_one_line(encode, workers):
+    rows = sft.prepared([[0, 1], [2, 3], [4]], encode, workers)
+    assert next(rows) == [(0, 0), (1, 1)]
+    began = time.time()
+    with pytest.raises(SystemExit) as end:
+        next(rows)
+    assert time.time() - began < 10
+    assert "a process that prepares images died" in str(end.value) and "--workers" in str(end.value)
+    assert "\n" not in str(end.value)
+
+
+LEFT = """
+import os, sys, time
+import sft
+
+def row(i, step):
+    os.write(1, f"worker {os.getpid()}\\n".encode())  # in one piece: print may write in several
+    return bytes(int(sys.argv[1]))
+
+rows = sft.prepared([[0, 1]] * 99, row, 2)
+next(rows)
+os.write(1, f"trainer {os.getpid()}\\n".encode())
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
+@pytest.mark.parametrize("size", [1, 2**24], ids=["waiting for work", "writing a row"])
+def test_workers_end_with_a_trainer_that_is_killed(tmp_path, size):
+    """They hold its standard output open as long as they live."""
+    (tmp_path / "left.py").write_text(LEFT)
+    trainer = subprocess.Popen([sys.executable, tmp_path / "left.py", str(size)], env=environment(), text=True,
+                               stdout=subprocess.PIPE)
+    lines = []
+    while not lines or not lines[-1].startswith("trainer"):
+        lines.append(trainer.stdout.readline())
+        assert lines[-1], "the trainer ended"
+    workers = {line.split()[1] for line in lines if line.startswith("worker")}
+    assert len(workers) == 2 and all(Path("/proc", pid).exists() for pid in workers)
+    trainer.kill()
+    try:
+        trainer.communicate(timeout=3)
+    finally:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
