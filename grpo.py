@@ -906,23 +906,24 @@ def check_run(policy, optimizer, engine, prompts, processor, dummy, log, cfg):
     Beside self_check: the engine's log-probabilities of what it samples equal the policy's, and again after
     every weight was moved and handed over. Returns the mismatch/mean beyond which a step ends the run.
     """
-    allowed = TOLERANCE[policy.compute_dtype]
+    allowed = cfg.max_mismatch or TOLERANCE[policy.compute_dtype]
     short = dataclasses.replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens), top_p=1.0, top_k=0)
     prompts = dict(enumerate(prompts))
     asked = [q for q in prompts for _ in range(2)]  # two rollouts each
 
-    def sampled():
-        return sample_rollouts(engine, asked, prompts, list(range(len(asked))), processor.tokenizer, short)
+    def sampled(options):
+        return sample_rollouts(engine, asked, prompts, list(range(len(asked))), processor.tokenizer, options)
 
     def compare(rollouts, what, hint):
         own = all_logprobs(policy, rollouts, prompts, dummy, cfg)
         gap = mean_gap([r.sampler_logps for r in rollouts], own)
         if not gap <= allowed:
-            log.fail(f"self-check: {what} by {gap:.2g} nats a token (allowed {allowed:g}) with --engine "
-                     f"{cfg.engine} and {policy.config.model_type}; {hint}")
+            log.fail(f"self-check: {what} by {gap:.2g} nats a token (allowed {allowed:g}, --max_mismatch) with "
+                     f"--engine {cfg.engine} and {policy.config.model_type}; {hint}")
         return gap
 
-    rollouts = sampled()
+    rollouts = sampled(short)
+    sleep_engine(engine)  # as in the loop: its memory is the trainer's until the next sync
     rows = [(prompts[r.question], r.response) for r in rollouts[::2]]  # one of each prompt
     self_check(policy, rows, dummy, log)
     prompt, response = max(rows, key=lambda row: row[0]["input_ids"].shape[1])
@@ -933,14 +934,18 @@ def check_run(policy, optimizer, engine, prompts, processor, dummy, log, cfg):
                   "it reads images or positions otherwise, or holds another model")
     with shaken(policy):
         sync_weights(policy, engine)
-        compare(sampled(), "sampler and trainer differ once the weights have changed",
+        compare(sampled(short), "sampler and trainer differ once the weights have changed",
                 "a weight does not reach the sampler (sync_weights)")
     sync_weights(policy, engine)
 
-    # Top-p and top-k cut the distribution that is sampled from; the trainer scores with all of it. That is up
-    # to log(1 / top_p) a token, and what top-k cuts, which no flag tells: a nat lets all but a fault pass.
-    cut = 1.0 if cfg.top_p < 1 or cfg.top_k else 0.0
-    return cfg.max_mismatch or 10 * max(gap, allowed / 2) + cut
+    most = 10 * max(gap, allowed / 2)
+    if cfg.top_p < 1 or cfg.top_k:
+        # They cut the distribution that is sampled from, and the trainer scores with all of it. How much that
+        # is depends on the policy, which will change: twice what it is now, or a nat, is left to it.
+        rollouts = sampled(dataclasses.replace(short, top_p=cfg.top_p, top_k=cfg.top_k))
+        own = all_logprobs(policy, rollouts, prompts, dummy, cfg)
+        most += max(1.0, 2 * mean_gap([r.sampler_logps for r in rollouts], own))
+    return cfg.max_mismatch or most
 
 
 def check_engine(cfg):

@@ -508,7 +508,6 @@ def test_rows_are_chosen_by_pass_rate(virl39k, tmp_path, capsys, flags, kept, li
     ({"pass_rate": ("0.9", "0.3")}, "--pass_rate 0.9 0.3: give LOW HIGH"),
     ({"pass_rate": ("0", "x")}, "--pass_rate 0 x: give LOW HIGH"),
     ({"pass_rate": ("nan", "1")}, "--pass_rate nan 1"), ({"pass_rate": ("30", "90")}, "--pass_rate 30 90"),
-    ({"pass_rate_of": "72b"}, "--pass_rate_of 72b: use 7b | 32b"),
     ({"task": "box"}, "--task box: use plain | "),
     ({"pass_rate": ("0.1", "0.2")}, "hub without its rows left out (5 with pass_rate_7b outside 0.1 .. 0.2, "
                                     "2 with pass_rate_7b unknown, 0 unreadable): no records"),
@@ -519,6 +518,12 @@ def test_bad_pass_rates_are_one_line(virl39k, tmp_path, flags, message):
         data_prep.main(cfg)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_whose_pass_rate_is_one_of_two():
+    with pytest.raises(SystemExit) as stop:
+        data_prep.parse_config(data_prep.Config, ["--pass_rate_of", "72b"])
+    assert "--pass_rate_of: 72b: use 7b | 32b" in str(stop.value.code)
 
 
 # ----- real rows -----
