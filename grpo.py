@@ -918,8 +918,8 @@ def check_run(policy, optimizer, engine, prompts, processor, dummy, log, cfg):
         own = all_logprobs(policy, rollouts, prompts, dummy, cfg)
         gap = mean_gap([r.sampler_logps for r in rollouts], own)
         if not gap <= allowed:
-            log.fail(f"self-check: {what} by {gap:.2g} nats a token (allowed {allowed:g}, --max_mismatch) with "
-                     f"--engine {cfg.engine} and {policy.config.model_type}; {hint}")
+            log.fail(f"self-check: {what} by {gap:.2g} nats a token (allowed {allowed:g}, --max_mismatch) "
+                     f"with --engine {cfg.engine} and {policy.config.model_type}; {hint}")
         return gap
 
     rollouts = sampled(short)
