@@ -1263,6 +1263,7 @@ def main(cfg):
         self_check(policy, rows, dummy, log)
         longest = max(rows, key=lambda row: row[0]["input_ids"].shape[1] + len(row[1]))
         rehearse(policy, optimizer, longest, dummy, cfg, log)
+    log.note("self-check passed")
 
     # Held-out rows stay encoded in memory; each rank has every world-th.
     held_out = []
