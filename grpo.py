@@ -857,7 +857,10 @@ def shown_groups(rollouts, records, tokenizer, step, group_size):
 
 
 def encode_share(records, encode, workers):
-    """This rank's share of the records: {index: encode(record)} of what can be read, and how many it is."""
+    """This rank's share of held-out records: {index: encode(record)} of what can be read, and how many it is.
+
+    They stay in memory: forking processes in the middle of a run, for each evaluation anew, can deadlock.
+    """
     share = list(range(dist.get_rank(), len(records), dist.get_world_size()))
     prompts = {}
     for drawn in prepared([share], lambda i, _: encode(records[i]), workers):
@@ -865,17 +868,17 @@ def encode_share(records, encode, workers):
     return prompts, len(share)
 
 
-def evaluate(engine, records, processor, cfg):
-    """Greedy accuracy and mean response length on held-out records, sharded over ranks."""
-    encode = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels,
-                               max_tokens=cfg.max_prompt_tokens)
-    prompts, n = encode_share(records, encode, cfg.workers)  # what cannot be read counts as wrong
+def evaluate(engine, records, prompts, share, processor, cfg):
+    """Greedy accuracy and mean response length on held-out records, sharded over ranks.
+
+    prompts and share: of encode_share. What cannot be read counts as wrong.
+    """
     greedy = dataclasses.replace(cfg, temperature=0.0)
     seeds = [0] * len(prompts)  # greedy decoding draws nothing
     rollouts = sample_rollouts(engine, list(prompts), prompts, seeds, processor.tokenizer, greedy)
     right = sum(accuracy(r.text, records[r.question]) for r in rollouts)
     length = sum(map(len, rollouts))
-    right, length, n = global_sum([right, length, n])
+    right, length, n = global_sum([right, length, share])
     return {"eval/accuracy": right / n, "eval/len": length / n}
 
 
@@ -1029,8 +1032,9 @@ def main(cfg):
     with refusing(policy.config.model_type, log):
         longest = dataclasses.replace(cfg, max_new_tokens=longest)
         worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, longest)
+    held_out, share = encode_share(run.held_out, encode_record, cfg.workers)
     if run.held_out and not run.done:
-        before = evaluate(engine, run.held_out, processor, staged(cfg, stages, 1)[1])
+        before = evaluate(engine, run.held_out, held_out, share, processor, staged(cfg, stages, 1)[1])
         log.write("metrics.jsonl", [{"step": 0, **before}])
         log.note(f"before training: {before['eval/accuracy']:.3f} "
                  f"of {len(run.held_out)} held-out questions right")
@@ -1115,7 +1119,7 @@ def main(cfg):
 
         # 9. evaluate and save
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
-            metrics |= evaluate(engine, run.held_out, processor, stage_cfg)
+            metrics |= evaluate(engine, run.held_out, held_out, share, processor, stage_cfg)
             log.note(f"step {step}: {metrics['eval/accuracy']:.3f} of {len(run.held_out)} held-out questions "
                      f"right, {metrics['eval/len']:.1f} tokens long")
         log.step(step, metrics, shown=("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))

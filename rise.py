@@ -266,20 +266,19 @@ def group_metrics(rows, group_size):
             "groups/effective_frac": effective, "groups/zero_adv_frac": 1 - effective}
 
 
-def evaluate(engine, records, processor, cfg):
+def evaluate(engine, records, prompts, share, processor, cfg):
     """Both hops once on held-out records, sharded over ranks: agreement, leaks and length.
 
-    Sampled as in training, since it is samples that --phase annotate keeps.
+    prompts and share: of encode_share. What cannot be read counts as 0. Sampled as in training, since it is
+    samples that --phase annotate keeps.
     """
-    encode = functools.partial(encode_cot, processor=processor, cfg=cfg)
-    prompts, n = encode_share(records, encode, cfg.workers)  # what cannot be read counts as 0
     once = dataclasses.replace(cfg, group_size=1)
-    hops = two_hops(engine, prompts, records, processor, 0, once)
+    hops = two_hops(engine, dict(prompts), records, processor, 0, once)
     rows = score_rationales(*hops, records, cfg)
     agrees = sum(parts["agreement"] for _, _, parts in rows)
     leaky = sum(bool(parts["leaks"]) for _, _, parts in rows)
     length = sum(parts["tokens"] for _, _, parts in rows)
-    agrees, leaky, length, n = global_sum([agrees, leaky, length, n])
+    agrees, leaky, length, n = global_sum([agrees, leaky, length, share])
     return {"eval/agreement": agrees / n, "eval/leaks": leaky / n, "eval/len": length / n}
 
 
@@ -438,18 +437,20 @@ def main(cfg):
     log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} records; a step: {cfg.prompts_per_step} x {cfg.group_size} rationales "
              f"on {world} rank(s)")
-    few = check_rows(records, functools.partial(encode_cot, processor=processor, cfg=cfg), log)
+    encode_record = functools.partial(encode_cot, processor=processor, cfg=cfg)
+    few = check_rows(records, encode_record, log)
     with refusing(policy.config.model_type, log):
         worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, cfg)
+    held_out, share = encode_share(run.held_out, encode_record, cfg.workers)
     if run.held_out and not run.done:
-        before = evaluate(engine, run.held_out, processor, cfg)
+        before = evaluate(engine, run.held_out, held_out, share, processor, cfg)
         log.write("metrics.jsonl", [{"step": 0, **before}])
         log.note(f"before training: agreement {before['eval/agreement']:.3f} "
                  f"on {len(run.held_out)} held-out records")
 
     order = data_order(len(records), cfg.prompts_per_step, run.done, cfg.steps, cfg.seed)
     shares = [questions[rank::world] for questions in order]
-    drawn_ahead = prepared(shares, lambda q, _: encode_cot(records[q], processor, cfg), cfg.workers)
+    drawn_ahead = prepared(shares, lambda q, _: encode_record(records[q]), cfg.workers)
     stopping = catch_signals()
     watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
@@ -517,7 +518,7 @@ def main(cfg):
 
         # 9. evaluate and save
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
-            metrics |= evaluate(engine, run.held_out, processor, cfg)
+            metrics |= evaluate(engine, run.held_out, held_out, share, processor, cfg)
             log.note(f"step {step}: agreement {metrics['eval/agreement']:.3f} "
                      f"on {len(run.held_out)} held-out records, {100 * metrics['eval/leaks']:.1f} % leak")
         log.step(step, metrics, shown=("reward/mean", "reward/agreement", "cot/leaks", "eval/agreement"))

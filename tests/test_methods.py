@@ -509,3 +509,14 @@ def test_staged_run_resumes_in_its_second_stage(work, taught):  # noqa: F811
     assert json.dumps(metrics(work / "cut")) == json.dumps(rows)
     a, b = (weights(newest(work / name)) for name in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("unit, longest", [("tokens", 0), ("characters", 1)])
+def test_the_length_bonus_counts_tokens_or_characters(unit, longest):
+    """Of two right responses one has more tokens, the other more characters: the longer one gets no bonus."""
+    rollouts = [grpo.Rollout(0, [1] * 40, torch.zeros(40), False, "a" * 40),
+                grpo.Rollout(0, [1] * 10, torch.zeros(10), False, "a" * 400)]
+    cfg = dataclasses.replace(CFG, group_size=2, length_bonus=1.0, length_unit=unit)
+    grpo.add_length_bonus(rollouts, [{"solved": True}, {"solved": True}], cfg)
+    rewards = [r.reward for r in rollouts]
+    assert rewards.index(min(rewards)) == longest and min(rewards) < max(rewards)
