@@ -86,7 +86,7 @@ from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
                        resolve_model, served_model, write_json, write_rows, write_text)
-from sft import collate, encode_prompt, end_on_signals, stop_ids, vision_ids
+from sft import collate, encode_prompt, end_on_signals, load_model, stop_ids, vision_ids
 
 class Bench(NamedTuple):
     path: str  # where its records are looked for: a file named after the split
@@ -193,7 +193,7 @@ def build_engine(path, processor, cfg, device):
     if cfg.engine == "vllm":
         engine = VLLM(path, dtype, cfg)
     else:
-        engine = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=cfg.attn)
+        engine = load_model(path, dtype, cfg.attn)
         engine.eval().requires_grad_(False).to(device)
         engine.asleep = False
     # Of a checkpoint's generation_config only the stop tokens count: sampling is as the flags say.
@@ -1866,7 +1866,7 @@ def main(cfg):
             answer_question(cfg, models)
         else:
             compare_models(cfg, models)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {brief_reason(error)}")
 
 

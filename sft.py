@@ -125,6 +125,8 @@ def one_line_errors():
         yield
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[0])
+    except ImportError as error:  # some processors need a package; how to get it stands on a later line
+        fail(" ".join(str(error).split()))
 
 
 def init_distributed():
@@ -261,8 +263,11 @@ def load_policy(path, cfg, device, trainable=True):
     cast and moved, so the GPU never holds an unsharded model. The policy is always in eval mode: one that
     drops units, or whose batch norm looks at the batch, is not the one that was sampled from.
     """
-    policy = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", attn_implementation=cfg.attn)
+    policy = load_model(path, "auto", cfg.attn)
     processor = AutoProcessor.from_pretrained(path)
+    if not processor.chat_template:
+        raise ValueError(f"{path}: the processor of {policy.config.model_type} has no chat template; take an "
+                         "instruction-tuned model, or put its chat_template.jinja beside the weights")
     vision = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
     for name, p in policy.named_parameters():
         frozen = cfg.freeze_vision and vision.search(name)
@@ -290,6 +295,17 @@ def load_policy(path, cfg, device, trainable=True):
     policy.token_logprobs = MethodType(token_logprobs, policy)
     register_fsdp_forward_method(policy, "token_logprobs")  # it needs the root's parameters, as forward does
     return policy, processor
+
+
+def load_model(path, dtype, attn):
+    """An image-text-to-text model. Raises ValueError that names --attn where its family has no such kernel."""
+    try:
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attn)
+    except ValueError as error:
+        reason, _, advice = str(error).partition(" yet. Please request")
+        if not advice:
+            raise
+        raise ValueError(f"--attn {attn}: {reason}; try --attn eager") from error
 
 
 def cast_parameters(module, dtype):
@@ -714,7 +730,8 @@ def refusing(family, log):
         yield
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         lines = str(error).strip().splitlines() or [""]
-        log.fail(f"self-check: {family} cannot be trained on these rows: {type(error).__name__}: {lines[0]}")
+        log.fail(f"self-check: {family} cannot be trained on these rows: {type(error).__name__}: {lines[0]}; "
+                 "what trains is listed in docs/reference.md, Families")
 
 
 def self_check(policy, rows, dummy, log):
@@ -1250,11 +1267,11 @@ def main(cfg):
             cfg = dataclasses.replace(cfg, steps=max(1, steps))
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
-    dummy = blank_prompt(processor, cfg.max_pixels)
     stop = stop_ids(policy.generation_config, processor)[0]
     encode = functools.partial(encode_row, processor=processor, stop=stop, banned=set(policy.banned.tolist()),
                                cfg=cfg)
     log.note(describe(policy, cfg, copies=0))
+        dummy = blank_prompt(run.processor, cfg.max_pixels)
     epochs = cfg.steps * cfg.batch_size / len(records)
     log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) "
              f"= {epochs:.2f} epochs")
