@@ -78,7 +78,7 @@ import transformers
 from PIL import ImageDraw
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import AutoProcessor, DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils.logging import disable_progress_bar
 
 from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
@@ -516,8 +516,12 @@ def prefill(engine, prompts, owner):
     if not finds_positions or "image_grid_thw" not in inputs:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     result = engine(**inputs, use_cache=True, logits_to_keep=1)
+    cache_name = name_of_cache(engine)
+    if cache_name not in result:  # Granite 4's vision model makes none of its own
+        inputs[cache_name] = DynamicCache(config=engine.config.get_text_config())
+        result = engine(**inputs, use_cache=True, logits_to_keep=1)
     # Each row gets a copy of its prompt's states.
-    cache = result[name_of_cache(engine)]
+    cache = result[cache_name]
     cache.reorder_cache(owner)  # the one way to pick rows that recurrent layers know, too
     shift = engine.model.rope_deltas if finds_positions else None
     if shift is not None:

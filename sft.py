@@ -554,7 +554,9 @@ def collate(rows, dummy, pad_id, device):
         if is_over_tokens(having[0], name):
             inputs[name] = padded_tokens(rows, name, width, pad_id).to(device)  # (B, T)
         else:
-            inputs[name] = joined_images([prompt[name] for prompt in having]).to(device)
+            # MiniCPM-V lays all patches side by side in a batch of one; target_sizes has the size of each image.
+            axis = -1 if name == "pixel_values" and "target_sizes" in having[0] else 0
+            inputs[name] = joined_images([prompt[name] for prompt in having], axis).to(device)
     mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)  # (B, T-1)
     for row, (prompt, response) in zip(mask, rows):
         start = prompt["input_ids"].shape[1] - 1  # column t belongs to token t+1
@@ -568,6 +570,7 @@ def input_names(rows):
     for prompt, _ in rows:
         names |= dict.fromkeys(prompt)
     names.pop("request", None)  # for engines that process images themselves
+    names.pop("labels", None)  # PaliGemma's; losses are computed here
     return list(names)
 
 
@@ -587,11 +590,15 @@ def padded_tokens(rows, name, width, pad_id):
             row[start:end] = torch.tensor(response, dtype=torch.long)
         elif name == "attention_mask":
             row[start:end] = 1
+        elif name == "token_type_ids" and "labels" in prompt:
+            row[start:end] = 1  # PaliGemma: 0 is what each token sees, 1 what is written one by one
     return out
 
 
-def joined_images(tensors):
+def joined_images(tensors, axis=0):
     """Concatenate image inputs. Patches (Qwen) fit as they are; frames (Idefics3) are padded with zeros."""
+    if axis:
+        return torch.cat(tensors, axis)
     largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
     padded = []
     for x in tensors:
@@ -1265,13 +1272,13 @@ def main(cfg):
         if cfg.epochs:
             steps = round(cfg.epochs * len(run.records) / cfg.batch_size)
             cfg = dataclasses.replace(cfg, steps=max(1, steps))
+        dummy = blank_prompt(run.processor, cfg.max_pixels)
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
     stop = stop_ids(policy.generation_config, processor)[0]
     encode = functools.partial(encode_row, processor=processor, stop=stop, banned=set(policy.banned.tolist()),
                                cfg=cfg)
     log.note(describe(policy, cfg, copies=0))
-        dummy = blank_prompt(run.processor, cfg.max_pixels)
     epochs = cfg.steps * cfg.batch_size / len(records)
     log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) "
              f"= {epochs:.2f} epochs")
