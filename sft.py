@@ -298,7 +298,7 @@ def load_policy(path, cfg, device, trainable=True):
 
 
 def load_model(path, dtype, attn):
-    """An image-text-to-text model. Raises ValueError that names --attn where its family has no such kernel."""
+    """An image-text-to-text model. Raises ValueError that names --attn if its family has no such kernel."""
     try:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attn)
     except ValueError as error:
@@ -554,7 +554,7 @@ def collate(rows, dummy, pad_id, device):
         if is_over_tokens(having[0], name):
             inputs[name] = padded_tokens(rows, name, width, pad_id).to(device)  # (B, T)
         else:
-            # MiniCPM-V lays all patches side by side in a batch of one; target_sizes has the size of each image.
+            # MiniCPM-V lays all patches side by side in a batch of one; target_sizes has where images end.
             axis = -1 if name == "pixel_values" and "target_sizes" in having[0] else 0
             inputs[name] = joined_images([prompt[name] for prompt in having], axis).to(device)
     mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)  # (B, T-1)
