@@ -78,7 +78,7 @@ import transformers
 from PIL import ImageDraw
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import AutoProcessor, DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils.logging import disable_progress_bar
 
 from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
@@ -86,7 +86,7 @@ from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
                        resolve_model, served_model, write_json, write_rows, write_text)
-from sft import collate, encode_prompt, end_on_signals, stop_ids, vision_ids
+from sft import collate, encode_prompt, end_on_signals, load_model, stop_ids, vision_ids
 
 class Bench(NamedTuple):
     path: str  # where its records are looked for: a file named after the split
@@ -193,7 +193,7 @@ def build_engine(path, processor, cfg, device):
     if cfg.engine == "vllm":
         engine = VLLM(path, dtype, cfg)
     else:
-        engine = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=cfg.attn)
+        engine = load_model(path, dtype, cfg.attn)
         engine.eval().requires_grad_(False).to(device)
         engine.asleep = False
     # Of a checkpoint's generation_config only the stop tokens count: sampling is as the flags say.
@@ -516,8 +516,12 @@ def prefill(engine, prompts, owner):
     if not finds_positions or "image_grid_thw" not in inputs:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     result = engine(**inputs, use_cache=True, logits_to_keep=1)
+    cache_name = name_of_cache(engine)
+    if cache_name not in result:  # Granite 4's vision model makes none of its own
+        inputs[cache_name] = DynamicCache(config=engine.config.get_text_config())
+        result = engine(**inputs, use_cache=True, logits_to_keep=1)
     # Each row gets a copy of its prompt's states.
-    cache = result[name_of_cache(engine)]
+    cache = result[cache_name]
     cache.reorder_cache(owner)  # the one way to pick rows that recurrent layers know, too
     shift = engine.model.rope_deltas if finds_positions else None
     if shift is not None:
@@ -1866,7 +1870,7 @@ def main(cfg):
             answer_question(cfg, models)
         else:
             compare_models(cfg, models)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {brief_reason(error)}")
 
 

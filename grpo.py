@@ -1003,6 +1003,7 @@ def main(cfg):
         spec = parse_reward_spec(cfg.reward)
         run = open_run(cfg, device, need=("answer",))
         engine = build_engine(run.origin, run.processor, cfg, device)
+        dummy = blank_prompt(run.processor, cfg.max_pixels)  # stands in where a rank has no image (collate)
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
     tokenizer = processor.tokenizer
@@ -1010,7 +1011,6 @@ def main(cfg):
     buffer = ReplayBuffer()
     buffer.restore(run.extras, cfg.ssr_cap)
     sync_weights(policy, engine)
-    dummy = blank_prompt(processor, cfg.max_pixels)  # stands in where a rank has no image (collate)
 
     encode_record = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels,
                                       max_tokens=cfg.max_prompt_tokens)

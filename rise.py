@@ -428,12 +428,12 @@ def main(cfg):
             return annotate(cfg, rank, world, device)
         run = open_run(cfg, device, need=("answer",))
         engine = build_engine(run.origin, run.processor, cfg, device)
+        dummy = blank_prompt(run.processor, cfg.max_pixels)
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
     tokenizer = processor.tokenizer
     reference = load_policy(run.origin, cfg, device, trainable=False)[0] if cfg.kl_beta else None
     sync_weights(policy, engine)
-    dummy = blank_prompt(processor, cfg.max_pixels)
     log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} records; a step: {cfg.prompts_per_step} x {cfg.group_size} rationales "
              f"on {world} rank(s)")

@@ -125,6 +125,8 @@ def one_line_errors():
         yield
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[0])
+    except ImportError as error:  # some processors need a package; how to get it stands on a later line
+        fail(" ".join(str(error).split()))
 
 
 def init_distributed():
@@ -261,8 +263,11 @@ def load_policy(path, cfg, device, trainable=True):
     cast and moved, so the GPU never holds an unsharded model. The policy is always in eval mode: one that
     drops units, or whose batch norm looks at the batch, is not the one that was sampled from.
     """
-    policy = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", attn_implementation=cfg.attn)
+    policy = load_model(path, "auto", cfg.attn)
     processor = AutoProcessor.from_pretrained(path)
+    if not processor.chat_template:
+        raise ValueError(f"{path}: the processor of {policy.config.model_type} has no chat template; take an "
+                         "instruction-tuned model, or put its chat_template.jinja beside the weights")
     vision = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
     for name, p in policy.named_parameters():
         frozen = cfg.freeze_vision and vision.search(name)
@@ -290,6 +295,17 @@ def load_policy(path, cfg, device, trainable=True):
     policy.token_logprobs = MethodType(token_logprobs, policy)
     register_fsdp_forward_method(policy, "token_logprobs")  # it needs the root's parameters, as forward does
     return policy, processor
+
+
+def load_model(path, dtype, attn):
+    """An image-text-to-text model. Raises ValueError that names --attn if its family has no such kernel."""
+    try:
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attn)
+    except ValueError as error:
+        reason, _, advice = str(error).partition(" yet. Please request")
+        if not advice:
+            raise
+        raise ValueError(f"--attn {attn}: {reason}; try --attn eager") from error
 
 
 def cast_parameters(module, dtype):
@@ -538,7 +554,9 @@ def collate(rows, dummy, pad_id, device):
         if is_over_tokens(having[0], name):
             inputs[name] = padded_tokens(rows, name, width, pad_id).to(device)  # (B, T)
         else:
-            inputs[name] = joined_images([prompt[name] for prompt in having]).to(device)
+            # MiniCPM-V lays all patches side by side in a batch of one; target_sizes has where images end.
+            axis = -1 if name == "pixel_values" and "target_sizes" in having[0] else 0
+            inputs[name] = joined_images([prompt[name] for prompt in having], axis).to(device)
     mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)  # (B, T-1)
     for row, (prompt, response) in zip(mask, rows):
         start = prompt["input_ids"].shape[1] - 1  # column t belongs to token t+1
@@ -552,6 +570,7 @@ def input_names(rows):
     for prompt, _ in rows:
         names |= dict.fromkeys(prompt)
     names.pop("request", None)  # for engines that process images themselves
+    names.pop("labels", None)  # PaliGemma's; losses are computed here
     return list(names)
 
 
@@ -571,11 +590,15 @@ def padded_tokens(rows, name, width, pad_id):
             row[start:end] = torch.tensor(response, dtype=torch.long)
         elif name == "attention_mask":
             row[start:end] = 1
+        elif name == "token_type_ids" and "labels" in prompt:
+            row[start:end] = 1  # PaliGemma: 0 is what each token sees, 1 what is written one by one
     return out
 
 
-def joined_images(tensors):
+def joined_images(tensors, axis=0):
     """Concatenate image inputs. Patches (Qwen) fit as they are; frames (Idefics3) are padded with zeros."""
+    if axis:
+        return torch.cat(tensors, axis)
     largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
     padded = []
     for x in tensors:
@@ -714,7 +737,8 @@ def refusing(family, log):
         yield
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
         lines = str(error).strip().splitlines() or [""]
-        log.fail(f"self-check: {family} cannot be trained on these rows: {type(error).__name__}: {lines[0]}")
+        log.fail(f"self-check: {family} cannot be trained on these rows: {type(error).__name__}: {lines[0]}; "
+                 "what trains is listed in docs/reference.md, Families")
 
 
 def self_check(policy, rows, dummy, log):
@@ -1248,9 +1272,9 @@ def main(cfg):
         if cfg.epochs:
             steps = round(cfg.epochs * len(run.records) / cfg.batch_size)
             cfg = dataclasses.replace(cfg, steps=max(1, steps))
+        dummy = blank_prompt(run.processor, cfg.max_pixels)
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
-    dummy = blank_prompt(processor, cfg.max_pixels)
     stop = stop_ids(policy.generation_config, processor)[0]
     encode = functools.partial(encode_row, processor=processor, stop=stop, banned=set(policy.banned.tolist()),
                                cfg=cfg)

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 import types
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, RECORDS, WORDS
+import transformers as hf
+from conftest import CPU, IDEFICS_TEMPLATE, RECORDS, VISION, WORDS, shake, text_config, tokenizer
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import data_prep
@@ -198,7 +200,8 @@ def test_a_model_that_crashes_is_refused_in_one_line(run):
     with pytest.raises(SystemExit) as stop, sft.refusing("mllama", run.log):
         check(run)
     assert str(stop.value.code) == ("self-check: mllama cannot be trained on these rows: RuntimeError: shape "
-                                    "'[6, -1, 1, 32]' is invalid")
+                                    "'[6, -1, 1, 32]' is invalid; what trains is listed in "
+                                    "docs/reference.md, Families")
 
 
 def test_a_run_stops_where_the_sampler_drifts_away():
@@ -455,3 +458,105 @@ def test_placeholders_that_are_never_sampled(fields, ids):
     assert sft.vision_ids(config, "cpu").tolist() == ids
 
 
+# ----- families with something of their own
+
+
+def paligemma():
+    """Soft-capped logits, eager attention only, a prompt that sees itself whole, labels from the processor."""
+    tok = tokenizer("<image>", image_token="<image>")
+    tok.bos_token = "<|im_start|>"  # its processor writes one
+    size = len(tok) + 1030  # its processor adds 1,024 places and more
+    text = text_config(tok, vocab_size=size, layer_types=["sliding_attention", "full_attention"],
+                       final_logit_softcapping=1.0)
+    vision = VISION | dict(model_type="siglip_vision_model", num_hidden_layers=2, num_attention_heads=2,
+                           image_size=56, vision_use_head=False, projection_dim=64)
+    config = hf.PaliGemmaConfig(text_config=dict(model_type="gemma2", **text), vision_config=vision,
+                                image_token_index=tok.image_token_id, projection_dim=64, hidden_size=64,
+                                vocab_size=size)
+    config._attn_implementation = "eager"
+    images = hf.SiglipImageProcessor(size={"height": 56, "width": 56})
+    images.image_seq_length = 16
+    template = IDEFICS_TEMPLATE.replace("<end_of_utterance>", "<|im_end|>")
+    return hf.PaliGemmaForConditionalGeneration(config), hf.PaliGemmaProcessor(images, tok, chat_template=template)
+
+
+def granite4_vision():
+    """Scaled logits, and no KV cache of its own making."""
+    tok = tokenizer("<image>", image_token="<image>")
+    text = text_config(tok, logits_scaling=0.25)
+    del text["head_dim"]
+    vision = VISION | dict(model_type="siglip_vision_model", num_hidden_layers=2, num_attention_heads=2,
+                           hidden_size=64, image_size=56, vision_use_head=False)
+    squeeze = dict(model_type="blip_2_qformer", intermediate_size=64, num_hidden_layers=1, vocab_size=8,
+                   cross_attention_frequency=1)
+    tiles = [[56, 112], [112, 56]]
+    config = hf.Granite4VisionConfig(
+        text_config=text, vision_config=vision, qformer_config=squeeze, image_token_index=tok.image_token_id,
+        image_grid_pinpoints=tiles, vision_feature_select_strategy="full", vision_feature_layer=-1,
+        downsample_rate="1/2", deepstack_layer_map=[[-1, 0]], image_seq_length=16)
+    images = hf.LlavaNextImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56},
+                                        image_grid_pinpoints=tiles)
+    template = IDEFICS_TEMPLATE.replace("<end_of_utterance>", "<|im_end|>")
+    return hf.Granite4VisionForConditionalGeneration(config), hf.Granite4VisionProcessor(
+        images, tok, patch_size=14, vision_feature_select_strategy="full", downsample_rate="1/2",
+        chat_template=template)
+
+
+def saved(build, path):
+    torch.manual_seed(0)
+    model, processor = build()
+    shake(model, seed=1)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("build, attn, head", [
+    (paligemma, "eager", sft.Head(1.0, 1.0)), (granite4_vision, "sdpa", sft.Head(4.0, 0.0))])
+def test_family(build, attn, head, tmp_path, group):
+    if not hasattr(hf, "Granite4VisionConfig"):
+        pytest.skip("this transformers is older than the family")
+    path = saved(build, tmp_path)
+    cfg = config(attn=attn)
+    policy, processor = sft.load_policy(path, cfg, CPU)
+    engine = evaluation.build_engine(path, processor, cfg, CPU)
+    optimizer, dummy = sft.make_optimizer(policy, cfg), sft.blank_prompt(processor, cfg.max_pixels)
+    prompts = [sft.encode_prompt(record, processor, cfg.max_pixels) for record in RECORDS.values()
+               if record["images"]]
+    grpo.check_run(policy, optimizer, engine, prompts, processor, dummy, Log(), cfg)
+    assert policy.head == head
+
+
+def test_an_attention_that_a_family_lacks(tmp_path, group):
+    with pytest.raises(ValueError, match="^--attn sdpa: Gemma2Model does not support .*; try --attn eager$"):
+        sft.load_policy(saved(paligemma, tmp_path), config(), CPU)
+
+
+def test_a_processor_without_a_chat_template(tiny, tmp_path, group):
+    path = shutil.copytree(tiny.model, tmp_path / "model")
+    (path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="the processor of .* has no chat template"):
+        sft.load_policy(str(path), config(), CPU)
+
+
+@pytest.mark.parametrize("told, line", [
+    ("Package `num2words` is required. Install it with `pip install num2words`.", "pip install num2words"),
+    ("\nTimmWrapperModel requires timm, install it:\n`pip install timm`", "install it: `pip install timm`")])
+def test_a_package_that_a_processor_needs(told, line):
+    with pytest.raises(SystemExit) as stop, sft.one_line_errors():
+        raise ImportError(told)
+    assert line in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
+def test_patches_side_by_side_in_a_batch_of_one():
+    """MiniCPM-V: pixel_values is (1, 3, patch, all patches x patch)."""
+    rows = []
+    for grid in ([2, 2], [2, 4]):
+        pixels = torch.full((1, 3, 14, 14 * grid[0] * grid[1]), float(grid[1]))
+        prompt = {"input_ids": torch.ones(1, 3, dtype=torch.long), "pixel_values": pixels,
+                  "target_sizes": torch.tensor([grid])}
+        rows.append((prompt, [5]))
+    inputs, _ = sft.collate(rows, None, 0, CPU)
+    assert inputs["pixel_values"].shape == (1, 3, 14, 14 * 12)
+    assert inputs["pixel_values"][0, 0, 0].tolist() == [2.0] * 56 + [4.0] * 112
+    assert inputs["target_sizes"].tolist() == [[2, 2], [2, 4]]
