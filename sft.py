@@ -679,8 +679,9 @@ def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
 
 # ----- self-check: no run trains on wrong numbers in silence -----------------------------------------------
 
-# Mean difference in nats a token that another batch, kernel or engine may make.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+# Mean difference in nats a token that another batch, kernel or engine may make. In bf16 a logit of 25 is known
+# to 0.06 only.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def check_rows(records, encode, log, count=3):
