@@ -199,11 +199,11 @@ STOPS = (signal.SIGTERM, signal.SIGINT)  # what an operator stops a run with; SI
 def end_on_signals():
     """From here on SIGTERM and Ctrl-C end this process at once, in one line: there is nothing to save yet.
 
-    And when another rank ends, the collective that fails for want of it ends this one in a line, too.
+    And when another rank or a worker ends, what fails for want of it ends this one in a line, too.
     """
     for number in STOPS:
         signal.signal(number, end_at_once)
-    sys.excepthook = functools.partial(tell_lost_rank, usual=sys.excepthook)
+    sys.excepthook = functools.partial(tell_lost_process, usual=sys.excepthook)
 
 
 def end_at_once(number, _):
@@ -215,13 +215,25 @@ def end_at_once(number, _):
     os._exit(128 + number)
 
 
-def tell_lost_rank(kind, error, trace, usual):
-    """sys.excepthook: one line where gloo lost another rank, `usual` for everything else."""
-    if "gloo" not in str(error) or "peer" not in str(error):
+def tell_lost_process(kind, error, trace, usual):
+    """sys.excepthook: one line where gloo lost a rank or torch a worker, `usual` for everything else."""
+    if "gloo" in str(error) and "peer" in str(error):
+        told = f"rank {os.environ['RANK']} ends because another rank did"
+    elif is_lost_worker(error):  # torch raises it wherever the trainer is, not only where it waits for a row
+        told = lost_worker(error)
+    else:
         return usual(kind, error, trace)
-    print(f"{Path(sys.argv[0]).name}: rank {os.environ['RANK']} ends because another rank did",
-          file=sys.stderr, flush=True)
+    print(f"\n{Path(sys.argv[0]).name}: {told}", file=sys.stderr, flush=True)
     os._exit(1)  # to leave the process group in order would wait for the lost rank
+
+
+def is_lost_worker(error):
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def lost_worker(error):
+    return ("a process that prepares images died, perhaps for want of memory: "
+            f"lower --workers or --max_pixels ({error})")
 
 
 def catch_signals():
@@ -500,10 +512,9 @@ def prepared(batches, encode, workers, first_step=0):
         for batch in batches:
             yield [pickle.loads(next(rows)) for _ in batch]
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not is_lost_worker(error):
             raise
-        fail("a process that prepares images died, perhaps for want of memory: "
-             f"lower --workers or --max_pixels ({error})")
+        fail(lost_worker(error))
 
 
 def readable(drawn, records, strict, log):
@@ -679,8 +690,8 @@ def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
 
 # ----- self-check: no run trains on wrong numbers in silence -----------------------------------------------
 
-# Mean difference in nats a token that another batch, kernel or engine may make. In bf16 a logit of 25 is known
-# to 0.06 only.
+# Mean difference in nats a token that another batch, kernel or engine may make.
+# In bf16 a logit of 25 is known to 0.06 only.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 

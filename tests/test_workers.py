@@ -187,6 +187,36 @@ def test_a_dead_worker_ends_the_run_in_one_line(encode, workers):
     assert "\n" not in str(end.value)
 
 
+KILLED = """
+import os, signal, sys, time
+sys.argv[0] = "sft.py"
+import sft
+sft.end_on_signals()
+
+def row(i, step):
+    if i == 1:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return i
+
+for rows in sft.prepared([[0], [1]], row, 1):
+    began = time.time()
+    while time.time() < began + 30:
+        sum(range(1000))  # the trainer is busy with a step
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
+def test_a_worker_that_is_killed_during_a_step_ends_the_run_in_one_line(tmp_path):
+    """As the kernel does where memory is short; torch raises it in the middle of the step."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = subprocess.run([sys.executable, tmp_path / "killed.py"], env=environment(), text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("sft.py: ")]
+    assert len(lines) == 1 and "a process that prepares images died" in lines[0] and "--workers" in lines[0]
+
+
 LEFT = """
 import os, sys, time
 import sft
