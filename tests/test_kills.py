@@ -154,7 +154,8 @@ def test_a_stopped_eval_keeps_what_was_answered(work, number=signal.SIGINT):  # 
     command = ["eval.py", "--bench", "counting-id=data/counting_id.jsonl", "--model", "tiny",
                "--max_new_tokens", "200", "--batch_rows", "1"]
     path = work / "tiny/eval/counting-id.jsonl"
-    shutil.rmtree(path.parent, ignore_errors=True)  # another test may have evaluated the model that this is a copy of
+    # Another test may have evaluated the model that this is a copy of.
+    shutil.rmtree(path.parent, ignore_errors=True)
     job = started(work, *command)
     wait_for(lambda: path.exists() and path.read_text().count("\n") >= 2)
     send(job, number, "all")
