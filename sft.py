@@ -510,7 +510,7 @@ def prepared(batches, encode, workers, first_step=0):
     atexit.register(end_workers)
     try:
         for batch in batches:
-            yield [pickle.loads(next(rows)) for _ in batch]
+            yield [pickle.loads(next(rows)) for _ in batch]  # what Rows above has pickled
     except RuntimeError as error:
         if not is_lost_worker(error):
             raise
@@ -610,7 +610,8 @@ def joined_images(tensors, axis=0):
     """Concatenate image inputs. Patches (Qwen) fit as they are; frames (Idefics3) are padded with zeros."""
     if axis:
         return torch.cat(tensors, axis)
-    largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
+    shapes = [x.shape[1:] for x in tensors]
+    largest = [max(sizes) for sizes in zip(*shapes)]
     padded = []
     for x in tensors:
         pad = []
