@@ -139,7 +139,8 @@ def init_distributed():
 
     # The usual soft limit of a login shell, 1,024, is little for sockets, workers and an engine.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    wanted = 2**16 if most == resource.RLIM_INFINITY else most  # macOS says infinity and takes less
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
