@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 PLACES = {"upper left": [0, 0, 500, 500], "upper right": [500, 0, 1000, 500],
           "lower left": [0, 500, 500, 1000], "lower right": [500, 500, 1000, 1000]}
 FLAGS = ["--eval_data", "world/test.jsonl", "--eval_n", "4", "--eval_every", "9", "--prompts_per_step", "4",
-         "--group_size", "4", "--max_new_tokens", "24", "--warmup", "1"]
+         "--group_size", "4", "--max_new_tokens", "24", "--warmup", "1", "--token_budget", "1024"]
 RISE = ["rise.py", "--model", "warm", "--data", "world/train.jsonl", *FLAGS]
 
 

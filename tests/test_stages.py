@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "real"
 SFT = ["sft.py", "--model", "tiny",
        "--data", "data/counting_train.jsonl", "--eval_data", "data/counting_id.jsonl",
-       "--batch_size", "6", "--eval_n", "6", "--warmup", "1"]
+       "--batch_size", "6", "--eval_n", "6", "--warmup", "1", "--token_budget", "1024"]
 GRPO = ["grpo.py", "--model", "tiny",
         "--data", "data/counting_train.jsonl", "--eval_data", "data/counting_id.jsonl",
         "--eval_n", "6", "--eval_every", "2", "--prompts_per_step", "6", "--group_size", "4",
@@ -217,7 +217,7 @@ def test_the_length_bonus_starts_at_its_step(work):
 
 RISE = ["rise.py", "--model", "tiny", "--data", "data/mood_train.jsonl", "--eval_data", "data/mood_id.jsonl",
         "--eval_n", "6", "--prompts_per_step", "4", "--group_size", "2", "--max_new_tokens", "12",
-        "--warmup", "1"]
+        "--warmup", "1", "--token_budget", "1024"]
 STAGES = pytest.mark.parametrize("stage", [SFT, GRPO, RISE], ids=["sft", "grpo", "rise"])
 
 
