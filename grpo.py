@@ -59,10 +59,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
-from sft import (TOLERANCE, RunLog, Stopwatch, Watchdog, blank_prompt, catch_signals, check_rows, collate,
-                 data_order, describe, encode_prompt, end_on_signals, full_weights, global_max, global_sum,
-                 host_memory, init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, micro_batches,
-                 one_line_errors, open_run, optimizer_step, peak_memory, prepared, readable, refusing,
+from sft import (TOLERANCE, RunLog, Stopwatch, Watchdog, Workers, blank_prompt, catch_signals, check_rows,
+                 collate, data_order, describe, encode_prompt, end_on_signals, full_weights, global_max,
+                 global_sum, host_memory, init_distributed, is_over_tokens, load_policy, lr_at, mean_gap,
+                 micro_batches, one_line_errors, open_run, optimizer_step, peak_memory, readable, refusing,
                  rehearse, save_checkpoint, self_check)
 from eval import Server, VLLM, build_engine, generate
 
@@ -856,15 +856,17 @@ def shown_groups(rollouts, records, tokenizer, step, group_size):
     return rows
 
 
-def encode_share(records, encode, workers):
-    """This rank's share of held-out records: {index: encode(record)} of what can be read, and how many it is.
+def encode_share(run, workers):
+    """This rank's share of held-out records: {index: prompt} of what can be read, and how many it is.
 
-    They stay in memory: forking processes in the middle of a run, for each evaluation anew, can deadlock.
+    To the workers they are the records after those of training.
     """
-    share = list(range(dist.get_rank(), len(records), dist.get_world_size()))
+    share = range(dist.get_rank(), len(run.held_out), dist.get_world_size())
+    [drawn] = workers.prepared([[len(run.records) + i for i in share]])
     prompts = {}
-    for drawn in prepared([share], lambda i, _: encode(records[i]), workers):
-        prompts |= {i: prompt for i, prompt in drawn if not isinstance(prompt, ValueError)}
+    for i, (_, prompt) in zip(share, drawn):
+        if not isinstance(prompt, ValueError):
+            prompts[i] = prompt
     return prompts, len(share)
 
 
@@ -1002,6 +1004,16 @@ def main(cfg):
             cfg = dataclasses.replace(cfg, steps=sum(stage.steps for stage in stages))
         spec = parse_reward_spec(cfg.reward)
         run = open_run(cfg, device, need=("answer",))
+        everything = run.records + run.held_out
+        encode_record = functools.partial(encode_prompt, processor=run.processor, max_pixels=cfg.max_pixels,
+                                          max_tokens=cfg.max_prompt_tokens)
+
+        def encode(q, step):
+            """What sampler and trainer see of a question. `step` is for what changes over a run; where a
+            replayed question is encoded again, it is the current one."""
+            return encode_record(everything[q])
+
+        workers = Workers(encode, cfg.workers)
         engine = build_engine(run.origin, run.processor, cfg, device)
         dummy = blank_prompt(run.processor, cfg.max_pixels)  # stands in where a rank has no image (collate)
         log = RunLog(cfg, run.done)
@@ -1011,14 +1023,6 @@ def main(cfg):
     buffer = ReplayBuffer()
     buffer.restore(run.extras, cfg.ssr_cap)
     sync_weights(policy, engine)
-
-    encode_record = functools.partial(encode_prompt, processor=processor, max_pixels=cfg.max_pixels,
-                                      max_tokens=cfg.max_prompt_tokens)
-
-    def encode(q, step):
-        """What sampler and trainer see of a question. `step` is for what changes over a run; where a replayed
-        question is encoded again, it is the current one."""
-        return encode_record(records[q])
 
     log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} questions; a step: {cfg.prompts_per_step} x {cfg.group_size} rollouts "
@@ -1032,7 +1036,7 @@ def main(cfg):
     with refusing(policy.config.model_type, log):
         longest = dataclasses.replace(cfg, max_new_tokens=longest)
         worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, longest)
-    held_out, share = encode_share(run.held_out, encode_record, cfg.workers)
+    held_out, share = encode_share(run, workers)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, held_out, share, processor, staged(cfg, stages, 1)[1])
         log.write("metrics.jsonl", [{"step": 0, **before}])
@@ -1041,7 +1045,7 @@ def main(cfg):
 
     order = data_order(len(records), cfg.prompts_per_step, run.done, cfg.steps, cfg.seed)
     shares = [questions[rank::world] for questions in order]
-    drawn_ahead = prepared(shares, encode, cfg.workers, first_step=run.done + 1)
+    drawn_ahead = workers.prepared(shares, first_step=run.done + 1)
     stopping = catch_signals()
     watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
@@ -1087,8 +1091,8 @@ def main(cfg):
         trained = [r for r in batch if has_gradient(r, cfg)]
         older = dict.fromkeys(r.question for r in trained if r.question not in prompts)
         encoded = dict(prompts)
-        for again in prepared([list(older)], encode, cfg.workers, first_step=step):
-            encoded |= readable(again, records, strict=True, log=log)
+        [again] = workers.prepared([list(older)], first_step=step)
+        encoded |= readable(again, records, strict=True, log=log)
 
         # 6. update
         totals = train_on(per_update, policy, reference, optimizer, encoded, dummy, step, log, cfg)

@@ -62,10 +62,10 @@ from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, f
                      gold_distribution, leaks, parse_boxes, parse_distribution, reconstruct_prompt, scrub)
 from data_prep import (check_at_least, check_record, check_records, complete_rows, parse_config, read_records,
                        resolve_model, save_image, write_records)
-from sft import (RunLog, Stopwatch, Watchdog, blank_prompt, catch_signals, check_rows, check_same_run, claim,
-                 data_order, describe, encode_prompt, end_on_signals, global_max, global_sum, host_memory,
-                 init_distributed, load_policy, lr_at, one_line_errors, open_run, peak_memory, prepared,
-                 readable, refusing, save_checkpoint)
+from sft import (RunLog, Stopwatch, Watchdog, Workers, blank_prompt, catch_signals, check_rows,
+                 check_same_run, claim, data_order, describe, encode_prompt, end_on_signals, global_max,
+                 global_sum, host_memory, init_distributed, load_policy, lr_at, one_line_errors, open_run,
+                 peak_memory, readable, refusing, save_checkpoint)
 from eval import build_engine
 from grpo import (MEASURED, check_engine, check_run, encode_share, end_if_mismatched, group_advantages,
                   has_gradient, rollout_seed, sample_rollouts, sleep_engine, sync_weights, train_on,
@@ -351,6 +351,7 @@ def sample_all(cfg, source, rank, world, device):
     steps = math.ceil(len(records) / cfg.prompts_per_step)
     cfg = dataclasses.replace(cfg, steps=steps)
     processor = AutoProcessor.from_pretrained(model)
+    workers = Workers(lambda q, _: encode_cot(records[q], processor, cfg), cfg.workers)
     engine = build_engine(model, processor, cfg, device)
     begun = read_rationales(source) if rank == 0 and cfg.resume else []
     # The last step may have been cut short.
@@ -362,7 +363,7 @@ def sample_all(cfg, source, rank, world, device):
     for start in range(done * cfg.prompts_per_step, len(records), cfg.prompts_per_step):
         order.append(everything[start:start + cfg.prompts_per_step])
     shares = [questions[rank::world] for questions in order]
-    drawn_ahead = prepared(shares, lambda q, _: encode_cot(records[q], processor, cfg), cfg.workers)
+    drawn_ahead = workers.prepared(shares)
     stopping = catch_signals()
     for step, questions, drawn in zip(itertools.count(done + 1), order, drawn_ahead):
         prompts = readable(drawn, records, cfg.strict, log)
@@ -427,6 +428,9 @@ def main(cfg):
         if cfg.phase == "annotate":
             return annotate(cfg, rank, world, device)
         run = open_run(cfg, device, need=("answer",))
+        everything = run.records + run.held_out
+        encode_record = functools.partial(encode_cot, processor=run.processor, cfg=cfg)
+        workers = Workers(lambda q, _: encode_record(everything[q]), cfg.workers)
         engine = build_engine(run.origin, run.processor, cfg, device)
         dummy = blank_prompt(run.processor, cfg.max_pixels)
         log = RunLog(cfg, run.done)
@@ -437,11 +441,10 @@ def main(cfg):
     log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} records; a step: {cfg.prompts_per_step} x {cfg.group_size} rationales "
              f"on {world} rank(s)")
-    encode_record = functools.partial(encode_cot, processor=processor, cfg=cfg)
     few = check_rows(records, encode_record, log)
     with refusing(policy.config.model_type, log):
         worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, cfg)
-    held_out, share = encode_share(run.held_out, encode_record, cfg.workers)
+    held_out, share = encode_share(run, workers)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, held_out, share, processor, cfg)
         log.write("metrics.jsonl", [{"step": 0, **before}])
@@ -450,7 +453,7 @@ def main(cfg):
 
     order = data_order(len(records), cfg.prompts_per_step, run.done, cfg.steps, cfg.seed)
     shares = [questions[rank::world] for questions in order]
-    drawn_ahead = prepared(shares, lambda q, _: encode_record(records[q]), cfg.workers)
+    drawn_ahead = workers.prepared(shares)
     stopping = catch_signals()
     watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):

@@ -20,6 +20,7 @@ Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
 import atexit
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -32,6 +33,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import queue
 import random
 import re
 import resource
@@ -41,7 +43,9 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -60,7 +64,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -200,7 +203,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT)  # what an operator stops a run with; SI
 def end_on_signals():
     """From here on SIGTERM and Ctrl-C end this process at once, in one line: there is nothing to save yet.
 
-    And when another rank or a worker ends, what fails for want of it ends this one in a line, too.
+    And when another rank ends, what fails for want of it ends this one in a line, too.
     """
     for number in STOPS:
         signal.signal(number, end_at_once)
@@ -217,24 +220,12 @@ def end_at_once(number, _):
 
 
 def tell_lost_process(kind, error, trace, usual):
-    """sys.excepthook: one line where gloo lost a rank or torch a worker, `usual` for everything else."""
-    if "gloo" in str(error) and "peer" in str(error):
-        told = f"rank {os.environ['RANK']} ends because another rank did"
-    elif is_lost_worker(error):  # torch raises it wherever the trainer is, not only where it waits for a row
-        told = lost_worker(error)
-    else:
+    """sys.excepthook: one line where gloo lost a rank, `usual` for everything else."""
+    if "gloo" not in str(error) or "peer" not in str(error):
         return usual(kind, error, trace)
+    told = f"rank {os.environ['RANK']} ends because another rank did"
     print(f"\n{Path(sys.argv[0]).name}: {told}", file=sys.stderr, flush=True)
     os._exit(1)  # to leave the process group in order would wait for the lost rank
-
-
-def is_lost_worker(error):
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-
-
-def lost_worker(error):
-    return ("a process that prepares images died, perhaps for want of memory: "
-            f"lower --workers or --max_pixels ({error})")
 
 
 def catch_signals():
@@ -461,65 +452,127 @@ def data_order(total, per_step, done, steps, seed):
     return order
 
 
-def end_with(trainer):
-    """Have the kernel end this worker when its trainer dies, even by kill -9: it would wait for ever."""
-    signal_with_parent(signal.SIGKILL)
+class Workers:
+    """Processes that encode records while the trainer computes. They are forked once, as early as can be.
+
+    Processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. To fork
+    later, or anew for every evaluation, can deadlock: a lock that another thread holds at that moment is
+    never freed. A row travels as one pickle through a pipe. Sent as tensors, each of its inputs would take
+    shared memory, of which a container may have 64 MiB, and a file descriptor, of which a login shell has
+    1,024.
+
+    encode(index, step) gives a row; count 0 encodes in the trainer itself, when a row is wanted.
+    """
+
+    def __init__(self, encode, count):
+        self.encode = encode
+        self.crew = []  # of each worker: process, the pipe of its tasks, the pipe of its rows
+        self.asked = 0
+        self.received = {}  # number: row of what arrived before it was wanted
+        context = multiprocessing.get_context("fork")
+        with stops_blocked():  # a worker that ended first would be missed before the trainer could save
+            for _ in range(count):
+                tasks, to_worker = context.Pipe(duplex=False)
+                from_worker, rows = context.Pipe(duplex=False)
+                work = functools.partial(encode_for_ever, encode, tasks, rows, os.getpid())
+                process = context.Process(target=work, daemon=True)
+                process.start()
+                tasks.close()
+                rows.close()  # held by the worker alone: when it dies the trainer reads the end of the pipe
+                self.crew.append((process, to_worker, from_worker))
+        atexit.register(self.close)
+
+    def prepared(self, batches, first_step=0):
+        """Iterate over each step's record indices, as lists of (index, row), prepared about a batch ahead.
+
+        A record that cannot be encoded (an unreadable image, a placeholder token) comes as a ValueError.
+        """
+        places = iter([(i, step) for step, batch in enumerate(batches, first_step) for i in batch])
+        ahead = max([2 * len(self.crew), *map(len, batches)])
+        tickets = collections.deque()
+        for batch in batches:
+            missing = len(batch) + ahead - len(tickets)
+            for place in itertools.islice(places, missing):
+                tickets.append(self.ask(place))
+            yield [(i, self.take(tickets.popleft())) for i in batch]
+
+    def ask(self, place):
+        """Have (index, step) encoded, by the next worker in turn. Returns the ticket to take the row with."""
+        number = self.asked
+        self.asked += 1
+        if self.crew:
+            _, to_worker, _ = self.crew[number % len(self.crew)]
+            try:
+                to_worker.send((number, place))
+            except OSError as error:
+                self.lost(error)
+        return number, place
+
+    def take(self, ticket):
+        """The row of a ticket, or the ValueError in its place; any other exception is raised here."""
+        number, place = ticket
+        if not self.crew:
+            return encoded_or_error(self.encode, place)
+        _, _, from_worker = self.crew[number % len(self.crew)]
+        while number not in self.received:
+            try:
+                arrived, row = pickle.loads(from_worker.recv_bytes())  # what a worker of ours has pickled
+            except (EOFError, OSError) as error:
+                self.lost(error)
+            self.received[arrived] = row
+        row = self.received.pop(number)
+        if isinstance(row, BaseException) and not isinstance(row, ValueError):
+            raise row
+        return row
+
+    def lost(self, error):
+        why = str(error) or "its pipe has ended"
+        fail("a process that prepares images died, perhaps for want of memory: "
+             f"lower --workers or --max_pixels ({why})")
+
+    def close(self):
+        """End them at once: whatever they are at, nobody waits for it any more."""
+        for process, to_worker, from_worker in self.crew:
+            process.kill()
+            process.join()
+            to_worker.close()
+            from_worker.close()
+        self.crew = []
+        atexit.unregister(self.close)
+
+
+def encode_for_ever(encode, tasks, rows, trainer):
+    """A worker's life. Rows that the trainer has not read yet wait here, so that work goes on."""
+    signal_with_parent(signal.SIGKILL)  # a trainer that dies, even by kill -9, takes its workers with it
     if os.getppid() != trainer:  # it died before the line above
         os._exit(1)
+    torch.set_num_threads(1)  # OpenMP's threads did not survive the fork
+    ready = queue.SimpleQueue()
+
+    def send():
+        while True:
+            rows.send_bytes(ready.get())
+
+    threading.Thread(target=send, daemon=True).start()
+    while True:
+        number, place = tasks.recv()
+        try:
+            row = encoded_or_error(encode, place)
+        except BaseException as error:
+            error.add_note(traceback.format_exc())  # where in the worker it was
+            row = error
+        ready.put(pickle.dumps((number, row)))
 
 
-def end_workers():
-    """As Python exits it asks its workers to end by the signal that they do not get, and waits: kill them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def prepared(batches, encode, workers, first_step=0):
-    """Iterate over each step's record indices, as lists of (index, encode(index, step)), prepared ahead.
-
-    In processes, not threads: a processor call is mostly Python, and would hold the trainer's GIL. A record
-    that cannot be encoded (an unreadable image, a stray placeholder token) comes back as (index, ValueError).
-    A row travels as one pickle through a pipe. Sent as tensors, each of its inputs would take shared memory,
-    of which a container may have 64 MiB, and a file descriptor, of which a login shell has 1,024.
-    """
-    class Rows:
-        def __getitem__(self, place):
-            i, step = place
-            try:
-                row = encode(i, step)
-            except ValueError as error:
-                row = error
-            return pickle.dumps((i, row))
-
-    places = []
-    for step, batch in enumerate(batches, first_step):
-        places += [(i, step) for i in batch]
-    if not places:
-        yield from batches  # no process is forked for nothing
-        return
-    # Workers may be a batch ahead of the trainer, all together.
-    largest = max(map(len, batches), default=0)
-    ahead = max(2, largest // workers) if workers else None
-    loader = DataLoader(Rows(), sampler=places, batch_size=None, num_workers=workers, prefetch_factor=ahead,
-                        worker_init_fn=lambda worker, trainer=os.getpid(): end_with(trainer),
-                        multiprocessing_context="fork" if workers else None)
-    with stops_blocked():  # a worker that died first would take the trainer with it before it could save
-        rows = iter(loader)
-    atexit.unregister(end_workers)  # once is enough
-    atexit.register(end_workers)
+def encoded_or_error(encode, place):
     try:
-        for batch in batches:
-            yield [pickle.loads(next(rows)) for _ in batch]  # what Rows above has pickled
-    except RuntimeError as error:
-        if not is_lost_worker(error):
-            raise
-        fail(lost_worker(error))
+        return encode(*place)
+    except ValueError as error:
+        return error
 
 
 def readable(drawn, records, strict, log):
-    """{index: row} of what `prepared` gives. What could not be encoded is named, or ends the run."""
+    """{index: row} of what Workers.prepared gives. What could not be encoded is named, or ends the run."""
     rows = {}
     for i, row in drawn:
         if not isinstance(row, ValueError):
@@ -1289,9 +1342,11 @@ def main(cfg):
         dummy = blank_prompt(run.processor, cfg.max_pixels)
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
+    everything = records + run.held_out
     stop = stop_ids(policy.generation_config, processor)[0]
     encode = functools.partial(encode_row, processor=processor, stop=stop, banned=set(policy.banned.tolist()),
                                cfg=cfg)
+    workers = Workers(lambda i, _: encode(everything[i]), cfg.workers)
     log.note(describe(policy, cfg, copies=0))
     epochs = cfg.steps * cfg.batch_size / len(records)
     log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) "
@@ -1305,14 +1360,14 @@ def main(cfg):
 
     # Held-out rows stay encoded in memory; each rank has every world-th.
     held_out = []
-    shares = [list(range(rank, len(run.held_out), world))]
-    for drawn in prepared(shares, lambda i, _: encode(run.held_out[i]), cfg.workers):
-        rows = readable(drawn, run.held_out, cfg.strict, log)
+    share = range(len(records), len(everything))[rank::world]
+    for drawn in workers.prepared([share]):
+        rows = readable(drawn, everything, cfg.strict, log)
         held_out += [row for row in rows.values() if row]
 
     order = data_order(len(records), cfg.batch_size, run.done, cfg.steps, cfg.seed)
     shares = [drawn[rank::world] for drawn in order]
-    drawn_ahead = prepared(shares, lambda i, _: encode(records[i]), cfg.workers)
+    drawn_ahead = workers.prepared(shares)
     stopping = catch_signals()
     watchdog, watch = Watchdog(cfg.stall), Stopwatch()
     for step, drawn in enumerate(drawn_ahead, run.done + 1):

@@ -1,4 +1,4 @@
-"""prepared(): rows in order, through a pipe each; what happens when one of the two processes dies."""
+"""Workers: rows in order, through a pipe each; what happens when one of the two processes dies."""
 import contextlib
 import multiprocessing
 import multiprocessing.connection
@@ -25,63 +25,107 @@ def where(i, step):
 
 @pytest.fixture(autouse=True)
 def patience():
-    """A test that would hang fails, and what an exception keeps from ending is ended."""
+    """A test that would hang fails."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(100)
     yield
     signal.alarm(0)
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join()
+
+
+@pytest.fixture
+def crew():
+    """crew(encode, count): Workers that are ended after the test."""
+    made = []
+
+    def start(encode, count):
+        made.append(sft.Workers(encode, count))
+        return made[-1]
+
+    yield start
+    for workers in made:
+        workers.close()
+    assert multiprocessing.active_children() == []
 
 
 # ----- what comes
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has cores
 @pytest.mark.parametrize("batches", [[[5, 2, 9], [1], [7, 3, 0, 4]], EMPTY, [[]], [[], []], []])
-def test_rows_come_in_order_with_their_step(batches, workers):
+def test_rows_come_in_order_with_their_step(crew, batches, workers):
     """A resumed run numbers on from its first step; a batch may be empty, as a rank's share of a step is."""
-    steps = list(sft.prepared(batches, where, workers, first_step=7))
+    steps = list(crew(where, workers).prepared(batches, first_step=7))
     assert [[i for i, _ in rows] for rows in steps] == batches
     rows = [(i, step, got) for step, drawn in enumerate(steps, 7) for i, got in drawn]
     assert all(got[:2] == (i, step) for i, step, got in rows)
     processes = {got[2] for _, _, got in rows}
     assert len(processes) <= max(1, workers) and (os.getpid() in processes) == (workers == 0 and rows != [])
-    assert multiprocessing.active_children() == []
 
 
-def test_no_process_is_started_for_nothing(monkeypatch):
-    monkeypatch.setattr(sft, "DataLoader", lambda *_, **__: pytest.fail("started workers for no row"))
-    assert list(sft.prepared([[], []], where, 2)) == [[], []]
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_one_crew_serves_all_who_ask(crew, workers):
+    """Held-out rows before training, and a step's replayed questions while the next step is on its way."""
+    one = crew(where, workers)
+    running = {process.pid for process in multiprocessing.active_children()}
+    [held_out] = one.prepared([range(100, 103)])
+    answers = [got for _, got in held_out]
+    ahead = one.prepared([[0, 1, 2, 3]] * 5, first_step=1)
+    for step in range(1, 6):
+        answers += [got for _, got in next(ahead)]
+        for replayed in ([], [50, 51], [7]):
+            [again] = one.prepared([replayed], first_step=step)
+            assert [got[:2] for _, got in again] == [(i, step) for i in replayed]
+            answers += [got for _, got in again]
+    assert [got[:2] for got in answers if got[0] < 4] == [(i, step) for step in range(1, 6) for i in range(4)]
+    assert {got[2] for got in answers} == (running or {os.getpid()}) and len(running) == workers
+    assert {process.pid for process in multiprocessing.active_children()} == running
 
 
-def test_tensors_arrive_as_they_were():
+def test_more_rows_than_a_pipe_holds(crew):
+    """Of a step's 20,000 tasks, and of what they return, most wait for the other side to read."""
+    [rows] = crew(lambda i, step: bytes(i), 2).prepared([range(20_000)])
+    assert all(len(row) == i for i, row in rows)
+
+
+def test_tensors_arrive_as_they_were(crew):
     made = {"a": torch.arange(6).view(2, 3), "b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
             "c": torch.tensor([True]), "d": torch.ones(2, dtype=torch.bfloat16), "e": torch.zeros(0, 5)}
-    [[(i, got)]] = sft.prepared([[3]], lambda i, step: made, 1)
+    [[(i, got)]] = crew(lambda i, step: made, 1).prepared([[3]])
     assert i == 3 and got.keys() == made.keys()
     assert all(torch.equal(got[k], made[k]) and got[k].dtype == made[k].dtype for k in made)
 
 
-def test_they_are_prepared_ahead(tmp_path):
+def test_they_are_prepared_ahead(crew, tmp_path):
     """While the trainer is at its first step, the second is already there: the processor's time is hidden."""
     def noted(i, step):
         (tmp_path / str(i)).touch()
 
-    rows = sft.prepared([[0, 1, 2], [3, 4, 5], [6, 7, 8]], noted, 1)
-    next(rows)
+    next(crew(noted, 1).prepared([[0, 1, 2], [3, 4, 5], [6, 7, 8]]))
     wait_until(lambda: (tmp_path / "5").exists(), seconds=20)
-    rows.close()
+    time.sleep(0.3)
+    assert not (tmp_path / "6").exists(), "what waits for the trainer is bounded"
 
 
-def test_a_loop_that_is_left_early_leaves_no_process():
-    rows = sft.prepared([[i] for i in range(1000)], where, 2)
-    next(rows)
-    assert len(multiprocessing.active_children()) == 2
-    rows.close()
-    wait_until(lambda: not multiprocessing.active_children(), seconds=20)
+LEAVES = """
+import os, sys, time
+import sft
+
+def row(i, step):
+    if i:
+        time.sleep(60)  # it is at work when the trainer ends
+    os.write(1, f"worker {os.getpid()}\\n".encode())
+    return i
+
+next(sft.Workers(row, 2).prepared([[0], [1], [2]]))
+os.write(1, f"trainer {os.getpid()}\\n".encode())
+"""
+
+
+def test_a_trainer_that_ends_early_waits_for_no_worker(tmp_path):
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    began = time.time()
+    assert run(tmp_path, tmp_path / "leaves.py").count("worker") == 1
+    assert time.time() - began < 50
 
 
 # ----- errors
@@ -94,8 +138,8 @@ def refuses(i, step):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_value_error_takes_the_place_of_its_row(workers):
-    first, second = sft.prepared([[2, 3], [5]], refuses, workers, first_step=1)
+def test_a_value_error_takes_the_place_of_its_row(crew, workers):
+    first, second = crew(refuses, workers).prepared([[2, 3], [5]], first_step=1)
     assert first[0] == (2, 2) and [i for i, _ in first + second] == [2, 3, 5]
     for (i, error), text in ((first[1], "row 3 of step 1"), (second[0], "row 5 of step 2")):
         assert type(error) is ValueError and str(error) == text
@@ -103,13 +147,15 @@ def test_a_value_error_takes_the_place_of_its_row(workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", [TypeError, RuntimeError, KeyError, ZeroDivisionError, OSError, MemoryError])
-def test_other_exceptions_come_through_as_themselves(kind, workers):
+def test_other_exceptions_come_through_as_themselves(crew, kind, workers):
     """A bug in a processor is no broken image: it must not be counted as one, nor as a process that died."""
     def broken(i, step):
         raise kind("of its own")
 
-    with pytest.raises(kind, match="of its own"):
-        list(sft.prepared([[0, 1]], broken, workers))
+    with pytest.raises(kind, match="of its own") as raised:
+        list(crew(broken, workers).prepared([[0, 1]]))
+    if workers:  # where in the worker it was
+        assert "in broken" in "".join(raised.value.__notes__)
 
 
 # ----- files and memory
@@ -130,7 +176,7 @@ def shared():
              if os.path.lexists(f"/proc/self/fd/{fd}")]
     return maps.count("/dev/shm/torch_") + sum("/torch_" in file for file in files)
 
-for rows in sft.prepared([list(range(300)), [7] * 300], row, int(sys.argv[1])):
+for rows in sft.Workers(row, int(sys.argv[1])).prepared([list(range(300)), [7] * 300]):
     assert len(rows) == 300
     for i, (tensors, ids) in rows:
         assert ids == [i] and len(tensors) == 5 and all(bool((t == i).all()) for t in tensors.values())
@@ -176,8 +222,8 @@ def dies_midway(i, step):
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("encode", [kills_itself, dies_midway])
-def test_a_dead_worker_ends_the_run_in_one_line(encode, workers):
-    rows = sft.prepared([[0, 1], [2, 3], [4]], encode, workers)
+def test_a_dead_worker_ends_the_run_in_one_line(crew, encode, workers):
+    rows = crew(encode, workers).prepared([[0, 1], [2, 3], [4]])
     assert next(rows) == [(0, 0), (1, 1)]
     began = time.time()
     with pytest.raises(SystemExit) as end:
@@ -199,16 +245,16 @@ def row(i, step):
         os.kill(os.getpid(), signal.SIGKILL)
     return i
 
-for rows in sft.prepared([[0], [1]], row, 1):
+for rows in sft.Workers(row, 1).prepared([[0], [1], [2]]):
     began = time.time()
-    while time.time() < began + 30:
+    while time.time() < began + 2:
         sum(range(1000))  # the trainer is busy with a step
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
 def test_a_worker_that_is_killed_during_a_step_ends_the_run_in_one_line(tmp_path):
-    """As the kernel does where memory is short; torch raises it in the middle of the step."""
+    """As the kernel does where memory is short."""
     (tmp_path / "killed.py").write_text(KILLED)
     done = subprocess.run([sys.executable, tmp_path / "killed.py"], env=environment(), text=True,
                           capture_output=True, timeout=60)
@@ -225,7 +271,7 @@ def row(i, step):
     os.write(1, f"worker {os.getpid()}\\n".encode())  # in one piece: print may write in several
     return bytes(int(sys.argv[1]))
 
-rows = sft.prepared([[0, 1]] * 99, row, 2)
+rows = sft.Workers(row, 2).prepared([[0, 1]] * 99)
 next(rows)
 os.write(1, f"trainer {os.getpid()}\\n".encode())
 time.sleep(600)
