@@ -63,7 +63,7 @@ def stop_once(root, stop, chance, seconds, command, whole):
     job = started(root, *command, "--out", "cut", torchrun=torchrun)
     time.sleep(chance.uniform(0, seconds))
     pids = send(job, number, target)
-    job.process.wait(60)  # with its last thread: only then is its lock free
+    job.process.wait(180)  # with its last thread: only then is its lock free
     deadline = time.time() + 40
     while not is_gone(pids)() and time.time() < deadline:
         time.sleep(0.05)
@@ -83,6 +83,8 @@ def main():
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--only", default="")
     args = parser.parse_args()
+    # In a shell's background job Ctrl-C is ignored, and it would be by all that starts here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     root = Path(tempfile.mkdtemp())
     make_room(root)
     print("| stopped | times | saved | gone | quiet | same |\n|---|---|---|---|---|---|", flush=True)
