@@ -80,9 +80,8 @@ def own_lines(log):
 
 
 def stage_traceback(log):
-    """Whether a stage, not torchrun, left a traceback: torch puts the rank before each line."""
-    launcher = "torch/distributed/run.py"
-    return any(launcher not in part for part in log.split("Traceback (most recent call last)")[1:])
+    """Whether a stage left a traceback. torchrun's own, at its start too, has none of our files in it."""
+    return any(f'File "{ROOT}/' in part for part in log.split("Traceback (most recent call last)")[1:])
 
 
 def is_gone(pids):
