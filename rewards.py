@@ -25,20 +25,24 @@ integers are exact and others agree to six digits; sets ignore order; a hedge ("
 a letter beats the option text beside it; spelled-out counts are numbers in prose only, a slot wants a
 numeral; calls come in any order, and their case, quotes, spaces and hyphens for underscores are notation.
 """
+import contextlib
 import difflib
 import functools
-import itertools
+import gc
+import json
 import logging
 import math
+import os
 import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
-
-from math_verify import parse, verify
-
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 ANSWER_TYPES = ("choice", "number", "math", "text", "calls", "boxes", "distribution")
 LONGEST = 200  # characters of an answer: more in a tag or box is prose
@@ -489,36 +493,10 @@ def _calls(text: str) -> list[tuple[str, str, str]]:
     return [(func, which, value.replace("-", "_")) for func, which, value in CALL.findall(text.lower())]
 
 
-# ----- symbolic equality
+# ----- symbolic equality, by a process that can be killed: no look at a formula tells what it will cost
 
-HEAVY = re.compile(r"\d{16}|\d{3}\s*!|[^\d\s]\s*!(?!=)|!.*\^|\^.*!|\*\s*\*|\^\s*\(|\^\s*\{?\s*[-+]?\d{3}"
-                   r"|\^\s*\{[^{}]{9}|\de[-+]?\d{3}|\[\d{3}"
-                   r"|\\(?:int|sum|prod|lim|d?binom|oint|iint)(?![a-z])")
-RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|neq?|lt|gt)(?![a-z])")
-TRANSCENDENTAL = re.compile(r"\\(?:a?r?c?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|sqrt)"
-                            r"|\^\s*\{?\s*-?[A-Za-z\\]|\|")
-POWER = re.compile(r"\^\s*\{?\s*-?(\d{1,2})")  # their product bounds the degree that nested powers expand to
-GROUP = re.compile(r"\{[^{}^]*\}")
-
-
-def _light(latex: str) -> bool:
-    """Whether computer algebra surely handles this in a fraction of a second: no bombs, no towers."""
-    powers = [int(power) for power in POWER.findall(latex)]
-    if len(latex) > 200 or HEAVY.search(latex) or len(re.findall(r"\\[a-z]{2,}", latex)) > 24:
-        return False
-    if latex.count("^") > 6 or math.prod(powers) > 100 or len(TRANSCENDENTAL.findall(latex)) > 4:
-        return False
-    depth = max(itertools.accumulate((c in "([") - (c in ")]") for c in latex), default=0)
-    if depth > 3 or len(re.findall(r"[/:]|\\div", latex)) > 8:
-        return False  # parsing slows down with each bracket, algebra with each division
-    flat, groups = latex, 1
-    for _ in range(8):
-        flat, groups = GROUP.subn("()", flat)
-        if not groups:
-            break
-    return not groups and not re.search(r"\^\s*(?:\{|(?:\(\)|\S)?\s*\^)", flat)
-
-
+# towers, factorials of factorials and endless numbers, which would only waste the judge's second
+HOPELESS = re.compile(r"\d{16}|!\s*!|\d{4}\s*!|\de[-+]?\d{3}|\^\s*\{?\s*[-+]?\d{4}|\^[^+=,]*\^[^+=,]*\^")
 WORD_LABEL = re.compile(r"^[\s$]*(?:\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z. ]{2,40}|[a-z]\s*\([a-z]\))?[\s$]*=")
 UNIT_TAIL = re.compile(
     r"(?<=[\w}).])(?:[\s~$,]|\\[,; ])*(?:\\(?:text|mathrm|mbox)\s*\{[\s~]*(?!and\b|or\b)[A-Za-z/ ]+\}"
@@ -536,15 +514,99 @@ def _marked(text: str) -> str:
     return text if prose or re.search(r"\$.*\$|\\[(\[]|\\boxed", text) else f"${text.replace('$', '')}$"
 
 
+@functools.lru_cache(4096)  # groups repeat their answers; what took too long is not tried again
 def _math_equal(answer: str, gold: str) -> bool:
-    """Equality by math-verify. Its time limits need the main thread, so _light bounds it instead."""
-    answer, gold = (_marked(text[:2 * LONGEST]) for text in (answer, gold))
-    solving = RELATION.search(answer) and RELATION.search(gold)  # two relations are compared by solving both
-    balanced = answer.count("{") == answer.count("}")
-    if not (balanced and _light(answer) and _light(gold)) or solving and TRANSCENDENTAL.search(answer + gold):
+    answer = answer[:2 * LONGEST]
+    if answer.count("{") != answer.count("}") or HOPELESS.search(answer):
         return False
-    got, want = (parse(text, parsing_timeout=None) for text in (answer, gold))
-    return verify(want, got, timeout_seconds=None)
+    return JUDGE.equal(answer, gold[:2 * LONGEST])
+
+
+# computer algebra is slow until it has seen the like
+WARM_UP = [("(x-1)(x+1)", "x^2-1"), (r"e^{-x}\log_2 8", r"\frac{3}{e^x}"), ("y=-2x+5", "y=5-2x"),
+           (r"2\sqrt{3}\tan 45^\circ", r"\sqrt{12}"), (r"\{1,2\}", "1,2"), ("x>3", r"(3,\infty)"),
+           (r"\begin{pmatrix}1\\a\end{pmatrix}", "|a-b|")]
+
+
+class Judge:
+    """Asks a child process whether two formulas are equal. The first question starts it; a fork has its own.
+
+    What takes too much time or memory is unequal. Each such question halves the time of the next one, down
+    to a sixteenth of a second, each other one adds a sixteenth, up to a second: a policy that writes
+    nothing but bombs makes n questions wait 2 + n/8 seconds at most. Threads take turns.
+    """
+    def __init__(self):
+        self.lock, self.process, self.seconds = threading.Lock(), None, 1.0
+
+    def equal(self, answer: str, gold: str) -> bool:
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.start()
+            verdict = b""
+            try:
+                self.process.stdin.write(json.dumps([answer, gold, self.seconds]).encode() + b"\n")
+                verdict = self.process.stdout.read(1)  # the child's timer ends the wait
+            except BrokenPipeError:
+                pass
+            finally:
+                if not verdict:  # also at Ctrl-C: a verdict that comes late must not answer the next question
+                    with self.process:
+                        self.process.kill()
+            in_time = verdict in (b"0", b"1")
+            self.seconds = min(self.seconds + 1 / 16, 1.0) if in_time else max(self.seconds / 2, 1 / 16)
+            return verdict == b"1"
+
+    def start(self):
+        """A session of its own, so that no signal to our group reaches it: it ends when its input does."""
+        self.process = subprocess.Popen([sys.executable, __file__], bufsize=0, start_new_session=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if self.process.stdout.read(1) != b"+":
+            raise RuntimeError(f"{__file__}: the process that compares formulas did not start")
+
+    def forget(self):
+        """In a fork, where the process is the parent's, who alone may hold its input open."""
+        if self.process:
+            self.process.returncode = 0
+            self.process.stdin.close()
+            self.process.stdout.close()
+        self.__init__()
+
+
+JUDGE = Judge()
+os.register_at_fork(after_in_child=JUDGE.forget)
+
+
+def _judge():
+    """The child: says + when it has imported, then 1, 0 or ? (gave up) to each line [answer, gold, seconds].
+
+    It forks a worker that answers. The kernel ends that when its time is up, whatever it is doing; the next
+    one, with everything imported, is there within milliseconds.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.alarm(120)  # for the import, which takes a second
+    from math_verify import parse, verify
+    logging.disable()
+    parsed = functools.lru_cache(256)(lambda text: parse(_marked(text), parsing_timeout=None))
+    for answer, gold in WARM_UP:
+        verify(parsed(gold), parsed(answer), timeout_seconds=None)
+    signal.alarm(0)
+    gc.freeze()  # a worker then copies fewer pages
+    os.write(1, b"+")
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    while (worker := os.fork()) and os.waitpid(worker, 0)[1]:
+        os.write(1, b"?")  # the worker died of its question
+    if worker:
+        return  # it has no more questions
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    for line in sys.stdin.buffer:
+        answer, gold, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        verdict = verify(parsed(gold), parsed(answer), timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.write(1, b"1" if verdict else b"0")
 
 
 GRADERS = dict(zip(ANSWER_TYPES, (_grade_choice, _grade_math, _grade_math, _grade_text, _grade_calls)))
@@ -1139,3 +1201,7 @@ def parse_reward_spec(spec: str) -> dict[str, float]:
         if not math.isfinite(weights[name]):
             raise ValueError(f"bad weight {weight!r} for reward {name!r} in {spec!r}: not a finite number")
     return weights
+
+
+if __name__ == "__main__":
+    _judge()
