@@ -963,51 +963,84 @@ def rationale_of(response: str) -> str:
 
 # ----- what gives an annotation away
 
-LONGEST_RATIONALE = 8000  # characters that are read
-COUNT_WORDS = "|".join([*WORDS, *"""eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
-    nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand point percent""".split()])
+LONGEST_RATIONALE = 8000  # characters that scrub keeps, and that leaks reads at a time
+COUNTING = " ".join(map(str, range(20)))
+NUMERALS = dict(zip([*WORDS, *"""eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+    nineteen""".split()], COUNTING.split()))
+NUMERALS |= {f"{ten}ty": f"{i}0" for i, ten in enumerate("twen thir for fif six seven eigh nine".split(), 2)}
+NUMERALS |= {"hundred": "h", "thousand": "1000", "point": ".", "percent": "%"}
+SHARES = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fifth": 5, "tenth": 10, "hundredth": 100}
+SHARES = {share + s: f"/{parts}" for share, parts in SHARES.items() for s in ("", "s")}
+COMPOUNDS = [(re.compile(pattern), repl) for pattern, repl in (
+    (r"\b([2-9])0 ([1-9])\b(?! h)", r"\1\2"),
+    (r"(?<![1-9] )h", "1 h"),
+    (r"\b(\d) h (\d\d)\b", r"\1\2"),
+    (r"\b(\d) h (\d)\b(?! h)", r"\g<1>0\2"),
+    (r" h", "00"),
+    (r" ?\. ?", "."),
+)]
+SPELLINGS = NUMERALS | SHARES
+NUMERAL, SPELLING = ("|".join(sorted(words, key=len, reverse=True)) for words in (NUMERALS, SPELLINGS))
+SPELLED = re.compile(rf"(?<![^\W_])(?:{NUMERAL})(?:(?:[\W_]|(?<![^\W_])and(?![^\W_])){{,8}}(?:{SPELLING}))*"
+                     r"(?![^\W_])", re.IGNORECASE)
 PLAIN_NUMBER = r"(?<![^\W_])(?<!\d\.)[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?![^\W_]|\.\d)"
 BETWEEN = (r"(?:[\W_]|(?<![^\W_])(?:and|to|by|at|is|of|[xy](?:_?(?:min|max|[0-3]))?|left|top|right|bottom"
            r"|width|height|[wh])(?![^\W_])){1,24}")
 TUPLE = re.compile(rf"[\[({{]{{,3}}(?:{PLAIN_NUMBER}(?:{BETWEEN}{PLAIN_NUMBER}){{3,}}"
                    r"|(?<!\d)\d+(?:[._/:;,x-]\d+){3,})[\])}]{,3}", re.IGNORECASE)
 PROBABILITY = re.compile(r"(?<!\d)(?:\d*\.\d+(?:e[-+]?\d+)?(?:\s?%)?|\d+e[-+]?\d+"
-                         r"|\d+\s?(?:%|percent\b)|\d+\s?[/⁄]\s?\d+|0,\d+)", re.IGNORECASE)
-SPELLED_NUMBER = re.compile(rf"\b(?:{COUNT_WORDS})(?:(?:[\s-]| and )+(?:{COUNT_WORDS}))+\b", re.IGNORECASE)
+                         r"|\d+\s?(?:%|percent\b)|\d+\s?[/⁄]\s?\d+|0,\d+|\d+ of 100?\b"
+                         rf"|(?:\d+|{NUMERAL}) (?:out of|in) (?:100?|ten|a hundred)\b"
+                         r"|(?!(?:1?\d|2[0-3]):[0-5]\d(?!\d))\d+(?:\s?:\s?\d+)+"  # "7:3", no time of day
+                         rf"|\d+[\s-](?:{'|'.join(SHARES)})\b)", re.IGNORECASE)
+APART = [re.compile(rf"(?<!\d)(?=(\d(?:[^\d\n]{{,3}}\d){{{n}}})(?!\d))") for n in (1, 2, 3)]  # "1a 2b 0c"
 MARKUP = re.compile(r"<[^<>\s]{1,40}>")  # <image>, <|im_end|> or <answer> would act in the next prompt
 SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 
 
 def leaks(text: str, record: dict) -> list[str]:
-    """What in a rationale gives the annotation away, as written there; [] if nothing does.
+    """What in a rationale gives the annotation away, as written there or in digits; [] if nothing does.
 
-    Lists of four numbers in any notation, always. For boxes also two coordinates of one of them, from 10 up.
-    For distributions also class names and numbers that can be probabilities, else the gold answer. Names
-    count as whole words in any case ("Joy", not "enjoy"), spaced out or not.
+    Lists of four numbers in any notation, always. For boxes also two coordinates of one of them, from 10 up,
+    with their digits together or apart. For distributions also class names and numbers that can be
+    probabilities, else the gold answer. Names count as whole words in any case ("Joy", not "enjoy"), spaced
+    out or not.
     """
-    text, kind = _visible(text), record["answer_type"]
-    found = [m[0] for m in TUPLE.finditer(text)] + [m[0] for m in _names(record).finditer(text)]
-    if kind == "distribution":
-        found += [m[0] for m in PROBABILITY.finditer(text)]
-    elif kind == "boxes":
-        said = set(re.findall(r"(?<!\d)\d{2,4}(?!\d)", text))
+    text, found = _visible(text), []
+    for start in range(0, len(text), LONGEST_RATIONALE - LONGEST):
+        part = text[start:start + LONGEST_RATIONALE]
+        digits = SPELLED.sub(_in_digits, part)
+        found += [m[0] for m in TUPLE.finditer(digits)] + [m[0] for m in _names(record).finditer(part)]
+        if record["answer_type"] == "distribution":
+            found += [m[0] for m in PROBABILITY.finditer(digits)]
+        said = {re.sub(r"\D", "", number) for size in APART for number in size.findall(digits)}
         for box in gold_boxes(record):
             told = said & {str(round(side)) for side in box}
             found += sorted(told) if len(told) > 1 else []
     return list(dict.fromkeys(found))
 
 
+def _in_digits(run: re.Match) -> str:
+    """Number words as digits: "hundred-and-twenty" 120, "three, four, zero" 3 4 0. Counting up stays."""
+    said = " ".join(SPELLINGS[word] for word in re.findall(SPELLING, run[0].lower()))
+    if f" {said} " in f" {COUNTING} ":
+        return run[0]
+    for pattern, repl in COMPOUNDS:
+        said = pattern.sub(repl, said)
+    return said
+
+
 def scrub(text: str, record: dict) -> str:
     """A rationale without anything that states the annotation; "" if nothing is left. Idempotent.
 
     Sentences that name a class or the gold answer go as a whole. Of the numbers go lists of four, and for
-    boxes and distributions fractions and spelled-out ones; for boxes also all from 10 to 1000, since near
-    misses would do as coordinates. "2020." stays, markup does not.
+    boxes and distributions fractions and spelled-out ones; for boxes also all from 10 to 1000, and digits
+    that stand close, since near misses would do as coordinates. "2020." stays, markup does not.
     """
-    text = _visible(text)
+    text = _visible(text[:LONGEST_RATIONALE])[:LONGEST_RATIONALE]
     for _ in range(8):  # what is cut out can bring the parts of a name or list together
         if (shorter := _scrub_once(text, record)) == text:
-            return text
+            return "" if leaks(text, record) else text
         text = shorter
     return ""
 
@@ -1016,9 +1049,11 @@ def _scrub_once(text: str, record: dict) -> str:
     marked = _names(record).sub("\0", MARKUP.sub(" ", text))
     text = TUPLE.sub(" ", " ".join(part for part in SENTENCES.split(marked) if "\0" not in part))
     if record["answer_type"] in ANNOTATIONS:
-        text = SPELLED_NUMBER.sub(" ", PROBABILITY.sub(" ", text))
+        text = PROBABILITY.sub(" ", text)
+        text = SPELLED.sub(lambda run: run[0] if _in_digits(run) == run[0] else " ", text)
     if record["answer_type"] == "boxes":
         text = re.sub(r"\w+", lambda word: " " if _on_scale(word[0]) else word[0], text)
+        text = re.sub(r"(?<!\d)\d(?:[^\d\n]{1,3}\d)+(?!\d)", " ", text)
     return " ".join(text.split()) if re.search(r"\w", text) else ""
 
 
@@ -1028,8 +1063,8 @@ def _on_scale(word: str) -> bool:
 
 def _visible(text: str) -> str:
     """Text as it looks: no control or zero-width characters, one form of each letter and digit."""
-    text = "".join(c for c in text[:LONGEST_RATIONALE] if c.isspace() or unicodedata.category(c)[0] != "C")
-    return unicodedata.normalize("NFKC", text)[:LONGEST_RATIONALE]
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    return re.sub(r"\d", lambda digit: str(unicodedata.digit(digit[0])), unicodedata.normalize("NFKC", text))
 
 
 def _names(record: dict) -> re.Pattern:
@@ -1045,7 +1080,7 @@ def _names(record: dict) -> re.Pattern:
         names = [*names, gold]
     for letters in sorted((_joined(_visible(name)) for name in names), key=len, reverse=True):
         if letters:
-            name = r"[\s_*.-]{,2}".join(map(re.escape, letters))
+            name = r"[\W_]{,3}".join(map(re.escape, letters))
             found.append(rf"(?<![^\W_]){name}(?![^\W_])")
     return re.compile("|".join(found) or r"(?!)", re.IGNORECASE)
 
