@@ -39,6 +39,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -531,20 +532,24 @@ WARM_UP = [("(x-1)(x+1)", "x^2-1"), (r"e^{-x}\log_2 8", r"\frac{3}{e^x}"), ("y=-
 class Judge:
     """Asks a child process whether two formulas are equal. The first question starts it; a fork has its own.
 
-    What takes too much time or memory is unequal. Each such question halves the time of the next one, down
-    to a sixteenth of a second, each other one adds a sixteenth, up to a second: a policy that writes
-    nothing but bombs makes n questions wait 2 + n/8 seconds at most. Threads take turns.
+    What takes over a second, or too much memory, is unequal. A policy that writes nothing but bombs must not
+    stop training, so they share 5 seconds, to which a tenth of the time that passes is added. When these are
+    used up, a question gets a tenth of a second: n bombs cost 5 + n/10 seconds at most, and a tenth of the
+    run. Threads take turns.
     """
     def __init__(self):
-        self.lock, self.process, self.seconds = threading.Lock(), None, 1.0
+        self.lock, self.process = threading.Lock(), None
+        self.budget, self.asked = 5.0, time.monotonic()
 
     def equal(self, answer: str, gold: str) -> bool:
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self.start()
-            verdict = b""
+            now, before = time.monotonic(), self.asked
+            self.budget, self.asked = min(self.budget + (now - before) / 10, 5.0), now
+            seconds, verdict = min(max(self.budget, 0.1), 1.0), b""
             try:
-                self.process.stdin.write(json.dumps([answer, gold, self.seconds]).encode() + b"\n")
+                self.process.stdin.write(json.dumps([answer, gold, seconds]).encode() + b"\n")
                 verdict = self.process.stdout.read(1)  # the child's timer ends the wait
             except BrokenPipeError:
                 pass
@@ -552,8 +557,8 @@ class Judge:
                 if not verdict:  # also at Ctrl-C: a verdict that comes late must not answer the next question
                     with self.process:
                         self.process.kill()
-            in_time = verdict in (b"0", b"1")
-            self.seconds = min(self.seconds + 1 / 16, 1.0) if in_time else max(self.seconds / 2, 1 / 16)
+            if verdict not in (b"0", b"1"):
+                self.budget = max(self.budget - seconds, 0.0)
             return verdict == b"1"
 
     def start(self):
