@@ -455,7 +455,7 @@ def _fold(text: str) -> str:
 
 
 def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
-    got, want = _plain(answer), _plain(gold)
+    got, want = _plain(answer) or answer, _plain(gold) or gold  # "." is not "?", whatever is left of them
     if _squeezed(got) == _squeezed(want):
         return True
     axes = {m[1] for m in map(AXIS.match, (got, want)) if m}
@@ -473,7 +473,7 @@ def _number(answer: str, prose: str) -> tuple[Fraction, bool] | None:
 
 
 def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:
-    got, want = (_squeezed(BRACKETS.sub(r"\1\2", _fold(text))) for text in (answer, gold))
+    got, want = (_squeezed(BRACKETS.sub(r"\1\2", _fold(text))) or text for text in (answer, gold))
     values = _value(_fold(answer)), _value(_fold(gold))
     return got == want or all(values) and _same_value(*values, record.get("precision"))
 
@@ -702,7 +702,7 @@ def discrete(response: str, record: dict) -> float:
     `accuracy`; its released code reads the first tag, here as everywhere the last one counts.
     """
     tags = ANSWER_TAG.findall(response[-TAIL:])
-    return float(tags[-1].strip() == _gold(record).strip()) if tags else accuracy(response, record)
+    return float(tags[-1].strip() == _gold(record).strip() != "") if tags else accuracy(response, record)
 
 
 def numeric(response: str, record: dict) -> float:
@@ -761,29 +761,17 @@ def _paired_calls(response: str, record: dict, near: float, far: float) -> float
     exact = (wanted & Counter(got)).total()
     rest, missed = [[*(Counter(a) - Counter(b)).elements()] for a, b in ((got, gold), (gold, got))]
     same_function = (Counter(c[0] for c in rest) & Counter(c[0] for c in missed)).total()
-    close = _close_pairs(rest, missed)
+    close = sum(_matched(rest, missed, _close))
     score = exact + near * close + far * (same_function - close)
     return score / max(len(got), len(gold)) * len(got) / len(said)
 
 
-def _close_pairs(calls: list, others: list) -> int:
-    """How many pairs share function and object, or function and value: a maximum bipartite matching.
+def _close(call: tuple, other: tuple) -> bool:
+    """Whether two calls share function and object, or function and value: they weigh `near`, not `far`.
 
-    Each pair of unequal calls weighs `near` or the lower `far`, and any pairing can be completed within its
-    function, so the pairing with most close pairs is the best assignment.
+    Any pairing can be completed within its function, so that with most close pairs is the best assignment.
     """
-    partner = {}
-
-    def place(i, tried):
-        for j, (func, which, value) in enumerate(others):
-            if j not in tried and calls[i][0] == func and (calls[i][1] == which or calls[i][2] == value):
-                tried.add(j)
-                if j not in partner or place(partner[j], tried):
-                    partner[j] = i
-                    return True
-        return False
-
-    return sum(place(i, set()) for i in range(len(calls)))
+    return call[0] == other[0] and (call[1] == other[1] or call[2] == other[2])
 
 
 STEP = re.compile(r"Step \d+:|^\d+\.|^[-*]|(?:First|Second|Next|Finally),", re.MULTILINE)
@@ -866,13 +854,18 @@ def _area(box: tuple) -> float:
 
 
 def matched_ious(gold: list, boxes: list) -> list[float]:
-    """IoU of each pair of the one-to-one assignment with the largest sum, as many as the shorter list has.
+    """IoU of each pair of the one-to-one assignment with the largest sum, as many as the shorter list has."""
+    return _matched(gold, boxes, iou)
+
+
+def _matched(some: list, others: list, worth: Callable) -> list[float]:
+    """The same of any symmetric worth(one, other).
 
     The Hungarian method: rows join one by one along a shortest augmenting path, O(n^2 m). Index 0 of the
     potentials and of `owner` (row of a column) is a free place outside the matrix.
     """
-    rows, columns = sorted((gold, boxes), key=len)
-    cost = [[-iou(a, b) for b in columns] for a in rows]
+    rows, columns = sorted((some, others), key=len)
+    cost = [[-worth(a, b) for b in columns] for a in rows]
     row_price, price, owner = [0.0] * (len(rows) + 1), [0.0] * (len(columns) + 1), [0] * (len(columns) + 1)
     for row in range(1, len(rows) + 1):
         at, owner[0] = 0, row
@@ -1183,7 +1176,10 @@ def visual_rft_iou(response: str, record: dict) -> float:
 
 
 def visual_rft_conf(response: str, record: dict) -> float:
-    """Visual-RFT's confidence reward: mean confidence of hits, 1 - confidence of misses, from 0.0 to 1.0."""
+    """Visual-RFT's confidence reward: mean confidence of hits, 1 - confidence of misses, from 0.0 to 1.0.
+
+    By this definition any miss at confidence 0 earns all: it only makes sense beside `visual_rft_iou`.
+    """
     hits = _hits(response, record)
     return sum(sure if overlap else 1 - sure for overlap, sure in hits) / max(len(hits), 1)
 
@@ -1209,9 +1205,12 @@ def _hits(response: str, record: dict) -> list[tuple[float, float]]:
 
 
 def contains(response: str, record: dict) -> float:
-    """Visual-RFT's classification reward: 1.0 if answer or gold contains the other, so "A or B" passes."""
+    """Visual-RFT's classification reward: 1.0 if answer or gold contains the other, else 0.0.
+
+    By this definition "a" is right for each gold with an a, and a list of all classes for every gold.
+    """
     said, gold = (_joined(text) for text in (_slot(response) or "", _gold(record)))
-    return float(bool(said) and (said in gold or gold in said))
+    return float(bool(said and gold) and (said in gold or gold in said))
 
 
 REWARDS = {"accuracy": accuracy, "format": format_think_answer, "hfrrf": hfrrf, "boxed": boxed,
