@@ -1,8 +1,8 @@
 r"""Text in, numbers out: prompts, answer extraction, grading, rewards. A leaf: imports no other file.
 
 Every reward is `(response: str, record: dict) -> float`. The response is hostile input, because RL finds
-every hole: no reward raises, hangs (each call is bounded well under a second), or returns NaN, whatever the
-model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer (str),
+every hole: no reward raises, hangs (formulas get a second, in a process that is killed then), or returns NaN,
+whatever the model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer (str),
 answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
 (picks a prompt of its own), meta? ({"classes": [...]} of a distribution). The training loop adds what it
 knows of the response: truncated? (cut at the length limit), forced? (continued after a rethinking trigger).
@@ -13,8 +13,8 @@ From a question to a reward:
      Tag and box are slots the model chose to fill, so they are read strictly: one answer, nothing else.
      Prose is read for its conclusion, because untrained models only ever write prose.
   3. accuracy: choice compares option letters, number compares exact values, text compares normalised words,
-     calls compares function calls. What the cheap comparisons leave open goes to math-verify, if it is small
-     enough to be safe. Boxes and distributions (RISE) are read from a tag or box alone.
+     calls compares function calls. What the cheap comparisons leave open goes to math-verify (Judge).
+     Boxes and distributions (RISE) are read from a tag or box alone.
   4. REWARDS: accuracy, formats, and what the papers reward instead; parse_reward_spec reads their weights.
 
 Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or
@@ -517,9 +517,8 @@ def _marked(text: str) -> str:
 
 @functools.lru_cache(4096)  # groups repeat their answers; what took too long is not tried again
 def _math_equal(answer: str, gold: str) -> bool:
-    answer = answer[:2 * LONGEST]
-    if answer.count("{") != answer.count("}") or HOPELESS.search(answer):
-        return False
+    if len(answer) > LONGEST or answer.count("{") != answer.count("}") or HOPELESS.search(answer):
+        return False  # prose, cut off or hopeless
     return JUDGE.equal(answer, gold[:2 * LONGEST])
 
 
@@ -1004,17 +1003,18 @@ def leaks(text: str, record: dict) -> list[str]:
     probabilities, else the gold answer. Names count as whole words in any case ("Joy", not "enjoy"), spaced
     out or not.
     """
-    text, found = _visible(text), []
+    text, names, found, said = _visible(text), _names(record), [], set()
     for start in range(0, len(text), LONGEST_RATIONALE - LONGEST):
         part = text[start:start + LONGEST_RATIONALE]
-        digits = SPELLED.sub(_in_digits, part)
-        found += [m[0] for m in TUPLE.finditer(digits)] + [m[0] for m in _names(record).finditer(part)]
+        digits = SPELLED.sub(_in_digits, part) if record["answer_type"] in ANNOTATIONS else part
+        found += [m[0] for m in TUPLE.finditer(digits)] + [m[0] for m in names.finditer(part)]
         if record["answer_type"] == "distribution":
             found += [m[0] for m in PROBABILITY.finditer(digits)]
-        said = {re.sub(r"\D", "", number) for size in APART for number in size.findall(digits)}
-        for box in gold_boxes(record):
-            told = said & {str(round(side)) for side in box}
-            found += sorted(told) if len(told) > 1 else []
+        for size in APART:
+            said |= {re.sub(r"\D", "", number) for number in size.findall(digits)}
+    for box in gold_boxes(record):
+        told = said & {str(round(side)) for side in box}
+        found += sorted(told) if len(told) > 1 else []
     return list(dict.fromkeys(found))
 
 

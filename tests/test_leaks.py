@@ -76,12 +76,9 @@ def test_disguised_coordinates_are_leaks_and_are_scrubbed():
     "x" * 8100 + " at 120, 340, 560, 780", "five hundred sixty. " + "so " * 5000 + "seven hundred eighty",
     "so " * 2660 + "120 340 560 780", "١٢٠ and ٣٤٠", "one hundred twenty, three hundred forty, five sixty, seven eighty"])
 def test_boxes_leak_in_these_forms(text):
-    """A window ends amid the numbers of the last but two, the first parts of another are windows apart."""
-    if "so so" in text and "seven" in text:
-        assert rewards.leaks(text[:20] + text[-30:], CUP)
-    else:
-        assert rewards.leaks(text, CUP)
-        assert rewards.rise(f"{text}<answer>{CUP['answer']}</answer>", CUP) == pytest.approx(0.1)
+    """It is read in parts: one ends amid the numbers, and two coordinates are parts away from each other."""
+    assert rewards.leaks(text, CUP)
+    assert rewards.rise(f"{text}<answer>{CUP['answer']}</answer>", CUP) == pytest.approx(0.1)
     assert rewards.leaks(rewards.scrub(text, CUP), CUP) == []
 
 
@@ -117,6 +114,11 @@ def test_a_rationale_is_read_to_its_end_in_linear_time():
             rewards.leaks(long, gold)
             assert rewards.leaks(rewards.scrub(long, gold), gold) == []
             assert time.process_time() - began < 2, text
+
+
+def test_number_words_of_other_answers_stay():
+    text = "One, two, zero and three, four, zero."
+    assert rewards.scrub(text, record("frying pan", "text")) == text
 
 
 @pytest.mark.parametrize("words, digits", [
