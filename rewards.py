@@ -2,8 +2,8 @@ r"""Text in, numbers out: prompts, answer extraction, grading, rewards. A leaf: 
 
 Every reward is `(response: str, record: dict) -> float`. The response is hostile input, because RL finds
 every hole: no reward raises, hangs (formulas get a second, in a process that is killed then), or returns NaN,
-whatever the model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer (str),
-answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
+whatever the model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer
+(str), answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
 (picks a prompt of its own), meta? ({"classes": [...]} of a distribution). The training loop adds what it
 knows of the response: truncated? (cut at the length limit), forced? (continued after a rethinking trigger).
 

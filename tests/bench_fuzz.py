@@ -36,7 +36,8 @@ def formula(rng, depth=3):
     return rng.choice([
         "+".join(inner), "-".join(inner), "".join(f"({part})" for part in inner), f"({'+'.join(inner)})^{{{power}}}",
         rf"\{function}({'+'.join(inner)})", rf"\frac{{{inner[0]}}}{{{inner[1]}}}", rf"\sqrt{{{inner[0]}}}",
-        rf"\sqrt[{power}]{{{inner[0]}}}", f"{{{inner[0]}}}^{{{inner[1]}}}", f"({inner[0]})!", rf"\{function} {inner[0]}",
+        rf"\sqrt[{power}]{{{inner[0]}}}", f"{{{inner[0]}}}^{{{inner[1]}}}", f"({inner[0]})!",
+        rf"\{function} {inner[0]}",
         f"{inner[0]} = {inner[1]}", rf"{inner[0]} \le {inner[1]}", rf"\{{{','.join(inner)}\}}", f"({','.join(inner)})",
         rf"|{inner[0]}|", rf"\int_0^{{{inner[0]}}} {inner[1]} dx", rf"\sum_{{k=1}}^{{{power}}} {inner[0]}",
         rf"\lim_{{x\to 0}} {inner[0]}", rf"\binom{{{power}}}{{{inner[0]}}}",

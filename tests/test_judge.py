@@ -143,7 +143,8 @@ RANKS = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import rewards
-print(os.environ["RANK"], rewards.accuracy("\\\\boxed{(x-1)(x+1)}", {"answer": "x^2-1", "answer_type": "math"}), flush=True)
+print(os.environ["RANK"], rewards.accuracy("\\\\boxed{(x-1)(x+1)}", {"answer": "x^2-1", "answer_type": "math"}),
+      flush=True)
 """
 
 

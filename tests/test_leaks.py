@@ -74,7 +74,8 @@ def test_disguised_coordinates_are_leaks_and_are_scrubbed():
     "one, two, zero; three, four, zero", "hundred-and-twenty, three hundred forty", "1a 2b 0c and 3a 4b 0c",
     "onetwozero threefourzero", "1.2.0 then 3.4.0", "one twenty by three forty", "A HUNDRED AND TWENTY of THREE-FORTY",
     "x" * 8100 + " at 120, 340, 560, 780", "five hundred sixty. " + "so " * 5000 + "seven hundred eighty",
-    "so " * 2660 + "120 340 560 780", "١٢٠ and ٣٤٠", "one hundred twenty, three hundred forty, five sixty, seven eighty"])
+    "so " * 2660 + "120 340 560 780", "١٢٠ and ٣٤٠",
+    "one hundred twenty, three hundred forty, five sixty, seven eighty"])
 def test_boxes_leak_in_these_forms(text):
     """It is read in parts: one ends amid the numbers, and two coordinates are parts away from each other."""
     assert rewards.leaks(text, CUP)
@@ -94,8 +95,10 @@ def test_distributions_leak_in_these_forms(text):
 
 
 @pytest.mark.parametrize("text", [
-    "One man and two dogs.", "I see one, two, three, four, five cups.", "At 10:30 the bus comes.", "One by one they leave.",
-    "The third one is half hidden.", "A quarter moon, a fifth wheel.", "Two or three people.", "A hundred candles burn.",
+    "One man and two dogs.", "I see one, two, three, four, five cups.", "At 10:30 the bus comes.",
+    "One by one they leave.",
+    "The third one is half hidden.", "A quarter moon, a fifth wheel.", "Two or three people.",
+    "A hundred candles burn.",
     "Seven people at the table, three on the floor.", "One left, one right, two behind.", "The point is, one can tell.",
     "She is at her tenth step.", "Twenty-one candles.", "In the nineties, two bands met.", "Someone often lightens it.",
     "A 3D view of 2 rooms, 4 doors.", "Rows 1 and 2.", "It happened in 1998 and in 2020.", "Of a, b and c, b is odd.",
@@ -125,7 +128,8 @@ def test_number_words_of_other_answers_stay():
     ("hundred-and-twenty", "120"), ("three hundred four", "304"), ("one twenty", "1 20"), ("twenty-one", "21"),
     ("hundred-and-twenty and three hundred forty", "120 340"), ("three, four, zero", "3 4 0"), ("nine hundred", "900"),
     ("two hundred three hundred", "200 300"), ("zero point six", "0.6"), ("seven tenths", "7 /10"),
-    ("one, two, three", "one, two, three"), ("one one", "1 1"), ("ten", "ten"), ("ninety", "90"), ("one thousand", "1 1000")])
+    ("one, two, three", "one, two, three"), ("one one", "1 1"), ("ten", "ten"), ("ninety", "90"),
+    ("one thousand", "1 1000")])
 def test_number_words(words, digits):
     assert rewards.SPELLED.sub(rewards._in_digits, words) == digits
     assert re.fullmatch(rewards.SPELLED, words)
