@@ -6,8 +6,8 @@
 Formulas are drawn around those that have stalled a run (STALLS): high powers of sums, products of sums, functions
 of sums, nested roots, towers, factorials, sums and integrals, broken braces. Each is boxed and graded against one of
 GOLDS, as a policy would write it. Prints percentiles of the wall time of a call and the slowest formulas. Ends with an
-error if a call raised, was no 0 or 1, or took more than LIMIT seconds. Half of them would take for ever, so it needs
-a tenth of a second each: hours for all.
+error if a call raised, was no 0 or 1, or took more than LIMIT seconds. About half are given up, mostly after a tenth of
+a second, so that all of them take hours.
 """
 import random
 import sys
