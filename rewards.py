@@ -1,9 +1,9 @@
 r"""Text in, numbers out: prompts, answer extraction, grading, rewards. A leaf: imports no other file.
 
 Every reward is `(response: str, record: dict) -> float`. The response is hostile input, because RL finds
-every hole: no reward raises, hangs (each call is bounded well under a second), or returns NaN, whatever the
-model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer (str),
-answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
+every hole: no reward raises, hangs (formulas get a second, in a process that is killed then), or returns NaN,
+whatever the model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer
+(str), answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
 (picks a prompt of its own), meta? ({"classes": [...]} of a distribution). The training loop adds what it
 knows of the response: truncated? (cut at the length limit), forced? (continued after a rethinking trigger).
 
@@ -13,8 +13,8 @@ From a question to a reward:
      Tag and box are slots the model chose to fill, so they are read strictly: one answer, nothing else.
      Prose is read for its conclusion, because untrained models only ever write prose.
   3. accuracy: choice compares option letters, number compares exact values, text compares normalised words,
-     calls compares function calls. What the cheap comparisons leave open goes to math-verify, if it is small
-     enough to be safe. Boxes and distributions (RISE) are read from a tag or box alone.
+     calls compares function calls. What the cheap comparisons leave open goes to math-verify (Judge).
+     Boxes and distributions (RISE) are read from a tag or box alone.
   4. REWARDS: accuracy, formats, and what the papers reward instead; parse_reward_spec reads their weights.
 
 Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or
@@ -25,20 +25,25 @@ integers are exact and others agree to six digits; sets ignore order; a hedge ("
 a letter beats the option text beside it; spelled-out counts are numbers in prose only, a slot wants a
 numeral; calls come in any order, and their case, quotes, spaces and hyphens for underscores are notation.
 """
+import contextlib
 import difflib
 import functools
-import itertools
+import gc
+import json
 import logging
 import math
+import os
 import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
-
-from math_verify import parse, verify
-
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 ANSWER_TYPES = ("choice", "number", "math", "text", "calls", "boxes", "distribution")
 LONGEST = 200  # characters of an answer: more in a tag or box is prose
@@ -450,7 +455,7 @@ def _fold(text: str) -> str:
 
 
 def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
-    got, want = _plain(answer), _plain(gold)
+    got, want = _plain(answer) or answer, _plain(gold) or gold  # "." is not "?", whatever is left of them
     if _squeezed(got) == _squeezed(want):
         return True
     axes = {m[1] for m in map(AXIS.match, (got, want)) if m}
@@ -468,7 +473,7 @@ def _number(answer: str, prose: str) -> tuple[Fraction, bool] | None:
 
 
 def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:
-    got, want = (_squeezed(BRACKETS.sub(r"\1\2", _fold(text))) for text in (answer, gold))
+    got, want = (_squeezed(BRACKETS.sub(r"\1\2", _fold(text))) or text for text in (answer, gold))
     values = _value(_fold(answer)), _value(_fold(gold))
     return got == want or all(values) and _same_value(*values, record.get("precision"))
 
@@ -489,36 +494,10 @@ def _calls(text: str) -> list[tuple[str, str, str]]:
     return [(func, which, value.replace("-", "_")) for func, which, value in CALL.findall(text.lower())]
 
 
-# ----- symbolic equality
+# ----- symbolic equality, by a process that can be killed: no look at a formula tells what it will cost
 
-HEAVY = re.compile(r"\d{16}|\d{3}\s*!|[^\d\s]\s*!(?!=)|!.*\^|\^.*!|\*\s*\*|\^\s*\(|\^\s*\{?\s*[-+]?\d{3}"
-                   r"|\^\s*\{[^{}]{9}|\de[-+]?\d{3}|\[\d{3}"
-                   r"|\\(?:int|sum|prod|lim|d?binom|oint|iint)(?![a-z])")
-RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|neq?|lt|gt)(?![a-z])")
-TRANSCENDENTAL = re.compile(r"\\(?:a?r?c?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp|sqrt)"
-                            r"|\^\s*\{?\s*-?[A-Za-z\\]|\|")
-POWER = re.compile(r"\^\s*\{?\s*-?(\d{1,2})")  # their product bounds the degree that nested powers expand to
-GROUP = re.compile(r"\{[^{}^]*\}")
-
-
-def _light(latex: str) -> bool:
-    """Whether computer algebra surely handles this in a fraction of a second: no bombs, no towers."""
-    powers = [int(power) for power in POWER.findall(latex)]
-    if len(latex) > 200 or HEAVY.search(latex) or len(re.findall(r"\\[a-z]{2,}", latex)) > 24:
-        return False
-    if latex.count("^") > 6 or math.prod(powers) > 100 or len(TRANSCENDENTAL.findall(latex)) > 4:
-        return False
-    depth = max(itertools.accumulate((c in "([") - (c in ")]") for c in latex), default=0)
-    if depth > 3 or len(re.findall(r"[/:]|\\div", latex)) > 8:
-        return False  # parsing slows down with each bracket, algebra with each division
-    flat, groups = latex, 1
-    for _ in range(8):
-        flat, groups = GROUP.subn("()", flat)
-        if not groups:
-            break
-    return not groups and not re.search(r"\^\s*(?:\{|(?:\(\)|\S)?\s*\^)", flat)
-
-
+# towers, factorials of factorials and endless numbers, which would only waste the judge's second
+HOPELESS = re.compile(r"\d{16}|!\s*!|\d{4}\s*!|\de[-+]?\d{3}|\^\s*\{?\s*[-+]?\d{4}|\^[^+=,]*\^[^+=,]*\^")
 WORD_LABEL = re.compile(r"^[\s$]*(?:\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z. ]{2,40}|[a-z]\s*\([a-z]\))?[\s$]*=")
 UNIT_TAIL = re.compile(
     r"(?<=[\w}).])(?:[\s~$,]|\\[,; ])*(?:\\(?:text|mathrm|mbox)\s*\{[\s~]*(?!and\b|or\b)[A-Za-z/ ]+\}"
@@ -536,15 +515,102 @@ def _marked(text: str) -> str:
     return text if prose or re.search(r"\$.*\$|\\[(\[]|\\boxed", text) else f"${text.replace('$', '')}$"
 
 
+@functools.lru_cache(4096)  # groups repeat their answers; what took too long is not tried again
 def _math_equal(answer: str, gold: str) -> bool:
-    """Equality by math-verify. Its time limits need the main thread, so _light bounds it instead."""
-    answer, gold = (_marked(text[:2 * LONGEST]) for text in (answer, gold))
-    solving = RELATION.search(answer) and RELATION.search(gold)  # two relations are compared by solving both
-    balanced = answer.count("{") == answer.count("}")
-    if not (balanced and _light(answer) and _light(gold)) or solving and TRANSCENDENTAL.search(answer + gold):
-        return False
-    got, want = (parse(text, parsing_timeout=None) for text in (answer, gold))
-    return verify(want, got, timeout_seconds=None)
+    if len(answer) > LONGEST or answer.count("{") != answer.count("}") or HOPELESS.search(answer):
+        return False  # prose, cut off or hopeless
+    return JUDGE.equal(answer, gold[:2 * LONGEST])
+
+
+# computer algebra is slow until it has seen the like
+WARM_UP = [("(x-1)(x+1)", "x^2-1"), (r"e^{-x}\log_2 8", r"\frac{3}{e^x}"), ("y=-2x+5", "y=5-2x"),
+           (r"2\sqrt{3}\tan 45^\circ", r"\sqrt{12}"), (r"\{1,2\}", "1,2"), ("x>3", r"(3,\infty)"),
+           (r"\begin{pmatrix}1\\a\end{pmatrix}", "|a-b|")]
+
+
+class Judge:
+    """Asks a child process whether two formulas are equal. The first question starts it; a fork has its own.
+
+    What takes over a second, or too much memory, is unequal. A policy that writes nothing but bombs must not
+    stop training, so they share 5 seconds, to which a tenth of the time that passes is added. When these are
+    used up, a question gets a tenth of a second: n bombs cost 5 + n/10 seconds at most, and a tenth of the
+    run. Threads take turns.
+    """
+    def __init__(self):
+        self.lock, self.process = threading.Lock(), None
+        self.budget, self.asked = 5.0, time.monotonic()
+
+    def equal(self, answer: str, gold: str) -> bool:
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.start()
+            now, before = time.monotonic(), self.asked
+            self.budget, self.asked = min(self.budget + (now - before) / 10, 5.0), now
+            seconds, verdict = min(max(self.budget, 0.1), 1.0), b""
+            try:
+                self.process.stdin.write(json.dumps([answer, gold, seconds]).encode() + b"\n")
+                verdict = self.process.stdout.read(1)  # the child's timer ends the wait
+            except BrokenPipeError:
+                pass
+            finally:
+                if not verdict:  # also at Ctrl-C: a verdict that comes late must not answer the next question
+                    with self.process:
+                        self.process.kill()
+            if verdict not in (b"0", b"1"):
+                self.budget = max(self.budget - seconds, 0.0)
+            return verdict == b"1"
+
+    def start(self):
+        """A session of its own, so that no signal to our group reaches it: it ends when its input does."""
+        self.process = subprocess.Popen([sys.executable, __file__], bufsize=0, start_new_session=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if self.process.stdout.read(1) != b"+":
+            raise RuntimeError(f"{__file__}: the process that compares formulas did not start")
+
+    def forget(self):
+        """In a fork, where the process is the parent's, who alone may hold its input open."""
+        if self.process:
+            self.process.returncode = 0
+            self.process.stdin.close()
+            self.process.stdout.close()
+        self.__init__()
+
+
+JUDGE = Judge()
+os.register_at_fork(after_in_child=JUDGE.forget)
+
+
+def _judge():
+    """The child: says + when it has imported, then 1, 0 or ? (gave up) to each line [answer, gold, seconds].
+
+    It forks a worker that answers. The kernel ends that when its time is up, whatever it is doing; the next
+    one, with everything imported, is there within milliseconds.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.alarm(120)  # for the import, which takes a second
+    from math_verify import parse, verify
+    logging.disable()
+    parsed = functools.lru_cache(256)(lambda text: parse(_marked(text), parsing_timeout=None))
+    for answer, gold in WARM_UP:
+        verify(parsed(gold), parsed(answer), timeout_seconds=None)
+    signal.alarm(0)
+    gc.freeze()  # a worker then copies fewer pages
+    os.write(1, b"+")
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    while (worker := os.fork()) and os.waitpid(worker, 0)[1]:
+        os.write(1, b"?")  # the worker died of its question
+    if worker:
+        return  # it has no more questions
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    for line in sys.stdin.buffer:
+        answer, gold, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        verdict = verify(parsed(gold), parsed(answer), timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.write(1, b"1" if verdict else b"0")
 
 
 GRADERS = dict(zip(ANSWER_TYPES, (_grade_choice, _grade_math, _grade_math, _grade_text, _grade_calls)))
@@ -635,7 +701,7 @@ def discrete(response: str, record: dict) -> float:
     `accuracy`; its released code reads the first tag, here as everywhere the last one counts.
     """
     tags = ANSWER_TAG.findall(response[-TAIL:])
-    return float(tags[-1].strip() == _gold(record).strip()) if tags else accuracy(response, record)
+    return float(tags[-1].strip() == _gold(record).strip() != "") if tags else accuracy(response, record)
 
 
 def numeric(response: str, record: dict) -> float:
@@ -694,29 +760,17 @@ def _paired_calls(response: str, record: dict, near: float, far: float) -> float
     exact = (wanted & Counter(got)).total()
     rest, missed = [[*(Counter(a) - Counter(b)).elements()] for a, b in ((got, gold), (gold, got))]
     same_function = (Counter(c[0] for c in rest) & Counter(c[0] for c in missed)).total()
-    close = _close_pairs(rest, missed)
+    close = sum(_matched(rest, missed, _close))
     score = exact + near * close + far * (same_function - close)
     return score / max(len(got), len(gold)) * len(got) / len(said)
 
 
-def _close_pairs(calls: list, others: list) -> int:
-    """How many pairs share function and object, or function and value: a maximum bipartite matching.
+def _close(call: tuple, other: tuple) -> bool:
+    """Whether two calls share function and object, or function and value: they weigh `near`, not `far`.
 
-    Each pair of unequal calls weighs `near` or the lower `far`, and any pairing can be completed within its
-    function, so the pairing with most close pairs is the best assignment.
+    Any pairing can be completed within its function, so that with most close pairs is the best assignment.
     """
-    partner = {}
-
-    def place(i, tried):
-        for j, (func, which, value) in enumerate(others):
-            if j not in tried and calls[i][0] == func and (calls[i][1] == which or calls[i][2] == value):
-                tried.add(j)
-                if j not in partner or place(partner[j], tried):
-                    partner[j] = i
-                    return True
-        return False
-
-    return sum(place(i, set()) for i in range(len(calls)))
+    return call[0] == other[0] and (call[1] == other[1] or call[2] == other[2])
 
 
 STEP = re.compile(r"Step \d+:|^\d+\.|^[-*]|(?:First|Second|Next|Finally),", re.MULTILINE)
@@ -799,13 +853,18 @@ def _area(box: tuple) -> float:
 
 
 def matched_ious(gold: list, boxes: list) -> list[float]:
-    """IoU of each pair of the one-to-one assignment with the largest sum, as many as the shorter list has.
+    """IoU of each pair of the one-to-one assignment with the largest sum, as many as the shorter list has."""
+    return _matched(gold, boxes, iou)
+
+
+def _matched(some: list, others: list, worth: Callable) -> list[float]:
+    """The same of any symmetric worth(one, other).
 
     The Hungarian method: rows join one by one along a shortest augmenting path, O(n^2 m). Index 0 of the
     potentials and of `owner` (row of a column) is a free place outside the matrix.
     """
-    rows, columns = sorted((gold, boxes), key=len)
-    cost = [[-iou(a, b) for b in columns] for a in rows]
+    rows, columns = sorted((some, others), key=len)
+    cost = [[-worth(a, b) for b in columns] for a in rows]
     row_price, price, owner = [0.0] * (len(rows) + 1), [0.0] * (len(columns) + 1), [0] * (len(columns) + 1)
     for row in range(1, len(rows) + 1):
         at, owner[0] = 0, row
@@ -901,51 +960,85 @@ def rationale_of(response: str) -> str:
 
 # ----- what gives an annotation away
 
-LONGEST_RATIONALE = 8000  # characters that are read
-COUNT_WORDS = "|".join([*WORDS, *"""eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
-    nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand point percent""".split()])
+LONGEST_RATIONALE = 8000  # characters that scrub keeps, and that leaks reads at a time
+COUNTING = " ".join(map(str, range(20)))
+NUMERALS = dict(zip([*WORDS, *"""eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+    nineteen""".split()], COUNTING.split()))
+NUMERALS |= {f"{ten}ty": f"{i}0" for i, ten in enumerate("twen thir for fif six seven eigh nine".split(), 2)}
+NUMERALS |= {"hundred": "h", "thousand": "1000", "point": ".", "percent": "%"}
+SHARES = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fifth": 5, "tenth": 10, "hundredth": 100}
+SHARES = {share + s: f"/{parts}" for share, parts in SHARES.items() for s in ("", "s")}
+COMPOUNDS = [(re.compile(pattern), repl) for pattern, repl in (
+    (r"\b([2-9])0 ([1-9])\b(?! h)", r"\1\2"),
+    (r"(?<![1-9] )h", "1 h"),
+    (r"\b(\d) h (\d\d)\b", r"\1\2"),
+    (r"\b(\d) h (\d)\b(?! h)", r"\g<1>0\2"),
+    (r" h", "00"),
+    (r" ?\. ?", "."),
+)]
+SPELLINGS = NUMERALS | SHARES
+NUMERAL, SPELLING = ("|".join(sorted(words, key=len, reverse=True)) for words in (NUMERALS, SPELLINGS))
+SPELLED = re.compile(rf"(?<![^\W_])(?:{NUMERAL})(?:(?:[\W_]|(?<![^\W_])and(?![^\W_])){{,8}}(?:{SPELLING}))*"
+                     r"(?![^\W_])", re.IGNORECASE)
 PLAIN_NUMBER = r"(?<![^\W_])(?<!\d\.)[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?![^\W_]|\.\d)"
 BETWEEN = (r"(?:[\W_]|(?<![^\W_])(?:and|to|by|at|is|of|[xy](?:_?(?:min|max|[0-3]))?|left|top|right|bottom"
            r"|width|height|[wh])(?![^\W_])){1,24}")
 TUPLE = re.compile(rf"[\[({{]{{,3}}(?:{PLAIN_NUMBER}(?:{BETWEEN}{PLAIN_NUMBER}){{3,}}"
                    r"|(?<!\d)\d+(?:[._/:;,x-]\d+){3,})[\])}]{,3}", re.IGNORECASE)
 PROBABILITY = re.compile(r"(?<!\d)(?:\d*\.\d+(?:e[-+]?\d+)?(?:\s?%)?|\d+e[-+]?\d+"
-                         r"|\d+\s?(?:%|percent\b)|\d+\s?[/⁄]\s?\d+|0,\d+)", re.IGNORECASE)
-SPELLED_NUMBER = re.compile(rf"\b(?:{COUNT_WORDS})(?:(?:[\s-]| and )+(?:{COUNT_WORDS}))+\b", re.IGNORECASE)
+                         r"|\d+\s?(?:%|percent\b)|\d+\s?[/⁄]\s?\d+|0,\d+|\d+ of 100?\b"
+                         rf"|(?:\d+|{NUMERAL}) (?:out of|in) (?:100?|ten|a hundred)\b"
+                         r"|(?!(?:1?\d|2[0-3]):[0-5]\d(?!\d))\d+(?:\s?:\s?\d+)+"  # "7:3", no time of day
+                         rf"|\d+[\s-](?:{'|'.join(SHARES)})\b)", re.IGNORECASE)
+APART = [re.compile(rf"(?<!\d)(?=(\d(?:[^\d\n]{{,3}}\d){{{n}}})(?!\d))") for n in (1, 2, 3)]  # "1a 2b 0c"
 MARKUP = re.compile(r"<[^<>\s]{1,40}>")  # <image>, <|im_end|> or <answer> would act in the next prompt
 SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 
 
 def leaks(text: str, record: dict) -> list[str]:
-    """What in a rationale gives the annotation away, as written there; [] if nothing does.
+    """What in a rationale gives the annotation away, as written there or in digits; [] if nothing does.
 
-    Lists of four numbers in any notation, always. For boxes also two coordinates of one of them, from 10 up.
-    For distributions also class names and numbers that can be probabilities, else the gold answer. Names
-    count as whole words in any case ("Joy", not "enjoy"), spaced out or not.
+    Lists of four numbers in any notation, always. For boxes also two coordinates of one of them, from 10 up,
+    with their digits together or apart. For distributions also class names and numbers that can be
+    probabilities, else the gold answer. Names count as whole words in any case ("Joy", not "enjoy"), spaced
+    out or not.
     """
-    text, kind = _visible(text), record["answer_type"]
-    found = [m[0] for m in TUPLE.finditer(text)] + [m[0] for m in _names(record).finditer(text)]
-    if kind == "distribution":
-        found += [m[0] for m in PROBABILITY.finditer(text)]
-    elif kind == "boxes":
-        said = set(re.findall(r"(?<!\d)\d{2,4}(?!\d)", text))
-        for box in gold_boxes(record):
-            told = said & {str(round(side)) for side in box}
-            found += sorted(told) if len(told) > 1 else []
+    text, names, found, said = _visible(text), _names(record), [], set()
+    for start in range(0, len(text), LONGEST_RATIONALE - LONGEST):
+        part = text[start:start + LONGEST_RATIONALE]
+        digits = SPELLED.sub(_in_digits, part) if record["answer_type"] in ANNOTATIONS else part
+        found += [m[0] for m in TUPLE.finditer(digits)] + [m[0] for m in names.finditer(part)]
+        if record["answer_type"] == "distribution":
+            found += [m[0] for m in PROBABILITY.finditer(digits)]
+        for size in APART:
+            said |= {re.sub(r"\D", "", number) for number in size.findall(digits)}
+    for box in gold_boxes(record):
+        told = said & {str(round(side)) for side in box}
+        found += sorted(told) if len(told) > 1 else []
     return list(dict.fromkeys(found))
+
+
+def _in_digits(run: re.Match) -> str:
+    """Number words as digits: "hundred-and-twenty" 120, "three, four, zero" 3 4 0. Counting up stays."""
+    said = " ".join(SPELLINGS[word] for word in re.findall(SPELLING, run[0].lower()))
+    if f" {said} " in f" {COUNTING} ":
+        return run[0]
+    for pattern, repl in COMPOUNDS:
+        said = pattern.sub(repl, said)
+    return said
 
 
 def scrub(text: str, record: dict) -> str:
     """A rationale without anything that states the annotation; "" if nothing is left. Idempotent.
 
     Sentences that name a class or the gold answer go as a whole. Of the numbers go lists of four, and for
-    boxes and distributions fractions and spelled-out ones; for boxes also all from 10 to 1000, since near
-    misses would do as coordinates. "2020." stays, markup does not.
+    boxes and distributions fractions and spelled-out ones; for boxes also all from 10 to 1000, and digits
+    that stand close, since near misses would do as coordinates. "2020." stays, markup does not.
     """
-    text = _visible(text)
+    text = _visible(text[:LONGEST_RATIONALE])[:LONGEST_RATIONALE]
     for _ in range(8):  # what is cut out can bring the parts of a name or list together
         if (shorter := _scrub_once(text, record)) == text:
-            return text
+            return "" if leaks(text, record) else text
         text = shorter
     return ""
 
@@ -954,9 +1047,11 @@ def _scrub_once(text: str, record: dict) -> str:
     marked = _names(record).sub("\0", MARKUP.sub(" ", text))
     text = TUPLE.sub(" ", " ".join(part for part in SENTENCES.split(marked) if "\0" not in part))
     if record["answer_type"] in ANNOTATIONS:
-        text = SPELLED_NUMBER.sub(" ", PROBABILITY.sub(" ", text))
+        text = PROBABILITY.sub(" ", text)
+        text = SPELLED.sub(lambda run: run[0] if _in_digits(run) == run[0] else " ", text)
     if record["answer_type"] == "boxes":
         text = re.sub(r"\w+", lambda word: " " if _on_scale(word[0]) else word[0], text)
+        text = re.sub(r"(?<!\d)\d(?:[^\d\n]{1,3}\d)+(?!\d)", " ", text)
     return " ".join(text.split()) if re.search(r"\w", text) else ""
 
 
@@ -966,8 +1061,8 @@ def _on_scale(word: str) -> bool:
 
 def _visible(text: str) -> str:
     """Text as it looks: no control or zero-width characters, one form of each letter and digit."""
-    text = "".join(c for c in text[:LONGEST_RATIONALE] if c.isspace() or unicodedata.category(c)[0] != "C")
-    return unicodedata.normalize("NFKC", text)[:LONGEST_RATIONALE]
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    return re.sub(r"\d", lambda digit: str(unicodedata.digit(digit[0])), unicodedata.normalize("NFKC", text))
 
 
 def _names(record: dict) -> re.Pattern:
@@ -983,7 +1078,7 @@ def _names(record: dict) -> re.Pattern:
         names = [*names, gold]
     for letters in sorted((_joined(_visible(name)) for name in names), key=len, reverse=True):
         if letters:
-            name = r"[\s_*.-]{,2}".join(map(re.escape, letters))
+            name = r"[\W_]{,3}".join(map(re.escape, letters))
             found.append(rf"(?<![^\W_]){name}(?![^\W_])")
     return re.compile("|".join(found) or r"(?!)", re.IGNORECASE)
 
@@ -1081,7 +1176,10 @@ def visual_rft_iou(response: str, record: dict) -> float:
 
 
 def visual_rft_conf(response: str, record: dict) -> float:
-    """Visual-RFT's confidence reward: mean confidence of hits, 1 - confidence of misses, from 0.0 to 1.0."""
+    """Visual-RFT's confidence reward: mean confidence of hits, 1 - confidence of misses, from 0.0 to 1.0.
+
+    By this definition any miss at confidence 0 earns all: it only makes sense beside `visual_rft_iou`.
+    """
     hits = _hits(response, record)
     return sum(sure if overlap else 1 - sure for overlap, sure in hits) / max(len(hits), 1)
 
@@ -1107,9 +1205,12 @@ def _hits(response: str, record: dict) -> list[tuple[float, float]]:
 
 
 def contains(response: str, record: dict) -> float:
-    """Visual-RFT's classification reward: 1.0 if answer or gold contains the other, so "A or B" passes."""
+    """Visual-RFT's classification reward: 1.0 if answer or gold contains the other, else 0.0.
+
+    By this definition "a" is right for each gold with an a, and a list of all classes for every gold.
+    """
     said, gold = (_joined(text) for text in (_slot(response) or "", _gold(record)))
-    return float(bool(said) and (said in gold or gold in said))
+    return float(bool(said and gold) and (said in gold or gold in said))
 
 
 REWARDS = {"accuracy": accuracy, "format": format_think_answer, "hfrrf": hfrrf, "boxed": boxed,
@@ -1139,3 +1240,7 @@ def parse_reward_spec(spec: str) -> dict[str, float]:
         if not math.isfinite(weights[name]):
             raise ValueError(f"bad weight {weight!r} for reward {name!r} in {spec!r}: not a finite number")
     return weights
+
+
+if __name__ == "__main__":
+    _judge()
