@@ -151,17 +151,18 @@ def asks_for_choice(question: str) -> bool:
     return bool(HAS_OPTIONS.search(question))
 
 
-# ----- extraction
+# ----- extraction: which part of a response is its answer
 
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 BOX_GLUE = re.compile(r"(?:[\s$]|\\[()]|\\q?quad)*"
                       r"(?:[,;]|\\text\{[^{}]{,40}\}|and\b)(?:[\s$,]|and\b|\\[()]|\\q?quad)*")
 CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
                  r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*"
-                 r"|答案\s*[:：是为]?\s*|final answer\s+", re.IGNORECASE)
+                 r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n", re.IGNORECASE | re.MULTILINE)
+CORRECTION = re.compile(r"\b(?:wait|actually|correction|on second thought)\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[.!?。](?=\s|$)|[。，；]|\n")
-LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)",
-                   re.IGNORECASE)
+LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)[\s:]*"
+                   r"|^(?:答案|选项|结果|选)\s*[是为:：]*", re.IGNORECASE)
 
 
 def extract_answer(response: str) -> str | None:
@@ -173,8 +174,10 @@ def _find_answer(response: str) -> tuple[str, str]:
     """(answer, the prose it is from). Prose is "" for a slot; an unclosed last box is a slot left empty."""
     text, slot = response[-TAIL:], _slot(response)
     if slot is not None and len(slot) <= LONGEST:
-        return LABEL.sub("", slot).strip(), ""
+        return LABEL.sub("", slot.strip()).strip(), ""
     prose = (slot or text.rpartition("</think>")[2]).replace("</s>", "").strip()
+    corrected = [part for part in CORRECTION.split(prose)[1:] if re.search(r"\d|\b[A-K]\b", part)]
+    prose = corrected[-1].strip(" ,:") if corrected else prose
     cues = [m.end() for m in CUE.finditer(prose) if m.end() < len(prose)]
     tail = prose[cues[-1]:] if cues else prose
     end = SENTENCE_END.search(tail, 1) if cues else None
@@ -215,9 +218,12 @@ def _last_box(text: str) -> str | None:
 
 # ----- notation: one spelling for what can be written in many ways
 
-SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "％": "%", "≈": "=", "≃": "=", "≤": r"\le ", "≥": r"\ge ", "π": r"\pi ",
-    "∞": r"\infty ", "∪": r"\cup ", "×": r"\times ", "·": r"\cdot ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
+LOWERED = str.maketrans(RAISED, "0123456789+-")
+SYMBOLS = str.maketrans({  # what Unicode's own compatibility forms leave as it is, or would spoil
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "⁄": "/", "º": "°", "掳": "°", "≈": "=", "≃": "=",
+    "≤": r"\le ", "≥": r"\ge ", "π": r"\pi ", "±": r"\pm ", "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in ",
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
 LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"(?:√|(?<![\\a-z])sqrt)\s*(?:(\d+|[a-z]\b)|\(([^()]*)\))?",
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}" if m[1] or m[2] else r"\sqrt"),
@@ -226,16 +232,24 @@ LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)", r"\\frac{\1}"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"\\mathrm\s*\{([a-zA-Z])\}", r"\1"),  # e, i, d: no units
 )]
+SCIENTIFIC = re.compile(r"(?:(?<=\d)\s*(?:\\times|\\cdot|[x*])\s*|(?<![\w.^}\\]))"
+                        r"10\s?\^\s?(?:\{\s?([-+]?\d{1,3})\s?\}|([-+]?\d{1,3}))(?![\d.])")
 NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
-    (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (SCIENTIFIC, lambda m: ("" if m[0][0] != "1" else "1") + "e" + (m[1] or m[2])),
+    (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"(\d)\s*(?=\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})", r"\1 "),
     (r"(?<![\w})^/])\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
-    (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|掳|º|\{?\bdegrees?\b\}?", ""),
-    (r"(\d)(?:\\[,;:! ]|\{,\}|[\u2009\u202f\xa0])(?=\d{3}(?!\d))", r"\1,"),
+    (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|\{?\bdegrees?\b\}?", ""),
+    (r"(\d)(?:\\[,;:! ]|,\\!|\{,\}|[\u2009\u202f\xa0])(?=\d{3}(?!\d))", r"\1,"),
+    (r"([-+]\s?)\\?\$(?=\d)", r"\1"),
     (r"\\(?:left|right|[,!;:()\[\] $])|[$*`~]|\\q?quad", " "),
     (r"\s?\\?%|\s(?:percent|per cent|pct)\b", "%"),
     (r"\\approx", "="),
+    (r"\\mu\s*", "μ"),
+    (r"\\Omega", "Ω"),
+    (r"\b(?:negative|minus)\s(?=\.?\d)", "-"),
     (r"\s\^", "^"),
     (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+)(?![\d,])",
      lambda m: re.sub(r"\D", "", m[1])),
@@ -243,21 +257,27 @@ NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
      lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),
 )]
 # what SYMBOLS, LATEX and NOTATION rewrite, in brief
-DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b")
-WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}
-COUNTS = re.compile(r"\b(?:" + "|".join(WORDS) + r")\b")
-NUMBER = re.compile(r"(?<![\w.])[-+]?\s?[€£¥]?"
-                    r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:e[-+]?\d{1,2})?(?:/\d{1,15})?(?![\d/])")
-UNIT = re.compile(r"(?:%|\s?(?:[cdkmµμ]?m|[km]?g|m?s|hr?|min|in|ft|yd|mi|lbs?|oz|m?[lL]"
-                  r"|[kM]?(?:[VWNJAT]|Ω|\\Omega)|[kMG]?Hz|k?Pa|K|C|F|mol"
-                  r"|[\u4e00-\u9fff]+)(?:\^?\{?[23]\}?|[²³])?"
-                  r"(?:/(?:s|hr?|min|kg|[cd]?m|mol|[lL])(?:\^?\{?[23]\}?|[²³])?)?"
-                  r"|(?:\s(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,}(?:\^?\{?[23]\}?|[²³])?){1,4})?")
+DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b|negative|minus")
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
+WORDS = {word: i for i, word in enumerate(ONES + "sixteen seventeen eighteen nineteen twenty".split())}
+COUNTS = re.compile(r"(?<!\d )\b(?:" + "|".join(WORDS) + r")\b")
+DIGITS = r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?(?![\d/])"
+NUMBER = re.compile(rf"(?<![\w.])(?:[-+]|(?<![\w)%] )[-+]\s)?[€£¥]?{DIGITS}", re.ASCII)  # "7 - 2" is no -2
+SCALES = {"%": Fraction(1, 100), "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+          "万": 10**4, "亿": 10**8}
+SCALE = re.compile(r"\s?(" + "|".join(SCALES) + r")(?![a-z])")
+UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:m|g|s|[lL]|V|W|N|J|A|T|F|H|C|K|Hz|Pa|Ω|mol|eV|Wh|cal)|hr?|in|ft|yd|mi|lbs?|oz"
+             r"|sq|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,})"
+             r"(?:\^?\{?-?[1-4]\}?)?")
+UNIT = re.compile(rf"(?:\s?{UNIT_NAME}(?:(?:\s?(?:/|\\cdot)\s?\(?|\.?\s){UNIT_NAME}){{,3}}\)?)?")
 PARTS = re.compile(r"[.!?](?:\s|$)|\n|[。，；]")
 STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|be|equals?))[:\s]+"
-                    rf"(?:an? |total |of |about |approximately |only |\W)*(?P<value>{NUMBER.pattern})")
+                    r"(?:an? |total |of |about |approximately |only |[^\w.+-])*"
+                    rf"(?P<value>(?:[-+]\s?)?[€£¥]?{DIGITS})")
 FORMULA = re.compile(r"[\\^*+=<>]|[\d)]\s?[-/(]\s?[\d(]|\d\s?[a-z]\b|\b(?:minus|plus|negative)\b")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
+REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)"
+                     r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
 REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
                      r"|without |no (?:information|option)|none of", re.IGNORECASE)
@@ -268,13 +288,22 @@ ASSIGNED = re.compile(r"^(?:[^=\d+*/<>^-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
 AXIS = re.compile(r"([xy])\s?=")
 
 
+def _spelled(text: str) -> str:
+    """Text with one sign for each thing, as ASCII and LaTeX: powers, full-width forms, roots, fractions."""
+    text = re.sub(rf"[{RAISED}]+", lambda m: "^{" + m[0].translate(LOWERED) + "}", text)
+    text = unicodedata.normalize("NFKC", text.translate(SYMBOLS))
+    for pattern, repl in LATEX:
+        text = pattern.sub(repl, text)
+    return text
+
+
 @functools.lru_cache(1024)  # golds and options come again with every response of a group
 def _plain(text: str) -> str:
     if DRESSED.search(text):
-        text = text.translate(SYMBOLS)
-        for pattern, repl in LATEX + NOTATION:
+        text = _spelled(text)
+        for pattern, repl in NOTATION:
             text = pattern.sub(repl, text)
-    text = " ".join(text.split()).lstrip(" ,:;\"'").rstrip(" .,:;\"'")
+    text = " ".join(text.split()).lstrip(" ,:;\"'").rstrip(" .,:;\"'。")
     return text if text[1:2].isdigit() else text.lstrip(" .,:;\"'")  # ".5" is a number
 
 
@@ -282,31 +311,40 @@ def _squeezed(text: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", text) if " " in text else text
 
 
+Value = tuple[Fraction, Fraction | int]  # a number as written, and the unit that % or "million" make of 1
+
+
 @functools.lru_cache(1024)
-def _value(text: str) -> tuple[Fraction, bool] | None:
-    """(value, written as a percentage) if a plain text is one number, perhaps with `x =` and a unit."""
+def _value(text: str) -> Value | None:
+    """The value of a plain text that is one number, perhaps with `x =` and a unit."""
     text = ASSIGNED.sub("", text)
     number = NUMBER.match(text)
-    return _read(number, text) if number and UNIT.fullmatch(text, number.end()) else None
+    if not number:
+        return None
+    unit = SCALE.match(text, number.end()) or number
+    return _read(number[0], text[number.end():]) if UNIT.fullmatch(text, unit.end()) else None
 
 
-def _only_value(text: str) -> tuple[Fraction, bool] | None:
+def _only_value(text: str) -> Value | None:
     """The number in a slot that says more than a number, if it holds exactly one and no formula."""
     plain = _plain(text)
     numbers = {m[0]: m for m in NUMBER.finditer(plain)}
     if len(numbers) != 1 or FORMULA.search(plain) or NEGATION.search(plain):
         return None
-    return _read(*numbers.values(), plain)
+    [number] = numbers.values()
+    return _read(number[0], plain[number.end():])
 
 
-def _read(number: re.Match, text: str) -> tuple[Fraction, bool] | None:
-    top, _, bottom = re.sub(r"[^\d./e+-]", "", number[0]).partition("/")
+def _read(number: str, rest: str) -> Value | None:
+    """The value of a number and what follows it; None if it divides by zero."""
+    top, _, bottom = re.sub(r"[^\d./eE+-]", "", number).partition("/")
     if bottom and not int(bottom):
         return None
-    return Fraction(top) / int(bottom) if bottom else Fraction(top), text.startswith("%", number.end())
+    scale = SCALE.match(rest)
+    return Fraction(top) / int(bottom or 1), SCALES[scale[1]] if scale else 1
 
 
-def _same_value(got: tuple[Fraction, bool], gold: tuple[Fraction, bool], precision: float | None) -> bool:
+def _same_value(got: Value, gold: Value, precision: float | None) -> bool:
     """Equal to the record's decimals, else six digits."""
     if precision is not None:
         tolerance = Fraction(1, 2 * 10 ** int(precision))
@@ -315,25 +353,26 @@ def _same_value(got: tuple[Fraction, bool], gold: tuple[Fraction, bool], precisi
     return any(abs(x - y) <= tolerance for x, y in _readings(got, gold))
 
 
-def _readings(got: tuple[Fraction, bool], gold: tuple[Fraction, bool]) -> tuple:
+def _readings(got: Value, gold: Value) -> list:
     """Pairs of values to compare: a percentage on one side only is that number or that ratio."""
-    (x, x_percent), (y, y_percent) = got, gold
-    ratio = 100 if x_percent != y_percent else 1
-    return (x, y), (x / ratio, y) if x_percent else (x, y / ratio)
+    (x, x_scale), (y, y_scale) = got, gold
+    as_written = [(x, y)] if x_scale == y_scale or 1 in (x_scale, y_scale) else []
+    return as_written + [(x * x_scale, y * y_scale)]
 
 
-def _conclusion(answer: str, prose: str) -> tuple[Fraction, bool] | None:
+def _conclusion(answer: str, prose: str) -> Value | None:
     """The number that prose commits to: first of its clause, else what its last sentence with one states."""
     if answer == prose and REFUSAL.search(prose[-300:]):
         return None
     clause = [] if answer == prose else [answer]
     for i, text in enumerate(clause + PARTS.split(prose)[::-1]):
         text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(text).rpartition("=")[2].lower())
+        text = REFUTED.sub(" ", text)
         numbers = list(NUMBER.finditer(text))
         stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
-        if numbers:
-            at = stated[-1].start("value") if stated else numbers[0 if i < len(clause) else -1].start()
-            return _read(NUMBER.match(text, at), text)
+        if stated or numbers:
+            number = stated[-1] if stated else numbers[0 if i < len(clause) else -1]
+            return _read(number[stated and "value" or 0], text[number.end():])
     return None
 
 
@@ -343,16 +382,23 @@ def accuracy(response: str, record: dict) -> float:
     """1.0 if the response's answer equals the record's, else 0.0. Hedged and unreadable answers are wrong.
 
     Boxes are right if each gold one has its own at an IoU of 0.5 or more and there are no others, a
-    distribution if the likeliest class is the gold's.
+    distribution if the likeliest class is the gold's. Of several golds (meta["accepted"]) any will do.
     """
     if record["answer_type"] in ANNOTATIONS:
         return float(ANNOTATIONS[record["answer_type"]](response, record))
     answer, prose = _find_answer(response)
-    return float(bool(answer) and GRADERS[record["answer_type"]](answer, prose, _gold(record), record))
+    if not answer:
+        return 0.0
+    grader = GRADERS[record["answer_type"]]
+    golds = [record["answer"], *(record.get("meta") or {}).get("accepted", [])]
+    return float(any(grader(answer, prose, _bare(gold), record) for gold in golds))
 
 
 def _gold(record: dict) -> str:
-    gold = record["answer"]
+    return _bare(record["answer"])
+
+
+def _bare(gold: str) -> str:
     if len(gold) > LONGEST or "<answer>" in gold or gold.count(r"\boxed") == 1:
         gold = _find_answer(gold)[0] or gold
     return gold
@@ -363,50 +409,66 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
     label = _labels(gold, choices)
     if not label:
         return _grade_text(answer, prose, gold, record)
+    if prose:
+        answer, prose = LISTING.sub("", answer), LISTING.sub("", prose)
     said = _labels(answer, choices) or prose and _label_in(answer, prose, choices, record.get("question", ""))
     return said == label
 
 
-def _labels(text: str, choices: list[str]) -> str:
-    """Option letters a short text names ("B", "(b) 3 cm", an option's text, "A, C" -> "AC"); "" if none."""
-    plain, folded = _plain(text), _fold(text)
-    label = LETTER.match(plain)
-    letter = (label[1] or label[2]).upper() if label else ""
-    if label and ord(letter) < 65 + (len(choices) or 26) and not HEDGE.match(plain, label.end()):
-        return letter
-    beside = BESIDE.fullmatch(folded)
-    same = [i for i, choice in enumerate(choices) if _squeezed(folded) == _squeezed(choice)
-            or beside and beside.groups() == (chr(97 + i), choice)]
-    same += _same_value_options(_value(folded), choices)
-    if same:
-        return chr(65 + same[0])
-    return "".join(sorted(set(re.findall("[A-K]", plain)))) if SEVERAL.fullmatch(plain) else ""
-
-
-def _same_value_options(got: tuple[Fraction, bool] | None, choices: list[str]) -> list[int]:
-    values = [_value(choice) for choice in choices]
-    return [i for i, value in enumerate(values) if got and value and _same_value(got, value, None)]
-
-
-LETTER = re.compile(r"(?:(?:option|choice)\s)?(?:[\[({]([A-Z])[\])}]|([A-Z])(?:$|[.:)?]))\s?", re.IGNORECASE)
-BESIDE = re.compile(r"([a-k])\W+(\S.*?)\)?")  # "B (4 cm)"
-SEVERAL = re.compile(r"\(?[A-K]\)?(?:(?:\s?(?:[,;&]|and\b)\s?|\s)?\(?[A-K]\)?)+")
-HEDGE = re.compile(r"or\b|and\b|/|,|\(?[A-K]\)?(?:[.:)]|$)"
-                   r"|.*\b(?:or \(?[A-K]\b|and (?:\([A-K]\)|[A-K][.:)]))")
+LETTER = re.compile(r"(?:(?i:option|choice|answer)s?\s|[选项]+)?[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])[\])}】]?"
+                    r"([\s.:)?-]*)(.*)")
+ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b|\n)\s?")
+SEVERAL = re.compile(r"\(?[A-K]\)?(?:\s?\(?[A-K]\)?)+")
+HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|/\s?)\(?[A-K]\)?(?![\w'])")
 LABELLED = re.compile(r"\(([A-K])\)|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b"
                       r"|\b(?i:option|choice|choose|select|pick) \W*([A-K])\b"
                       r"|\b([A-K]) is (?:the )?(?:correct|right)\b|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))"
+                      r"|\b(?:is|be|it's|leaves) \W*([A-K])(?=\W*$)"
                       r"|(?:选项|答案|是|选)\W*为?([A-K])")
 LISTING = re.compile(r"(?:(?:^|\n)[^\w\n]{,4}[A-Z][.):][^\n]{,200}){2,}"
                      r"|\(A\)[^\n]{,80}?\(B\)[^\n]{,80}?\(C\)[^\n]*")  # options repeated, not chosen from
+
+
+def _labels(text: str, choices: list[str]) -> str:
+    """Option letters a short text names ("B", "(b) 3 cm", an option's text, "A, C" -> "AC"); "" if none."""
+    plain = REFUTED.sub("", _plain(text)).strip(" ,.")
+    if one := _label(plain, choices):
+        return one
+    if SEVERAL.fullmatch(plain):
+        return "".join(sorted(set(re.findall("[A-K]", plain))))
+    items = [_label(item.strip(" \"'[]{}"), choices) for item in ITEMS.split(plain.strip("[]{}"))]
+    return "".join(sorted(set(items))) if all(items) else ""
+
+
+def _label(item: str, choices: list[str]) -> str:
+    """The option letter that a text names, by letter, text or both, if it names one; else ""."""
+    named = LETTER.fullmatch(item)
+    letter, gap, rest = named.groups() if named else ("", "", "")
+    at = ord(letter.upper()) - 65 if letter else -1
+    if 0 <= at < (len(choices) or 26) and not HEDGE.search(rest):
+        beside = at < len(choices) and _squeezed(_fold(rest).strip("()")) == _squeezed(choices[at])
+        if not rest or beside or re.search(r"[.:)?]", gap):
+            return letter.upper()
+    folded = _fold(item)
+    same = [i for i, choice in enumerate(choices) if _squeezed(folded) == _squeezed(choice)]
+    same += _same_value_options(_value(folded), choices)
+    return chr(65 + same[0]) if same else ""
+
+
+def _same_value_options(got: Value | None, choices: list[str]) -> list[int]:
+    values = [_value(choice) for choice in choices]
+    return [i for i, value in enumerate(values) if got and value and _same_value(got, value, None)]
 
 
 def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
     """Option letter that prose commits to: labelled in its clause, else the last label, else by its text."""
     last = 65 + (len(choices) or 11)
     for text in (answer, prose):
-        labels = [next(filter(None, m)).upper() for m in LABELLED.findall(LISTING.sub("", text))]
+        text = REFUTED.sub(" ", unicodedata.normalize("NFKC", text))
+        labels = [next(filter(None, m)).upper() for m in LABELLED.findall(text)]
         labels = [label for label in labels if ord(label) < last]
+        if text is not prose and answer != prose and HEDGE.search(text, 1):
+            return ""
         if labels:
             return labels[-1] if text is prose or len(set(labels)) == 1 else "?"
     if all(map(_value, choices)):
@@ -460,11 +522,48 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
     got_value = want_value and _number(answer, prose)
     if got_value:
         return _same_value(got_value, want_value, record.get("precision"))
-    return bool(record["answer_type"] == "math" or re.search(r"[\\^*]", got)) and _math_equal(answer, gold)
+    return bool(record["answer_type"] == "math" or re.search(r"[\\^*]", got)) and _same_formula(answer, gold)
 
 
-def _number(answer: str, prose: str) -> tuple[Fraction, bool] | None:
+def _number(answer: str, prose: str) -> Value | None:
     return _value(_plain(answer)) or (_conclusion(answer, prose) if prose else _only_value(answer))
+
+
+DERIVATIVE = re.compile(r"\\frac\s*\{\s*d|[a-z]'")
+LONE_LETTER = re.compile("[a-zA-Z]")
+INEQUALITY = re.compile(r"\\(?:leq?|geq?|lt|gt)(?![a-z])|<=|>=|[<>]")
+
+
+def _same_formula(answer: str, gold: str) -> bool:
+    """Equality of formulas: sides of an equation one by one, an inequality beside an interval as another."""
+    got, want = _spelled(answer), _spelled(gold)
+    (left, equals, got_right), (want_left, _, want_right) = got.partition("="), want.partition("=")
+    if equals and want_right and "=" not in got_right + want_right:
+        if _squeezed(_plain(left)) == _squeezed(_plain(want_left)):
+            return _grade_math(got_right, "", want_right, {"answer_type": "math"})
+        if DERIVATIVE.search(left + want_left):
+            return False
+    if bool(INEQUALITY.search(got)) != bool(INEQUALITY.search(want)):
+        got, want = _interval(got), _interval(want)
+    return _math_equal(got, want)
+
+
+def _interval(text: str) -> str:
+    r"""An inequality of one letter as the interval it is, "x \le 3" as "(-\infty,3]"; else the text."""
+    sides = [side.strip(" $") for side in INEQUALITY.split(text)]
+    signs = [sign.strip("\\")[0] for sign in INEQUALITY.findall(text)]
+    closed = [sign[-1] in "=eq" for sign in INEQUALITY.findall(text)]
+    if len(set(signs) & set("<l")) and len(set(signs) & set(">g")):
+        return text
+    if signs[:1] in ([">"], ["g"]):  # from the lesser side on
+        sides, closed = sides[::-1], closed[::-1]
+    if len(sides) == 2 and LONE_LETTER.fullmatch(sides[0]):
+        sides, closed = ["-\\infty", *sides], [False, *closed]
+    elif len(sides) == 2:
+        sides, closed = [*sides, "\\infty"], [*closed, False]
+    if len(sides) != 3 or not LONE_LETTER.fullmatch(sides[1]):
+        return text
+    return f"{'(['[closed[0]]}{sides[0]},{sides[2]}{')]'[closed[1]]}"
 
 
 def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:
