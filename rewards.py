@@ -160,7 +160,7 @@ CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|soluti
                  r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*"
                  r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n", re.IGNORECASE | re.MULTILINE)
 CORRECTION = re.compile(r"\b(?:wait|actually|correction|on second thought)\b", re.IGNORECASE)
-SENTENCE_END = re.compile(r"[.!?。](?=\s|$)|[。，；]|\n")
+SENTENCE_END = re.compile(r"(?<!\b[A-K])[.!?](?=\s|$)|[。；]|，(?!\d)|\n")
 LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)[\s:]*"
                    r"|^(?:答案|选项|结果|选)\s*[是为:：]*", re.IGNORECASE)
 
@@ -234,8 +234,14 @@ LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
     (r"\\mathrm\s*\{([a-zA-Z])\}", r"\1"),  # e, i, d: no units
 )]
+SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen""".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+WORDS = {word: i for i, word in enumerate(SMALL)} | {word: 10 * i for i, word in enumerate(TENS, 2)}
+COUNT = rf"(?:(?:{'|'.join(TENS)})(?:-(?:{'|'.join(SMALL[1:10])}))?|{'|'.join(SMALL[::-1])})\b"
+COUNTS = re.compile(r"(?<!\d )\b" + COUNT)
 SCIENTIFIC = re.compile(r"(?:(?<=\d)\s*(?:\\times|\\cdot|[x*])\s*|(?<![\w.^}\\]))"
-                        r"10\s?\^\s?(?:\{\s?([-+]?\d{1,3})\s?\}|([-+]?\d{1,3}))(?![\d.])")
+                        r"10\s?\^\s?(?:\{\s?([-+]?\d{1,3})\s?\}|([-+]?\d{1,3}))(?!\d|\.\d)")
 NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
     (SCIENTIFIC, lambda m: ("" if m[0][0] != "1" else "1") + "e" + (m[1] or m[2])),
     (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
@@ -249,7 +255,7 @@ NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\\approx", "="),
     (r"\\mu\s*", "μ"),
     (r"\\Omega", "Ω"),
-    (r"\b(?:negative|minus)\s(?=\.?\d)", "-"),
+    (r"\b(?:negative|minus)\s(?=\.?\d|" + COUNT + ")", "-"),
     (r"\s\^", "^"),
     (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+)(?![\d,])",
      lambda m: re.sub(r"\D", "", m[1])),
@@ -258,11 +264,8 @@ NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
 )]
 # what SYMBOLS, LATEX and NOTATION rewrite, in brief
 DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b|negative|minus")
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
-WORDS = {word: i for i, word in enumerate(ONES + "sixteen seventeen eighteen nineteen twenty".split())}
-COUNTS = re.compile(r"(?<!\d )\b(?:" + "|".join(WORDS) + r")\b")
-DIGITS = r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?(?![\d/])"
-NUMBER = re.compile(rf"(?<![\w.])(?:[-+]|(?<![\w)%] )[-+]\s)?[€£¥]?{DIGITS}", re.ASCII)  # "7 - 2" is no -2
+DIGITS = r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?(?![\d/]|\.\d|\s?\\(?:sqrt|pi|frac)|\^)"
+NUMBER = re.compile(rf"(?<![\w.{{^])(?:[-+]|(?<![\w)%] )[-+]\s)?[€£¥]?{DIGITS}", re.ASCII)  # "7 - 2" is no -2
 SCALES = {"%": Fraction(1, 100), "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
           "万": 10**4, "亿": 10**8}
 SCALE = re.compile(r"\s?(" + "|".join(SCALES) + r")(?![a-z])")
@@ -270,11 +273,11 @@ UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:m|g|s|[lL]|V|W|N|J|A|T|F|H|C|K|Hz|Pa|Ω|mol|e
              r"|sq|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,})"
              r"(?:\^?\{?-?[1-4]\}?)?")
 UNIT = re.compile(rf"(?:\s?{UNIT_NAME}(?:(?:\s?(?:/|\\cdot)\s?\(?|\.?\s){UNIT_NAME}){{,3}}\)?)?")
-PARTS = re.compile(r"[.!?](?:\s|$)|\n|[。，；]")
+PARTS = re.compile(r"[.!?](?:\s|$)|\n|[。；]|，(?!\d)")
 STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|be|equals?))[:\s]+"
                     r"(?:an? |total |of |about |approximately |only |[^\w.+-])*"
                     rf"(?P<value>(?:[-+]\s?)?[€£¥]?{DIGITS})")
-FORMULA = re.compile(r"[\\^*+=<>]|[\d)]\s?[-/(]\s?[\d(]|\d\s?[a-z]\b|\b(?:minus|plus|negative)\b")
+FORMULA = re.compile(r"[\\^*+=<>/|\d]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:minus|plus|negative)\b")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
 REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)"
                      r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
@@ -328,11 +331,11 @@ def _value(text: str) -> Value | None:
 def _only_value(text: str) -> Value | None:
     """The number in a slot that says more than a number, if it holds exactly one and no formula."""
     plain = _plain(text)
-    numbers = {m[0]: m for m in NUMBER.finditer(plain)}
-    if len(numbers) != 1 or FORMULA.search(plain) or NEGATION.search(plain):
+    number = NUMBER.search(plain)
+    if not number or NEGATION.search(plain):
         return None
-    [number] = numbers.values()
-    return _read(number[0], plain[number.end():])
+    around = plain[:number.start()] + "#" + plain[UNIT.match(plain, number.end()).end():]
+    return None if FORMULA.search(around) else _read(number[0], plain[number.end():])
 
 
 def _read(number: str, rest: str) -> Value | None:
@@ -360,13 +363,17 @@ def _readings(got: Value, gold: Value) -> list:
     return as_written + [(x * x_scale, y * y_scale)]
 
 
+def _counted(words: re.Match) -> str:
+    return str(sum(WORDS[word] for word in words[0].split("-")))
+
+
 def _conclusion(answer: str, prose: str) -> Value | None:
     """The number that prose commits to: first of its clause, else what its last sentence with one states."""
     if answer == prose and REFUSAL.search(prose[-300:]):
         return None
     clause = [] if answer == prose else [answer]
     for i, text in enumerate(clause + PARTS.split(prose)[::-1]):
-        text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(text).rpartition("=")[2].lower())
+        text = COUNTS.sub(_counted, _plain(text).rpartition("=")[2].lower())
         text = REFUTED.sub(" ", text)
         numbers = list(NUMBER.finditer(text))
         stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
@@ -416,16 +423,16 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
 
 
 LETTER = re.compile(r"(?:(?i:option|choice|answer)s?\s|[选项]+)?[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])[\])}】]?"
-                    r"([\s.:)?-]*)(.*)")
+                    r"((?:[\s.:)?]|-(?!\S))*)(.*)")
 ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b|\n)\s?")
 SEVERAL = re.compile(r"\(?[A-K]\)?(?:\s?\(?[A-K]\)?)+")
-HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|/\s?)\(?[A-K]\)?(?![\w'])")
+HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|[/,;、]\s?)\(?[A-K]\)?(?![\w'])")
 LABELLED = re.compile(r"\(([A-K])\)|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b"
                       r"|\b(?i:option|choice|choose|select|pick) \W*([A-K])\b"
                       r"|\b([A-K]) is (?:the )?(?:correct|right)\b|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))"
                       r"|\b(?:is|be|it's|leaves) \W*([A-K])(?=\W*$)"
                       r"|(?:选项|答案|是|选)\W*为?([A-K])")
-LISTING = re.compile(r"(?:(?:^|\n)[^\w\n]{,4}[A-Z][.):][^\n]{,200}){2,}"
+LISTING = re.compile(r"(?:^|\n)[^\w\n]{,4}A[.):][^\n]{,200}(?:\n[^\w\n]{,4}[B-Z][.):][^\n]{,200})+"
                      r"|\(A\)[^\n]{,80}?\(B\)[^\n]{,80}?\(C\)[^\n]*")  # options repeated, not chosen from
 
 
