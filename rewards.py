@@ -160,7 +160,7 @@ CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|soluti
                  r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*"
                  r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n", re.IGNORECASE | re.MULTILINE)
 CORRECTION = re.compile(r"\b(?:wait|actually|correction|on second thought)\b", re.IGNORECASE)
-SENTENCE_END = re.compile(r"(?<!\b[A-K])[.!?](?=\s|$)|[。；]|，(?!\d)|\n")
+SENTENCE_END = re.compile(r"(?<!\b[A-K])[.!?](?=\s|$)|[。；]|，(?!-?\d)|\n")
 LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)[\s:]*"
                    r"|^(?:答案|选项|结果|选)\s*[是为:：]*", re.IGNORECASE)
 
@@ -242,13 +242,13 @@ COUNT = rf"(?:(?:{'|'.join(TENS)})(?:-(?:{'|'.join(SMALL[1:10])}))?|{'|'.join(SM
 COUNTS = re.compile(r"(?<!\d )\b" + COUNT)
 SCIENTIFIC = re.compile(r"(?:(?<=\d)\s*(?:\\times|\\cdot|[x*])\s*|(?<![\w.^}\\]))"
                         r"10\s?\^\s?(?:\{\s?([-+]?\d{1,3})\s?\}|([-+]?\d{1,3}))(?!\d|\.\d)")
-NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
-    (SCIENTIFIC, lambda m: ("" if m[0][0] != "1" else "1") + "e" + (m[1] or m[2])),
+NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
+    (SCIENTIFIC.pattern, lambda m: ("" if m[0][0] != "1" else "1") + "e" + (m[1] or m[2])),
     (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"(\d)\s*(?=\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})", r"\1 "),
     (r"(?<![\w})^/])\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
     (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|\{?\bdegrees?\b\}?", ""),
-    (r"(\d)(?:\\[,;:! ]|,\\!|\{,\}|[\u2009\u202f\xa0])(?=\d{3}(?!\d))", r"\1,"),
+    (r"(\d)(?:\\[,;:! ]|,\\!|\{,\})(?=\d{3}(?!\d))", r"\1,"),
     (r"([-+]\s?)\\?\$(?=\d)", r"\1"),
     (r"\\(?:left|right|[,!;:()\[\] $])|[$*`~]|\\q?quad", " "),
     (r"\s?\\?%|\s(?:percent|per cent|pct)\b", "%"),
@@ -257,14 +257,14 @@ NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\\Omega", "Ω"),
     (r"\b(?:negative|minus)\s(?=\.?\d|" + COUNT + ")", "-"),
     (r"\s\^", "^"),
-    (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+)(?![\d,])",
+    (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+)(?!,?\d)",
      lambda m: re.sub(r"\D", "", m[1])),
     (r"(?<![\w./^])(\d{1,6}) (\d{1,6})/(\d{1,6})(?![\d/])",
      lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),
 )]
 # what SYMBOLS, LATEX and NOTATION rewrite, in brief
 DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b|negative|minus")
-DIGITS = r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?(?![\d/]|\.\d|\s?\\(?:sqrt|pi|frac)|\^)"
+DIGITS = r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?(?![\d/]|\.\d|\^|[xyzie]\b|\s?\\(?:sqrt|pi|frac)|\s?[-+]\s?(?:\\|\d*[a-z]\b))"
 NUMBER = re.compile(rf"(?<![\w.{{^])(?:[-+]|(?<![\w)%] )[-+]\s)?[€£¥]?{DIGITS}", re.ASCII)  # "7 - 2" is no -2
 SCALES = {"%": Fraction(1, 100), "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
           "万": 10**4, "亿": 10**8}
@@ -273,13 +273,13 @@ UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:m|g|s|[lL]|V|W|N|J|A|T|F|H|C|K|Hz|Pa|Ω|mol|e
              r"|sq|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,})"
              r"(?:\^?\{?-?[1-4]\}?)?")
 UNIT = re.compile(rf"(?:\s?{UNIT_NAME}(?:(?:\s?(?:/|\\cdot)\s?\(?|\.?\s){UNIT_NAME}){{,3}}\)?)?")
-PARTS = re.compile(r"[.!?](?:\s|$)|\n|[。；]|，(?!\d)")
+PARTS = re.compile(r"[.!?](?:\s|$)|\n|[。；]|，(?!-?\d)")
 STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|be|equals?))[:\s]+"
                     r"(?:an? |total |of |about |approximately |only |[^\w.+-])*"
                     rf"(?P<value>(?:[-+]\s?)?[€£¥]?{DIGITS})")
 FORMULA = re.compile(r"[\\^*+=<>/|\d]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:minus|plus|negative)\b")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
-REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)"
+REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)(?:,? but\b)?"
                      r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
 REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
@@ -481,7 +481,7 @@ def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str
     if all(map(_value, choices)):
         same = _same_value_options(_conclusion(answer, prose), choices)
         return chr(65 + same[0]) if same else ""
-    if REFUSAL.search(prose[-300:]):
+    if REFUSAL.search(prose[-300:]) and not any(map(REFUSAL.search, choices)):
         return ""
     parts = [_fold(part) for part in reversed(PARTS.split(prose))]
     for part in parts:
@@ -550,18 +550,19 @@ def _same_formula(answer: str, gold: str) -> bool:
             return _grade_math(got_right, "", want_right, {"answer_type": "math"})
         if DERIVATIVE.search(left + want_left):
             return False
-    if bool(INEQUALITY.search(got)) != bool(INEQUALITY.search(want)):
-        got, want = _interval(got), _interval(want)
+    (letter, as_interval), (want_letter, want_interval) = _interval(got), _interval(want)
+    if letter == want_letter != "" or not (INEQUALITY.search(got) and INEQUALITY.search(want)):
+        got, want = as_interval, want_interval
     return _math_equal(got, want)
 
 
-def _interval(text: str) -> str:
-    r"""An inequality of one letter as the interval it is, "x \le 3" as "(-\infty,3]"; else the text."""
+def _interval(text: str) -> tuple[str, str]:
+    r"""(x, the interval) that an inequality of one letter is, "x \le 3" as "(-\infty,3]"; else ("", text)."""
     sides = [side.strip(" $") for side in INEQUALITY.split(text)]
     signs = [sign.strip("\\")[0] for sign in INEQUALITY.findall(text)]
     closed = [sign[-1] in "=eq" for sign in INEQUALITY.findall(text)]
     if len(set(signs) & set("<l")) and len(set(signs) & set(">g")):
-        return text
+        return "", text
     if signs[:1] in ([">"], ["g"]):  # from the lesser side on
         sides, closed = sides[::-1], closed[::-1]
     if len(sides) == 2 and LONE_LETTER.fullmatch(sides[0]):
@@ -569,8 +570,8 @@ def _interval(text: str) -> str:
     elif len(sides) == 2:
         sides, closed = [*sides, "\\infty"], [*closed, False]
     if len(sides) != 3 or not LONE_LETTER.fullmatch(sides[1]):
-        return text
-    return f"{'(['[closed[0]]}{sides[0]},{sides[2]}{')]'[closed[1]]}"
+        return "", text
+    return sides[1], f"{'(['[closed[0]]}{sides[0]},{sides[2]}{')]'[closed[1]]}"
 
 
 def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:
