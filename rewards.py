@@ -234,12 +234,9 @@ LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
     (r"\\mathrm\s*\{([a-zA-Z])\}", r"\1"),  # e, i, d: no units
 )]
-SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen""".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-WORDS = {word: i for i, word in enumerate(SMALL)} | {word: 10 * i for i, word in enumerate(TENS, 2)}
-COUNT = rf"(?:(?:{'|'.join(TENS)})(?:-(?:{'|'.join(SMALL[1:10])}))?|{'|'.join(SMALL[::-1])})\b"
-COUNTS = re.compile(r"(?<!\d )\b" + COUNT)
+WORDS = {word: i for i, word in enumerate("""zero one two three four five six seven eight nine ten eleven twelve
+    thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
+COUNTS = re.compile(r"(?<!\d )\b(?:" + "|".join(WORDS) + r")\b")
 SCIENTIFIC = re.compile(r"(?:(?<=\d)\s*(?:\\times|\\cdot|[x*])\s*|(?<![\w.^}\\]))"
                         r"10\s?\^\s?(?:\{\s?([-+]?\d{1,3})\s?\}|([-+]?\d{1,3}))(?!\d|\.\d)")
 NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
@@ -255,7 +252,7 @@ NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
     (r"\\approx", "="),
     (r"\\mu\s*", "μ"),
     (r"\\Omega", "Ω"),
-    (r"\b(?:negative|minus)\s(?=\.?\d|" + COUNT + ")", "-"),
+    (r"\b(?:negative|minus)\s(?=\.?\d|" + COUNTS.pattern + ")", "-"),
     (r"\s\^", "^"),
     (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+)(?!,?\d)",
      lambda m: re.sub(r"\D", "", m[1])),
@@ -284,7 +281,6 @@ REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |ch
 REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
                      r"|without |no (?:information|option)|none of", re.IGNORECASE)
-UNDECIDED = re.compile(r"\b(?:whether|if|question|depends?|could|may|might)\b", re.IGNORECASE)
 ASSIGNED = re.compile(r"^(?:[^=\d+*/<>^-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
                       r"|^[\d\s.()]{1,20}(?:[-+*/]|\\times|\\cdot)(?:[\d\s+*/().-]|\\times|\\cdot){1,40}=\s?"
                       r"(?=[-.\d])|\s?=\s?[A-Za-z]$")
@@ -363,24 +359,26 @@ def _readings(got: Value, gold: Value) -> list:
     return as_written + [(x * x_scale, y * y_scale)]
 
 
-def _counted(words: re.Match) -> str:
-    return str(sum(WORDS[word] for word in words[0].split("-")))
+def _claims(answer: str, prose: str) -> list[str]:
+    """Where prose commits itself: the clause after its last cue, then its sentences from the last one on."""
+    clause = [] if answer == prose else ["is " + answer]
+    return [REFUTED.sub(" ", text) for text in clause + PARTS.split(prose)[::-1]]
+
+
+def _stated_value(claim: str) -> Value | None:
+    """The number that a sentence states ("there are 3", "is 3"), else its last one."""
+    text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(claim).rpartition("=")[2].lower())
+    stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
+    for number in stated[-1:] or list(NUMBER.finditer(text))[-1:]:
+        return _read(number[number.lastgroup or 0], text[number.end():])
+    return None
 
 
 def _conclusion(answer: str, prose: str) -> Value | None:
-    """The number that prose commits to: first of its clause, else what its last sentence with one states."""
+    """The number that prose commits to."""
     if answer == prose and REFUSAL.search(prose[-300:]):
         return None
-    clause = [] if answer == prose else [answer]
-    for i, text in enumerate(clause + PARTS.split(prose)[::-1]):
-        text = COUNTS.sub(_counted, _plain(text).rpartition("=")[2].lower())
-        text = REFUTED.sub(" ", text)
-        numbers = list(NUMBER.finditer(text))
-        stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
-        if stated or numbers:
-            number = stated[-1] if stated else numbers[0 if i < len(clause) else -1]
-            return _read(number[stated and "value" or 0], text[number.end():])
-    return None
+    return next(filter(None, map(_stated_value, _claims(answer, prose))), None)
 
 
 # ----- grading
@@ -398,14 +396,11 @@ def accuracy(response: str, record: dict) -> float:
         return 0.0
     grader = GRADERS[record["answer_type"]]
     golds = [record["answer"], *(record.get("meta") or {}).get("accepted", [])]
-    return float(any(grader(answer, prose, _bare(gold), record) for gold in golds))
+    return float(any(grader(answer, prose, _gold({"answer": gold}), record) for gold in golds))
 
 
 def _gold(record: dict) -> str:
-    return _bare(record["answer"])
-
-
-def _bare(gold: str) -> str:
+    gold = record["answer"]
     if len(gold) > LONGEST or "<answer>" in gold or gold.count(r"\boxed") == 1:
         gold = _find_answer(gold)[0] or gold
     return gold
@@ -418,7 +413,7 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
         return _grade_text(answer, prose, gold, record)
     if prose:
         answer, prose = LISTING.sub("", answer), LISTING.sub("", prose)
-    said = _labels(answer, choices) or prose and _label_in(answer, prose, choices, record.get("question", ""))
+    said = _labels(answer, choices) or prose and _label_in(answer, prose, choices)
     return said == label
 
 
@@ -467,48 +462,28 @@ def _same_value_options(got: Value | None, choices: list[str]) -> list[int]:
     return [i for i, value in enumerate(values) if got and value and _same_value(got, value, None)]
 
 
-def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
-    """Option letter that prose commits to: labelled in its clause, else the last label, else by its text."""
-    last = 65 + (len(choices) or 11)
-    for text in (answer, prose):
-        text = REFUTED.sub(" ", unicodedata.normalize("NFKC", text))
-        labels = [next(filter(None, m)).upper() for m in LABELLED.findall(text)]
-        labels = [label for label in labels if ord(label) < last]
-        if text is not prose and answer != prose and HEDGE.search(text, 1):
-            return ""
-        if labels:
-            return labels[-1] if text is prose or len(set(labels)) == 1 else "?"
+def _label_in(answer: str, prose: str, choices: list[str]) -> str:
+    """The option letter that prose commits to, by letter, else by its text."""
+    claims = _claims(answer, prose)
+    if answer != prose and HEDGE.search(answer, 1):
+        return ""
+    for claim in claims:
+        named = [m[m.lastindex].upper() for m in LABELLED.finditer(unicodedata.normalize("NFKC", claim))]
+        named = [letter for letter in named if ord(letter) - 65 < (len(choices) or 11)]
+        if named:
+            return named[-1]
     if all(map(_value, choices)):
         same = _same_value_options(_conclusion(answer, prose), choices)
         return chr(65 + same[0]) if same else ""
     if REFUSAL.search(prose[-300:]) and not any(map(REFUSAL.search, choices)):
         return ""
-    parts = [_fold(part) for part in reversed(PARTS.split(prose))]
-    for part in parts:
-        hits = [(m.start(), -len(choice), i) for i, choice in enumerate(choices) if choice in part
-                for m in re.finditer(rf"(?<![\w.]){re.escape(choice)}(?!\w|\.\d)", part)]
+    for claim in map(_fold, claims):
+        hits = [(m.start(), -len(choice), i) for i, choice in enumerate(choices)
+                for m in re.finditer(rf"(?<![\w.]){re.escape(choice)}(?!\w|\.\d)", claim)]
         if hits:
-            hedge = len({i for _, _, i in hits}) > 1 and re.search(r"\bor\b", part)
+            hedge = len({i for _, _, i in hits}) > 1 and re.search(r"\bor\b", claim)
             return "" if hedge else chr(65 + min(hits)[2])
-    if sorted(choices) == ["no", "yes"]:
-        asked = _content(question)
-        echoes = [(len(asked & _content(part)), -len(part), bool(NEGATION.search(part)))
-                  for part in parts if not UNDECIDED.search(part)]
-        echo, _, negated = max(echoes, default=(0, 0, False))
-        return chr(65 + choices.index("no" if negated else "yes")) if echo > len(asked) / 2 else ""
-    claims = [_content(part) for part in parts if not NEGATION.search(part)]
-    wanted = map(_content, choices)
-    stated = [i for i, words in enumerate(wanted) if words and any(words <= claim for claim in claims)]
-    return chr(65 + stated[0]) if len(stated) == 1 else ""
-
-
-def _content(text: str) -> set[str]:
-    """Beginnings of the words that carry a text's meaning."""
-    return {word.rstrip("s")[:6] for word in re.findall(r"\w+", text.lower()) if word not in FILLERS}
-
-
-FILLERS = set("a an the it they this that there its their is are was were be will would can could may to of"
-              " than in on at for by with as and or also has have does do".split())
+    return ""
 
 
 def _fold(text: str) -> str:

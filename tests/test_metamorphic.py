@@ -126,8 +126,7 @@ def test_a_unit_does_not_count(unit):
     assert not wrongly_graded(cases)
 
 
-@pytest.mark.parametrize("word, value", [("zero", 0), ("one", 1), ("three", 3), ("seven", 7), ("twelve", 12),
-                                         ("twenty", 20), ("twenty-five", 25)])
+@pytest.mark.parametrize("word, value", [("zero", 0), ("one", 1), ("three", 3), ("seven", 7), ("twelve", 12), ("twenty", 20)])
 def test_counts_in_words(word, value):
     forms = ["There are {} cubes.", "There are a total of {} chairs left.", "I count {} birds.", "The answer is {}."]
     cases = []
