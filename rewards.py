@@ -270,20 +270,17 @@ UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:m|g|s|[lL]|V|W|N|J|A|T|F|H|C|K|Hz|Pa|Ω|mol|e
              r"|sq|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,})"
              r"(?:\^?\{?-?[1-4]\}?)?")
 UNIT = re.compile(rf"(?:\s?{UNIT_NAME}(?:(?:\s?(?:/|\\cdot)\s?\(?|\.?\s){UNIT_NAME}){{,3}}\)?)?")
-PARTS = re.compile(r"[.!?](?:\s|$)|\n|[。；]|，(?!-?\d)")
 STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|be|equals?))[:\s]+"
                     r"(?:an? |total |of |about |approximately |only |[^\w.+-])*"
                     rf"(?P<value>(?:[-+]\s?)?[€£¥]?{DIGITS})")
-FORMULA = re.compile(r"[\\^*+=<>/|\d]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:minus|plus|negative)\b")
-NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
+FORMULA = re.compile(r"[\\^*+=<>/|\d]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|minus|plus)\b|n't")
 REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)(?:,? but\b)?"
                      r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
 REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
                      r"|without |no (?:information|option)|none of", re.IGNORECASE)
-ASSIGNED = re.compile(r"^(?:[^=\d+*/<>^-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
-                      r"|^[\d\s.()]{1,20}(?:[-+*/]|\\times|\\cdot)(?:[\d\s+*/().-]|\\times|\\cdot){1,40}=\s?"
-                      r"(?=[-.\d])|\s?=\s?[A-Za-z]$")
+ASSIGNED = re.compile(r"^(?:(?:[^=\d+*/<>^-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?|(?:[\d\s+*/().-]|\\times|\\cdot){3,60}=\s?(?=[-.\d]))"
+                      r"|\s?=\s?[A-Za-z]$")
 AXIS = re.compile(r"([xy])\s?=")
 
 
@@ -328,7 +325,7 @@ def _only_value(text: str) -> Value | None:
     """The number in a slot that says more than a number, if it holds exactly one and no formula."""
     plain = _plain(text)
     number = NUMBER.search(plain)
-    if not number or NEGATION.search(plain):
+    if not number or REFUSAL.search(plain):
         return None
     around = plain[:number.start()] + "#" + plain[UNIT.match(plain, number.end()).end():]
     return None if FORMULA.search(around) else _read(number[0], plain[number.end():])
@@ -362,23 +359,19 @@ def _readings(got: Value, gold: Value) -> list:
 def _claims(answer: str, prose: str) -> list[str]:
     """Where prose commits itself: the clause after its last cue, then its sentences from the last one on."""
     clause = [] if answer == prose else ["is " + answer]
-    return [REFUTED.sub(" ", text) for text in clause + PARTS.split(prose)[::-1]]
-
-
-def _stated_value(claim: str) -> Value | None:
-    """The number that a sentence states ("there are 3", "is 3"), else its last one."""
-    text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(claim).rpartition("=")[2].lower())
-    stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
-    for number in stated[-1:] or list(NUMBER.finditer(text))[-1:]:
-        return _read(number[number.lastgroup or 0], text[number.end():])
-    return None
+    return [REFUTED.sub(" ", text) for text in clause + SENTENCE_END.split(prose)[::-1]]
 
 
 def _conclusion(answer: str, prose: str) -> Value | None:
-    """The number that prose commits to."""
+    """The number that prose commits to: stated ("there are 3", "is 3"), else the last one of a sentence."""
     if answer == prose and REFUSAL.search(prose[-300:]):
         return None
-    return next(filter(None, map(_stated_value, _claims(answer, prose))), None)
+    for claim in _claims(answer, prose):
+        text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(claim).rpartition("=")[2].lower())
+        stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
+        for number in stated[-1:] or list(NUMBER.finditer(text))[-1:]:
+            return _read(number[number.lastgroup or 0], text[number.end():])
+    return None
 
 
 # ----- grading
@@ -419,9 +412,8 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
 
 LETTER = re.compile(r"(?:(?i:option|choice|answer)s?\s|[选项]+)?[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])[\])}】]?"
                     r"((?:[\s.:)?]|-(?!\S))*)(.*)")
-ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b|\n)\s?")
-SEVERAL = re.compile(r"\(?[A-K]\)?(?:\s?\(?[A-K]\)?)+")
-HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|[/,;、]\s?)\(?[A-K]\)?(?![\w'])")
+ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b)\s?|(?<=[A-K)])\s?(?=\(?[A-K](?![a-z]))")
+HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|[/,;、]\s?)\(?[A-K]\)?(?![\w']| [a-z])")
 LABELLED = re.compile(r"\(([A-K])\)|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b"
                       r"|\b(?i:option|choice|choose|select|pick) \W*([A-K])\b"
                       r"|\b([A-K]) is (?:the )?(?:correct|right)\b|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))"
@@ -434,55 +426,49 @@ LISTING = re.compile(r"(?:^|\n)[^\w\n]{,4}A[.):][^\n]{,200}(?:\n[^\w\n]{,4}[B-Z]
 def _labels(text: str, choices: list[str]) -> str:
     """Option letters a short text names ("B", "(b) 3 cm", an option's text, "A, C" -> "AC"); "" if none."""
     plain = REFUTED.sub("", _plain(text)).strip(" ,.")
-    if one := _label(plain, choices):
-        return one
-    if SEVERAL.fullmatch(plain):
-        return "".join(sorted(set(re.findall("[A-K]", plain))))
     items = [_label(item.strip(" \"'[]{}"), choices) for item in ITEMS.split(plain.strip("[]{}"))]
-    return "".join(sorted(set(items))) if all(items) else ""
+    several = "".join(sorted(set(items))) if all(items) else ""
+    return _label(plain, choices) or several
 
 
 def _label(item: str, choices: list[str]) -> str:
     """The option letter that a text names, by letter, text or both, if it names one; else ""."""
-    named = LETTER.fullmatch(item)
-    letter, gap, rest = named.groups() if named else ("", "", "")
-    at = ord(letter.upper()) - 65 if letter else -1
-    if 0 <= at < (len(choices) or 26) and not HEDGE.search(rest):
-        beside = at < len(choices) and _squeezed(_fold(rest).strip("()")) == _squeezed(choices[at])
-        if not rest or beside or re.search(r"[.:)?]", gap):
+    folded = [_squeezed(choice) for choice in choices]
+    if named := LETTER.fullmatch(item):
+        letter, gap, rest = named.groups()
+        at = ord(letter.upper()) - 65
+        beside = not rest or folded[at:at + 1] == [_squeezed(_fold(rest).strip("()"))]
+        if at < (len(choices) or 26) and (beside or re.search(r"[.:)?]", gap)) and not HEDGE.search(rest):
             return letter.upper()
-    folded = _fold(item)
-    same = [i for i, choice in enumerate(choices) if _squeezed(folded) == _squeezed(choice)]
-    same += _same_value_options(_value(folded), choices)
-    return chr(65 + same[0]) if same else ""
+    said = _squeezed(_fold(item))
+    return chr(65 + folded.index(said)) if said in folded else _by_value(_value(_fold(item)), choices)
 
 
-def _same_value_options(got: Value | None, choices: list[str]) -> list[int]:
-    values = [_value(choice) for choice in choices]
-    return [i for i, value in enumerate(values) if got and value and _same_value(got, value, None)]
+def _by_value(got: Value | None, choices: list[str]) -> str:
+    for i, value in enumerate(map(_value, choices)):
+        if got and value and _same_value(got, value, None):
+            return chr(65 + i)
+    return ""
 
 
 def _label_in(answer: str, prose: str, choices: list[str]) -> str:
-    """The option letter that prose commits to, by letter, else by its text."""
+    """The option letter that prose commits to, by letter, else by its value or text."""
     claims = _claims(answer, prose)
     if answer != prose and HEDGE.search(answer, 1):
         return ""
     for claim in claims:
-        named = [m[m.lastindex].upper() for m in LABELLED.finditer(unicodedata.normalize("NFKC", claim))]
-        named = [letter for letter in named if ord(letter) - 65 < (len(choices) or 11)]
-        if named:
+        named = [m[m.lastindex] for m in LABELLED.finditer(unicodedata.normalize("NFKC", claim))]
+        if named and ord(named[-1]) - 65 < (len(choices) or 11):
             return named[-1]
     if all(map(_value, choices)):
-        same = _same_value_options(_conclusion(answer, prose), choices)
-        return chr(65 + same[0]) if same else ""
+        return _by_value(_conclusion(answer, prose), choices)
     if REFUSAL.search(prose[-300:]) and not any(map(REFUSAL.search, choices)):
         return ""
+    texts = "|".join(sorted(map(re.escape, filter(None, choices)), key=len, reverse=True))
     for claim in map(_fold, claims):
-        hits = [(m.start(), -len(choice), i) for i, choice in enumerate(choices)
-                for m in re.finditer(rf"(?<![\w.]){re.escape(choice)}(?!\w|\.\d)", claim)]
-        if hits:
-            hedge = len({i for _, _, i in hits}) > 1 and re.search(r"\bor\b", claim)
-            return "" if hedge else chr(65 + min(hits)[2])
+        if hits := re.findall(rf"(?<![\w.])(?:{texts})(?!\w|\.\d)", claim):
+            hedge = len(set(hits)) > 1 and " or " in claim
+            return "" if hedge else chr(65 + choices.index(hits[0]))
     return ""
 
 
@@ -511,42 +497,23 @@ def _number(answer: str, prose: str) -> Value | None:
     return _value(_plain(answer)) or (_conclusion(answer, prose) if prose else _only_value(answer))
 
 
-DERIVATIVE = re.compile(r"\\frac\s*\{\s*d|[a-z]'")
-LONE_LETTER = re.compile("[a-zA-Z]")
-INEQUALITY = re.compile(r"\\(?:leq?|geq?|lt|gt)(?![a-z])|<=|>=|[<>]")
+INEQUALITY = re.compile(r"\\(?:leq?|geq?|lt|gt)(?![a-z])|[<>]")
 
 
 def _same_formula(answer: str, gold: str) -> bool:
-    """Equality of formulas: sides of an equation one by one, an inequality beside an interval as another."""
+    """Equality of formulas; of equations with the same left side, that of their right sides."""
     got, want = _spelled(answer), _spelled(gold)
-    (left, equals, got_right), (want_left, _, want_right) = got.partition("="), want.partition("=")
-    if equals and want_right and "=" not in got_right + want_right:
+    if stated := re.search(r"\bis ([^a-z].*|[a-z]\b.*)", got):
+        return _grade_math(stated[1], "", want, {"answer_type": "math"})
+    (left, _, right), (want_left, _, want_right) = got.partition("="), want.partition("=")
+    if right and want_right and "=" not in right + want_right:
         if _squeezed(_plain(left)) == _squeezed(_plain(want_left)):
-            return _grade_math(got_right, "", want_right, {"answer_type": "math"})
-        if DERIVATIVE.search(left + want_left):
-            return False
-    (letter, as_interval), (want_letter, want_interval) = _interval(got), _interval(want)
-    if letter == want_letter != "" or not (INEQUALITY.search(got) and INEQUALITY.search(want)):
-        got, want = as_interval, want_interval
+            return _grade_math(right, "", want_right, {"answer_type": "math"})
+        if re.search(r"\\frac\s*\{d|'", left + want_left):
+            return False  # derivatives are not to be solved for
+    if INEQUALITY.search(got) and not INEQUALITY.search(want):
+        got, want = want, got  # math-verify takes an interval for the answer to an inequality, not vice versa
     return _math_equal(got, want)
-
-
-def _interval(text: str) -> tuple[str, str]:
-    r"""(x, the interval) that an inequality of one letter is, "x \le 3" as "(-\infty,3]"; else ("", text)."""
-    sides = [side.strip(" $") for side in INEQUALITY.split(text)]
-    signs = [sign.strip("\\")[0] for sign in INEQUALITY.findall(text)]
-    closed = [sign[-1] in "=eq" for sign in INEQUALITY.findall(text)]
-    if len(set(signs) & set("<l")) and len(set(signs) & set(">g")):
-        return "", text
-    if signs[:1] in ([">"], ["g"]):  # from the lesser side on
-        sides, closed = sides[::-1], closed[::-1]
-    if len(sides) == 2 and LONE_LETTER.fullmatch(sides[0]):
-        sides, closed = ["-\\infty", *sides], [False, *closed]
-    elif len(sides) == 2:
-        sides, closed = [*sides, "\\infty"], [*closed, False]
-    if len(sides) != 3 or not LONE_LETTER.fullmatch(sides[1]):
-        return "", text
-    return sides[1], f"{'(['[closed[0]]}{sides[0]},{sides[2]}{')]'[closed[1]]}"
 
 
 def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:
