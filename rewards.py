@@ -276,12 +276,13 @@ STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|
 FORMULA = re.compile(r"[\\^*+=<>/|\d]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|minus|plus)\b|n't")
 REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)(?:,? but\b)?"
                      r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
+NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
+UNDECIDED = re.compile(r"\b(?:whether|if|question|depends?|could|may|might)\b", re.IGNORECASE)
 REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
                      r"|without |no (?:information|option)|none of", re.IGNORECASE)
 ASSIGNED = re.compile(r"^(?:(?:[^=\d+*/<>^-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?|(?:[\d\s+*/().-]|\\times|\\cdot){3,60}=\s?(?=[-.\d]))"
                       r"|\s?=\s?[A-Za-z]$")
-AXIS = re.compile(r"([xy])\s?=")
 
 
 def _spelled(text: str) -> str:
@@ -406,7 +407,7 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
         return _grade_text(answer, prose, gold, record)
     if prose:
         answer, prose = LISTING.sub("", answer), LISTING.sub("", prose)
-    said = _labels(answer, choices) or prose and _label_in(answer, prose, choices)
+    said = _labels(answer, choices) or prose and _label_in(answer, prose, choices, record.get("question", ""))
     return said == label
 
 
@@ -451,7 +452,7 @@ def _by_value(got: Value | None, choices: list[str]) -> str:
     return ""
 
 
-def _label_in(answer: str, prose: str, choices: list[str]) -> str:
+def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
     """The option letter that prose commits to, by letter, else by its value or text."""
     claims = _claims(answer, prose)
     if answer != prose and HEDGE.search(answer, 1):
@@ -469,7 +470,23 @@ def _label_in(answer: str, prose: str, choices: list[str]) -> str:
         if hits := re.findall(rf"(?<![\w.])(?:{texts})(?!\w|\.\d)", claim):
             hedge = len(set(hits)) > 1 and " or " in claim
             return "" if hedge else chr(65 + choices.index(hits[0]))
-    return ""
+    told = [(_content(claim), bool(NEGATION.search(claim))) for claim in claims if not UNDECIDED.search(claim)]
+    if sorted(choices) == ["no", "yes"]:  # a sentence in the question's words
+        asked = _content(question)
+        echo, negated = max(((len(asked & words), negated) for words, negated in told), default=(0, False))
+        return chr(65 + choices.index("no" if negated else "yes")) if echo > len(asked) / 2 else ""
+    stated = [i for i, choice in enumerate(choices)
+              if any(_content(choice) <= words for words, negated in told if not negated)]
+    return chr(65 + stated[0]) if len(stated) == 1 else ""
+
+
+def _content(text: str) -> set[str]:
+    """Beginnings of the words that carry a text's meaning."""
+    return {word.rstrip("s")[:6] for word in re.findall(r"\w+", text.lower()) if word not in FILLERS}
+
+
+FILLERS = set("a an the it they this that there its their is are was were be will would can could may to of"
+              " than in on at for by with as and or also has have does do".split())
 
 
 def _fold(text: str) -> str:
@@ -483,13 +500,14 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
     got, want = _plain(answer), _plain(gold)
     if _squeezed(got) == _squeezed(want):
         return True
-    axes = {m[1] for m in map(AXIS.match, (got, want)) if m}
-    if len(axes) == 2:
+    if "=" in got and "=" in want and {got[0], want[0]} == {"x", "y"}:
         return False  # x = 5 and y = 5 are two lines
     want_value = _value(want)
     got_value = want_value and _number(answer, prose)
     if got_value:
         return _same_value(got_value, want_value, record.get("precision"))
+    if prose and REFUSAL.search(prose[-300:]):
+        return False
     return bool(record["answer_type"] == "math" or re.search(r"[\\^*]", got)) and _same_formula(answer, gold)
 
 

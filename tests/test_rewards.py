@@ -275,8 +275,12 @@ def test_choice_beside_its_text(answer, verdict):
     ("Hence B is correct.", "B", ["3", "4"], 1), ("Option B fits.", "B", ["3", "4"], 1),
     ("因此,选B。", "B", ["3", "4"], 1),
     ("(A) 3\n(B) 4", "B", ["3", "4"], 0), ("(A) 3 (B) 4 (C) 5", "C", ["3", "4", "5"], 0),
+    ("Then the tuna population would likely increase.", "A", ["The tuna will increase",
+     "The mice will die"], 1),
     ("The tuna would increase. The mice would die.", "A", ["The tuna will increase", "The mice will die"], 0),
     ("It could be the sun or the moon.", "A", ["sun", "moon"], 0),
+    ("The moon is larger than the sun.", "A", ["yes", "no"], 1),
+    ("The moon is not larger.", "B", ["yes", "no"], 1),
     ("It may be yes or no.", "A", ["yes", "no"], 0), ("I like trees.", "A", ["yes", "no"], 0),
     ("I do not know.", "B", ["yes", "no"], 0),
 ])
