@@ -158,11 +158,11 @@ BOX_GLUE = re.compile(r"(?:[\s$]|\\[()]|\\q?quad)*"
                       r"(?:[,;]|\\text\{[^{}]{,40}\}|and\b)(?:[\s$,]|and\b|\\[()]|\\q?quad)*")
 CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
                  r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*"
-                 r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n", re.IGNORECASE | re.MULTILINE)
+                 r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n", re.IGNORECASE + re.MULTILINE)
 CORRECTION = re.compile(r"\b(?:wait|actually|correction|on second thought)\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<!\b[A-K])[.!?](?=\s|$)|[。；]|，(?!-?\d)|\n")
 LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)[\s:]*"
-                   r"|^(?:答案|选项|结果|选)\s*[是为:：]*", re.IGNORECASE)
+                   r"|^【?(?:答案|选项|结果|选)[】\s]*[是为:：]*", re.IGNORECASE)
 
 
 def extract_answer(response: str) -> str | None:
@@ -234,8 +234,8 @@ LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
     (r"\\mathrm\s*\{([a-zA-Z])\}", r"\1"),  # e, i, d: no units
 )]
-WORDS = {word: i for i, word in enumerate("""zero one two three four five six seven eight nine ten eleven twelve
-    thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
+WORDS = {word: i for i, word in enumerate("""zero one two three four five six seven eight nine ten eleven
+    twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
 COUNTS = re.compile(r"(?<!\d )\b(?:" + "|".join(WORDS) + r")\b")
 SCIENTIFIC = re.compile(r"(?:(?<=\d)\s*(?:\\times|\\cdot|[x*])\s*|(?<![\w.^}\\]))"
                         r"10\s?\^\s?(?:\{\s?([-+]?\d{1,3})\s?\}|([-+]?\d{1,3}))(?!\d|\.\d)")
@@ -260,28 +260,34 @@ NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
      lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),
 )]
 # what SYMBOLS, LATEX and NOTATION rewrite, in brief
-DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b|negative|minus")
-DIGITS = r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?(?![\d/]|\.\d|\^|[xyzie]\b|\s?\\(?:sqrt|pi|frac)|\s?[-+]\s?(?:\\|\d*[a-z]\b))"
-NUMBER = re.compile(rf"(?<![\w.{{^])(?:[-+]|(?<![\w)%] )[-+]\s)?[€£¥]?{DIGITS}", re.ASCII)  # "7 - 2" is no -2
+DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b|negat|minus")
+# a number that no longer number or formula goes on from, such as 2\sqrt{3}, 2x, 2+3i or 10:30
+DIGITS = (r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?"
+          r"(?![\d/]|[.:]\d|\^|[xyzie]\b|\s?\\(?:sqrt|pi|frac)|\s?[-+]\s?(?:\\|\d*[a-z]\b))")
+SIGN = r"(?:[-+]|(?<![\w)%] )[-+]\s)?"  # there is none in "7 - 2"
+NUMBER = re.compile(rf"(?<![\w.{{^])(?<!\d:){SIGN}[€£¥]?{DIGITS}", re.ASCII)
 SCALES = {"%": Fraction(1, 100), "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
           "万": 10**4, "亿": 10**8}
 SCALE = re.compile(r"\s?(" + "|".join(SCALES) + r")(?![a-z])")
-UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:m|g|s|[lL]|V|W|N|J|A|T|F|H|C|K|Hz|Pa|Ω|mol|eV|Wh|cal)|hr?|in|ft|yd|mi|lbs?|oz"
-             r"|sq|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,})"
-             r"(?:\^?\{?-?[1-4]\}?)?")
+UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|hr?|in|ft|sq|yd|mi|lbs?|oz"
+             r"|ha|atm|rad|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,})"
+             r"(?:\^?\{?-?[1-4]\}?)?(?![A-Za-z])")
 UNIT = re.compile(rf"(?:\s?{UNIT_NAME}(?:(?:\s?(?:/|\\cdot)\s?\(?|\.?\s){UNIT_NAME}){{,3}}\)?)?")
 STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|be|equals?))[:\s]+"
                     r"(?:an? |total |of |about |approximately |only |[^\w.+-])*"
                     rf"(?P<value>(?:[-+]\s?)?[€£¥]?{DIGITS})")
-FORMULA = re.compile(r"[\\^*+=<>/|\d]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|minus|plus)\b|n't")
-REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)(?:,? but\b)?"
+# what makes a formula or a hedge of the words around a number
+FORMULA = re.compile(r"[\\^*+=<>/|\d]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|minus|plus)\b")
+REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?"
+                     r"(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)(?:,? but\b)?"
                      r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
 UNDECIDED = re.compile(r"\b(?:whether|if|question|depends?|could|may|might)\b", re.IGNORECASE)
 REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
                      r"|without |no (?:information|option)|none of", re.IGNORECASE)
-ASSIGNED = re.compile(r"^(?:(?:[^=\d+*/<>^-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?|(?:[\d\s+*/().-]|\\times|\\cdot){3,60}=\s?(?=[-.\d]))"
+ASSIGNED = re.compile(r"^(?:(?:[^=\d+*/<>^!-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
+                      r"|(?:[\d\s+*/().-]|\\times|\\cdot){3,60}=\s?(?=[-.\d]))"
                       r"|\s?=\s?[A-Za-z]$")
 
 
@@ -312,24 +318,19 @@ Value = tuple[Fraction, Fraction | int]  # a number as written, and the unit tha
 
 
 @functools.lru_cache(1024)
-def _value(text: str) -> Value | None:
-    """The value of a plain text that is one number, perhaps with `x =` and a unit."""
+def _value(text: str, alone: bool = True) -> Value | None:
+    """The value of a plain text that is one number, perhaps with `x =` and a unit, or if not `alone` has one.
+
+    Then the rest may be words, but no second number, formula or refusal.
+    """
     text = ASSIGNED.sub("", text)
-    number = NUMBER.match(text)
+    number = NUMBER.match(text) if alone else NUMBER.search(text)
     if not number:
         return None
-    unit = SCALE.match(text, number.end()) or number
-    return _read(number[0], text[number.end():]) if UNIT.fullmatch(text, unit.end()) else None
-
-
-def _only_value(text: str) -> Value | None:
-    """The number in a slot that says more than a number, if it holds exactly one and no formula."""
-    plain = _plain(text)
-    number = NUMBER.search(plain)
-    if not number or REFUSAL.search(plain):
-        return None
-    around = plain[:number.start()] + "#" + plain[UNIT.match(plain, number.end()).end():]
-    return None if FORMULA.search(around) else _read(number[0], plain[number.end():])
+    end = (SCALE.match(text, number.end()) or number).end()
+    around = text[:number.start()] + "#" + text[UNIT.match(text, end).end():]
+    fits = UNIT.fullmatch(text, end) if alone else not (FORMULA.search(around) or REFUSAL.search(around))
+    return _read(number[0], text[number.end():]) if fits else None
 
 
 def _read(number: str, rest: str) -> Value | None:
@@ -411,11 +412,12 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
     return said == label
 
 
-LETTER = re.compile(r"(?:(?i:option|choice|answer)s?\s|[选项]+)?[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])[\])}】]?"
-                    r"((?:[\s.:)?]|-(?!\S))*)(.*)")
+LETTER = re.compile(r"(?:(?i:option|choice|answer)s?\s|[选项]+)?"
+                    r"[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])[\])}】]?((?:[\s.:)?]|-(?!\S))*)(.*)")
 ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b)\s?|(?<=[A-K)])\s?(?=\(?[A-K](?![a-z]))")
 HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|[/,;、]\s?)\(?[A-K]\)?(?![\w']| [a-z])")
-LABELLED = re.compile(r"\(([A-K])\)|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b"
+LABELLED = re.compile(r"\(([A-K])\)"
+                      r"|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}?(?: is:?|:) \W*([A-K])\b"
                       r"|\b(?i:option|choice|choose|select|pick) \W*([A-K])\b"
                       r"|\b([A-K]) is (?:the )?(?:correct|right)\b|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))"
                       r"|\b(?:is|be|it's|leaves) \W*([A-K])(?=\W*$)"
@@ -470,7 +472,8 @@ def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str
         if hits := re.findall(rf"(?<![\w.])(?:{texts})(?!\w|\.\d)", claim):
             hedge = len(set(hits)) > 1 and " or " in claim
             return "" if hedge else chr(65 + choices.index(hits[0]))
-    told = [(_content(claim), bool(NEGATION.search(claim))) for claim in claims if not UNDECIDED.search(claim)]
+    told = [(_content(claim), bool(NEGATION.search(claim)))
+            for claim in claims if not UNDECIDED.search(claim)]
     if sorted(choices) == ["no", "yes"]:  # a sentence in the question's words
         asked = _content(question)
         echo, negated = max(((len(asked & words), negated) for words, negated in told), default=(0, False))
@@ -512,7 +515,8 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
 
 
 def _number(answer: str, prose: str) -> Value | None:
-    return _value(_plain(answer)) or (_conclusion(answer, prose) if prose else _only_value(answer))
+    plain = _plain(answer)
+    return _value(plain) or (_conclusion(answer, prose) if prose else _value(plain, alone=False))
 
 
 INEQUALITY = re.compile(r"\\(?:leq?|geq?|lt|gt)(?![a-z])|[<>]")
@@ -526,9 +530,11 @@ def _same_formula(answer: str, gold: str) -> bool:
     (left, _, right), (want_left, _, want_right) = got.partition("="), want.partition("=")
     if right and want_right and "=" not in right + want_right:
         if _squeezed(_plain(left)) == _squeezed(_plain(want_left)):
-            return _grade_math(right, "", want_right, {"answer_type": "math"})
+            return _grade_math(re.sub(r"\\[)\]]|\$", "", right), "", want_right, {"answer_type": "math"})
         if re.search(r"\\frac\s*\{d|'", left + want_left):
             return False  # derivatives are not to be solved for
+    elif (got + want).count("=") == 1:
+        got, want = ASSIGNED.sub("", got), ASSIGNED.sub("", want)
     if INEQUALITY.search(got) and not INEQUALITY.search(want):
         got, want = want, got  # math-verify takes an interval for the answer to an inequality, not vice versa
     return _math_equal(got, want)

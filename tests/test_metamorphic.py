@@ -32,8 +32,10 @@ SLOTS = ["<answer>{}</answer>", "<think>9?</think>\n<answer> {} </answer>", "<an
          "<answer>\\({}\\)</answer>", "<answer>The answer is {}.</answer>", "<answer>Answer: {}</answer>",
          "<answer>答案是{}</answer>", "<answer>答案：{}。</answer>", "\\boxed{{{}}}", "So $\\boxed{{{}}}$.",
          "\\[ \\boxed{{ {} }} \\]", "<answer>\\boxed{{{}}}</answer>", "\\boxed{{1}} no, \\boxed{{{}}}"]
-CUES = ["The answer is {}.", "The answer is: {}", "The final answer is ${}$.", "Final answer: {}", "Answer: {}",
-        "**Answer:** {}", "**Answer: {}**", "The answer is **{}**.", "So the result is {}. I hope this helps!",
+CUES = ["The answer is {}.", "The answer is: {}", "The final answer is ${}$.", "Final answer: {}",
+        "Answer: {}",
+        "**Answer:** {}", "**Answer: {}**", "The answer is **{}**.",
+        "So the result is {}. I hope this helps!",
         "The answer is 8. Wait, that is wrong. The answer is {}.", "答案是{}", "答案：{}。", "所以，答案为 {}。",
         "First take 8, then 9.\n\nTherefore, the answer is {}.", "Hence, the final answer is\n{}"]
 
@@ -42,7 +44,8 @@ CUES = ["The answer is {}.", "The answer is: {}", "The final answer is ${}$.", "
 STATEMENTS = [
     "The slope is {}.", "So the temperature is {}.", "the total equals {}", "It is equal to {}.",
     "There were {} of them", "The value of f(8) is {}.", "Therefore, x = {}.", "Hence $x = {}$", "x={}",
-    "So $k$ is ${}$.", "The change was **{}**.", "It is about {}.", "It is approximately {}.", "It would be {}.",
+    "So $k$ is ${}$.", "The change was **{}**.", "It is about {}.", "It is approximately {}.",
+    "It would be {}.",
     "The result of the subtraction is: {}", "8 - 9 + 4 = {}", "Adding 8 and 9, we get {}.", "We obtain {}",
     "There are 8 rows. Thus the sum is {}.", "8 + 9\n= {}", "- 8 of one kind\n- 9 of another\nThe sum is {}.",
     "This gives {}.", "It is {}, not 8.", "It is not 8 but {}.", "The sum is 8. Actually, it is {}.",
@@ -83,7 +86,8 @@ def test_a_slot_may_say_more_than_a_number(slot, inner):
 
 
 SMALL_AND_LARGE = {
-    "3 \\times 10^8": (["3e8", "3E8", "3.0×10^8", "3.0 x 10^8", "3×10⁸", "3\\cdot 10^{8}", "300,000,000", "3.0*10^8"],
+    "3 \\times 10^8": (["3e8", "3E8", "3.0×10^8", "3.0 x 10^8", "3×10⁸", "3\\cdot 10^{8}", "300,000,000",
+                        "3.0*10^8"],
                        ["3e7", "-3e8", "3\\times10^{-8}", "4×10⁸", "3", "300"]),
     "4.5e-3": (["4.5\\times10^{-3}", "0.0045", "4.5 × 10⁻³", "4.5 \\times 10^{ -3 }"],
                ["4.5e-2", "0.045", "-4.5e-3", "4.6e-3", "4.5", "0"]),
@@ -126,13 +130,18 @@ def test_a_unit_does_not_count(unit):
     assert not wrongly_graded(cases)
 
 
-@pytest.mark.parametrize("word, value", [("zero", 0), ("one", 1), ("three", 3), ("seven", 7), ("twelve", 12), ("twenty", 20)])
+@pytest.mark.parametrize("word, value", [("zero", 0), ("one", 1), ("three", 3), ("seven", 7), ("twelve",
+                                                                                               12),
+                                                                                               ("twenty",
+                                                                                                20)])
 def test_counts_in_words(word, value):
-    forms = ["There are {} cubes.", "There are a total of {} chairs left.", "I count {} birds.", "The answer is {}."]
+    forms = ["There are {} cubes.", "There are a total of {} chairs left.", "I count {} birds.",
+             "The answer is {}."]
     cases = []
     for form in forms:
         cases.append((form.format(word), str(value), "number", {}, 1))
-        cases += [(form.format(word), str(other), "number", {}, 0) for other in (value + 1, value + 10, value + 2)]
+        cases += [(form.format(word), str(other), "number", {}, 0) for other in (value + 1, value + 10,
+                                                                                 value + 2)]
         cases.append((form.format("minus " + word), str(-value), "number", {}, 1))
     assert not wrongly_graded(cases)
 
@@ -144,7 +153,8 @@ def test_counts_in_words(word, value):
     ("<answer>1.2 million</answer>", "1.2 billion", 0), ("<answer>3万</answer>", "30000", 1),
     ("The loss is -$450.", "-450", 1), ("The loss is -$450.", "450", 0), ("It would be negative 8.", "-8", 1),
     ("7 minus 2 is 5", "5", 1), ("7 - 2", "-2", 0), ("<answer>7 - 2</answer>", "-2", 0),
-    ("<answer>3 or -3</answer>", "-3", 0), ("<answer>-3, 3</answer>", "-3", 0), ("<answer>not -3</answer>", "-3", 0),
+    ("<answer>3 or -3</answer>", "-3", 0), ("<answer>-3, 3</answer>", "-3", 0), ("<answer>not -3</answer>",
+                                                                                 "-3", 0),
 ])
 def test_numbers_and_what_is_around_them(response, gold, verdict):
     assert graded(response, gold, "number") == verdict
@@ -157,11 +167,14 @@ FORMULAS = {
     "5x^3": (["5x³", "5\\cdot x^3"], ["5x^2", "3x^5", "-5x^3", "5x"]),
     "2\\sqrt{3}": (["2√3", "\\sqrt{12}", "2\\sqrt3"], ["3\\sqrt{2}", "-2\\sqrt{3}", "\\sqrt{3}", "2"]),
     "\\frac{\\pi}{2}": (["π/2", "\\pi/2", "\\frac12\\pi"], ["\\frac{\\pi}{3}", "-\\frac{\\pi}{2}", "2\\pi"]),
-    "1-\\frac{1}{\\mathrm{e}}": (["1-\\frac{1}{e}", "1-e^{-1}"], ["1+\\frac{1}{\\mathrm{e}}", "1", "1-\\mathrm{e}"]),
+    "1-\\frac{1}{\\mathrm{e}}": (["1-\\frac{1}{e}", "1-e^{-1}"], ["1+\\frac{1}{\\mathrm{e}}", "1",
+                                                                  "1-\\mathrm{e}"]),
     "2+3\\mathrm{i}": (["2+3i", "3i+2"], ["2-3i", "2+3", "2+3\\mathrm{e}", "5", "2"]),
-    "\\frac{\\mathrm{m}}{2}": (["\\frac{m}{2}", "m/2"], ["\\frac{\\mathrm{m}}{3}", "\\frac{n}{2}", "\\frac12"]),
+    "\\frac{\\mathrm{m}}{2}": (["\\frac{m}{2}", "m/2"], ["\\frac{\\mathrm{m}}{3}", "\\frac{n}{2}",
+                                                         "\\frac12"]),
     "\\frac{dy}{dx}=2x": (["\\frac{dy}{dx} = 2 x", "\\frac{\\mathrm{d}y}{\\mathrm{d}x}=2x"],
-                          ["\\frac{dy}{dx}=3x", "\\frac{dy}{dx}=2", "\\frac{dx}{dy}=2x", "\\frac{dy}{dx}=-2x"]),
+                          ["\\frac{dy}{dx}=3x", "\\frac{dy}{dx}=2", "\\frac{dx}{dy}=2x",
+                           "\\frac{dy}{dx}=-2x"]),
     "y=2x+1": (["y = 1+2x", "2x+1"], ["y=2x-1", "y=3x+1", "x=2y+1"]),
     "(3,-4)": (["(3, -4)", "\\left(3,-4\\right)", "（3，-4）"], ["(-4,3)", "(3,4)", "(-3,-4)"]),
     "\\{1,2\\}": (["\\{2,1\\}", "{1, 2}"], ["\\{1,3\\}", "\\{1,2,3\\}", "\\{1\\}"]),
@@ -188,17 +201,24 @@ def test_formulas(gold):
 
 # ----- options
 
-OPTIONS = [["3 cm", "12 cm", "18 cm", "24 cm"], ["cat", "the brown dog", "cow", "none of these"], ["-2", "2", "1/2", "-1/2"]]
-CHOSEN = ["{L}", "({L})", "{L}.", "{L})", "{L}: {t}", "{L}. {t}", "({L}) {t}", "Option {L}", "option ({L})", "{t}",
-          "\\text{{{L}}}", "**{L}**", "选项{L}", "选{L}", "（{L}）", "{F}", "[\"{L}\"]", "【{L}】", "{L}。", "{L} {t}"]
+OPTIONS = [["3 cm", "12 cm", "18 cm", "24 cm"], ["cat", "the brown dog", "cow", "none of these"], ["-2",
+                                                                                                   "2",
+                                                                                                   "1/2",
+                                                                                                   "-1/2"]]
+CHOSEN = ["{L}", "({L})", "{L}.", "{L})", "{L}: {t}", "{L}. {t}", "({L}) {t}", "Option {L}",
+          "option ({L})", "{t}",
+          "\\text{{{L}}}", "**{L}**", "选项{L}", "选{L}", "（{L}）", "{F}", "[\"{L}\"]", "【{L}】", "{L}。",
+          "{L} {t}"]
 CHOICES_IN_PROSE = [
     "{L}", "({L})", "**{L}**", "I choose {L}.", "Option {L} is correct.", "{L} is correct.", "It is {L}.",
     "So the right option is ({L}) {t}.", "故选{L}", "因此选（{L}）。", "正确答案：{L}", "I would go with option {L}.",
     "The answer is {L}, not {O}.", "Not {O} but {L}.", "The answer is {O}. Wait, no. The answer is {L}.",
     "Option {O} is wrong. Option {L} is right.", "({O}) is incorrect, so it is ({L}).",
-    "The answer is ({L}) rather than ({O}).", "The answer is {L}. {t}", "The correct answer is option {L}: {t}.",
+    "The answer is ({L}) rather than ({O}).", "The answer is {L}. {t}",
+    "The correct answer is option {L}: {t}.",
     "The answer is {t}.", "It must be {t}."]
-UNDECIDED = ["{L} or {O}", "{L}, {O}", "{L}/{O}", "{L} and {O}", "({L}) ({O})", "ABCD", "A, B, C, D", "A B C D", "not {L}",
+UNDECIDED = ["{L} or {O}", "{L}, {O}", "{L}/{O}", "{L} and {O}", "({L}) ({O})", "ABCD", "A, B, C, D",
+             "A B C D", "not {L}",
              "{L}. {t} or {O}. {o}"]
 
 
@@ -216,14 +236,16 @@ def test_an_option_in_any_form(options):
     for form in forms:
         for i in range(4):
             response = filled(form, options, i, (i + 1) % 4)
-            cases += [(response, gold, "choice", {"choices": options}, int("ABCD"[i] == gold)) for gold in "ABCD"]
+            cases += [(response, gold, "choice", {"choices": options},
+                       int("ABCD"[i] == gold)) for gold in "ABCD"]
     assert not wrongly_graded(cases)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_several_options_are_no_answer(options):
     cases = []
-    for form in [slot.replace("{}", inner) for slot in SLOTS[:2] + SLOTS[8:10] + CUES[:4] for inner in UNDECIDED]:
+    for form in [slot.replace("{}",
+                              inner) for slot in SLOTS[:2] + SLOTS[8:10] + CUES[:4] for inner in UNDECIDED]:
         for i in range(4):
             response = filled(form, options, i, (i + 1) % 4)
             cases += [(response, gold, "choice", {"choices": options}, 0) for gold in "ABCD"]
@@ -242,7 +264,8 @@ def test_several_golds(way):
 
 # ----- words
 
-WORDS = [("Paris", "London"), ("a red bicycle", "a blue bicycle"), ("北京", "上海"), ("March 3, 1998", "March 4, 1998"),
+WORDS = [("Paris", "London"), ("a red bicycle", "a blue bicycle"), ("北京", "上海"), ("March 3, 1998",
+                                                                                  "March 4, 1998"),
          ("New York City", "York"), ("10:30", "10:31"), ("3:30 PM", "3:30 AM"), ("yes", "no"), ("3-5", "3-6")]
 
 
@@ -266,7 +289,8 @@ def test_words(answer, other):
 def test_any_of_several_golds_is_right(kind, gold, accepted, right, wrong):
     fields = {"meta": {"accepted": accepted}, "choices": ["cat", "dog", "cow", "pig"]}
     for verdict, ways in ((1, right), (0, wrong)):
-        assert [graded(f"<answer>{way}</answer>", gold, kind, **fields) for way in ways] == [verdict] * len(ways)
+        assert [graded(f"<answer>{way}</answer>", gold, kind,
+                       **fields) for way in ways] == [verdict] * len(ways)
     assert graded(f"<answer>{gold}</answer>", gold, kind, choices=fields["choices"], meta=None) == 1
 
 
