@@ -273,9 +273,9 @@ UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|hr?|
              r"|ha|atm|rad|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,})"
              r"(?:\^?\{?-?[1-4]\}?)?(?![A-Za-z])")
 UNIT = re.compile(rf"(?:\s?{UNIT_NAME}(?:(?:\s?(?:/|\\cdot)\s?\(?|\.?\s){UNIT_NAME}){{,3}}\)?)?")
-STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|be|equals?))[:\s]+"
+STATED = re.compile(r"\b(?:is|are|was|were|be|equals?)[:\s]+"
                     r"(?:an? |total |of |about |approximately |only |[^\w.+-])*"
-                    rf"(?P<value>(?:[-+]\s?)?[€£¥]?{DIGITS})")
+                    rf"((?:[-+]\s?)?[€£¥]?{DIGITS})")
 # what makes a formula or a hedge of the words around a number
 FORMULA = re.compile(r"[\\^*+=<>/|\d]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|minus|plus)\b")
 REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?"
@@ -370,9 +370,8 @@ def _conclusion(answer: str, prose: str) -> Value | None:
         return None
     for claim in _claims(answer, prose):
         text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(claim).rpartition("=")[2].lower())
-        stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
-        for number in stated[-1:] or list(NUMBER.finditer(text))[-1:]:
-            return _read(number[number.lastgroup or 0], text[number.end():])
+        for number in list(STATED.finditer(text))[-1:] or list(NUMBER.finditer(text))[-1:]:
+            return _read(number[number.lastindex or 0], text[number.end():])
     return None
 
 
@@ -465,16 +464,17 @@ def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str
             return named[-1]
     if all(map(_value, choices)):
         return _by_value(_conclusion(answer, prose), choices)
-    if REFUSAL.search(prose[-300:]) and not any(map(REFUSAL.search, choices)):
-        return ""
+    if REFUSAL.search(prose[-300:]):
+        return next((chr(65 + i) for i, choice in enumerate(choices) if REFUSAL.search(choice)), "")
     texts = "|".join(sorted(map(re.escape, filter(None, choices)), key=len, reverse=True))
     for claim in map(_fold, claims):
         if hits := re.findall(rf"(?<![\w.])(?:{texts})(?!\w|\.\d)", claim):
             hedge = len(set(hits)) > 1 and " or " in claim
             return "" if hedge else chr(65 + choices.index(hits[0]))
+    yes_no = sorted(choices) == ["no", "yes"]  # then a sentence in the question's words is a yes
     told = [(_content(claim), bool(NEGATION.search(claim)))
-            for claim in claims if not UNDECIDED.search(claim)]
-    if sorted(choices) == ["no", "yes"]:  # a sentence in the question's words
+            for claim in claims if not (yes_no and UNDECIDED.search(claim))]
+    if yes_no:
         asked = _content(question)
         echo, negated = max(((len(asked & words), negated) for words, negated in told), default=(0, False))
         return chr(65 + choices.index("no" if negated else "yes")) if echo > len(asked) / 2 else ""
