@@ -4,14 +4,14 @@ Every reward is `(response: str, record: dict) -> float`. The response is hostil
 every hole: no reward raises, hangs (each call is bounded well under a second), or returns NaN, whatever the
 model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer (str),
 answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
-(picks a prompt of its own), meta? ({"classes": [...]} of a distribution). The training loop adds what it
-knows of the response: truncated? (cut at the length limit), forced? (continued after a rethinking trigger).
+(picks a prompt of its own), meta? ("accepted": further golds; "classes" of a distribution). The training
+loop adds what it knows of the response: truncated? (cut at the length limit), forced? (made to rethink).
 
 From a question to a reward:
   1. build_prompt: the template of the record's task, else of its answer type. It promises a form of answer.
   2. extract_answer: last <answer> tag, else last \boxed{}, else "the answer is ...", else the bare text.
      Tag and box are slots the model chose to fill, so they are read strictly: one answer, nothing else.
-     Prose is read for its conclusion, because untrained models only ever write prose.
+     Prose is read for its conclusion, after its last "wait": untrained models only ever write prose.
   3. accuracy: choice compares option letters, number compares exact values, text compares normalised words,
      calls compares function calls. What the cheap comparisons leave open goes to math-verify, if it is small
      enough to be safe. Boxes and distributions (RISE) are read from a tag or box alone.
@@ -20,10 +20,11 @@ From a question to a reward:
 Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or
 "and" are one list); a tag beats a box outside it; units, degree signs and labels ("Area =") are ignored; a
 list of the options is no answer; prose means yes or no only in the question's words; 50% equals 50 and 0.5
-(but 50 is not 0.5); with `precision` a response within half a unit of the last decimal is right, without it
-integers are exact and others agree to six digits; sets ignore order; a hedge ("A or B", "3 or 4") is wrong;
-a letter beats the option text beside it; spelled-out counts are numbers in prose only, a slot wants a
-numeral; calls come in any order, and their case, quotes, spaces and hyphens for underscores are notation.
+(but 50 is not 0.5), 2 million 2 and 2000000; "not 5" and "rather than B" count as not said; with `precision`
+a response within half a unit of the last decimal is right, without it integers are exact and others agree to
+six digits; sets ignore order; a hedge ("A or B", "3 or 4") is wrong; a letter beats the option text beside
+it; spelled-out counts are numbers in prose only, a slot wants a numeral; calls come in any order, and their
+case, quotes, spaces and hyphens for underscores are notation.
 """
 import difflib
 import functools
@@ -525,7 +526,7 @@ INEQUALITY = re.compile(r"\\(?:leq?|geq?|lt|gt)(?![a-z])|[<>]")
 def _same_formula(answer: str, gold: str) -> bool:
     """Equality of formulas; of equations with the same left side, that of their right sides."""
     got, want = _spelled(answer), _spelled(gold)
-    if stated := re.search(r"\bis ([^a-z].*|[a-z]\b.*)", got):
+    if stated := re.match(r"(?s).*\bis ([^a-z].*|[a-z]\b.*)", got):
         return _grade_math(stated[1], "", want, {"answer_type": "math"})
     (left, _, right), (want_left, _, want_right) = got.partition("="), want.partition("=")
     if right and want_right and "=" not in right + want_right:
