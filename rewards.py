@@ -278,7 +278,8 @@ STATED = re.compile(r"\b(?:is|are|was|were|be|equals?)[:\s]+"
                     r"(?:an? |total |of |about |approximately |only |[^\w.+-])*"
                     rf"((?:[-+]\s?)?[€£¥]?{DIGITS})")
 # what makes a formula or a hedge of the words around a number
-FORMULA = re.compile(r"[\\^*+=<>/|\d]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|minus|plus)\b")
+FORMULA = re.compile(r"[\\^*+=<>/|\d]|^#!|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#"
+                     r"|\b(?:not?|minus|plus)\b")
 REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?"
                      r"(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)(?:,? but\b)?"
                      r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
@@ -413,7 +414,7 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
 
 
 LETTER = re.compile(r"(?:(?i:option|choice|answer)s?\s|[选项]+)?"
-                    r"[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])[\])}】]?((?:[\s.:)?]|-(?!\S))*)(.*)")
+                    r"[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])((?:[\s.:?)\]}】]|-(?!\S))*)(.*)")
 ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b)\s?|(?<=[A-K)])\s?(?=\(?[A-K](?![a-z]))")
 HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|[/,;、]\s?)\(?[A-K]\)?(?![\w']| [a-z])")
 LABELLED = re.compile(r"\(([A-K])\)"
@@ -441,7 +442,7 @@ def _label(item: str, choices: list[str]) -> str:
         letter, gap, rest = named.groups()
         at = ord(letter.upper()) - 65
         beside = not rest or folded[at:at + 1] == [_squeezed(_fold(rest).strip("()"))]
-        if at < (len(choices) or 26) and (beside or re.search(r"[.:)?]", gap)) and not HEDGE.search(rest):
+        if at < (len(choices) or 26) and (beside or gap.strip(" -")) and not HEDGE.search(rest):
             return letter.upper()
     said = _squeezed(_fold(item))
     return chr(65 + folded.index(said)) if said in folded else _by_value(_value(_fold(item)), choices)
@@ -459,6 +460,8 @@ def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str
     claims = _claims(answer, prose)
     if answer != prose and HEDGE.search(answer, 1):
         return ""
+    if answer == prose and (bare := re.match(r"\W*([A-K])\W*\n", prose)):  # first the answer, then why
+        claims.insert(0, f"({bare[1]})")
     for claim in claims:
         named = [m[m.lastindex] for m in LABELLED.finditer(unicodedata.normalize("NFKC", claim))]
         if named and ord(named[-1]) - 65 < (len(choices) or 11):

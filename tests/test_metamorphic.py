@@ -152,7 +152,7 @@ def test_counts_in_words(word, value):
     ("<answer>1.2 million</answer>", "1200000", 1), ("<answer>1.2 million</answer>", "1.2", 1),
     ("<answer>1.2 million</answer>", "1.2 billion", 0), ("<answer>3万</answer>", "30000", 1),
     ("The loss is -$450.", "-450", 1), ("The loss is -$450.", "450", 0), ("It would be negative 8.", "-8", 1),
-    ("7 minus 2 is 5", "5", 1), ("7 - 2", "-2", 0), ("<answer>7 - 2</answer>", "-2", 0),
+    ("<answer>12!</answer>", "12", 0), ("7 minus 2 is 5", "5", 1), ("7 - 2", "-2", 0), ("<answer>7 - 2</answer>", "-2", 0),
     ("<answer>3 or -3</answer>", "-3", 0), ("<answer>-3, 3</answer>", "-3", 0), ("<answer>not -3</answer>",
                                                                                  "-3", 0),
 ])
@@ -239,6 +239,13 @@ def test_an_option_in_any_form(options):
             cases += [(response, gold, "choice", {"choices": options},
                        int("ABCD"[i] == gold)) for gold in "ABCD"]
     assert not wrongly_graded(cases)
+
+
+@pytest.mark.parametrize("answer", ["(B) the fish", "B. 7 cm", "B: it swims", "\\textbf{(B)}\\ 12", "[B] 7"])
+def test_a_letter_beats_the_text_beside_it(answer):
+    for form in SLOTS[:2] + SLOTS[8:10]:
+        for gold in "ABCD":
+            assert graded(form.format(answer), gold, "choice", choices=OPTIONS[1]) == int(gold == "B")
 
 
 @pytest.mark.parametrize("options", OPTIONS)
