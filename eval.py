@@ -798,11 +798,8 @@ NOT_SHARES = ("kl", "mse")  # scores that are no share of one, hence no percenta
 
 
 def grade(response, record):
-    """1.0 if a response is right, by the best of the answers that its benchmark accepts; None without any."""
-    if not record.get("answer"):
-        return None
-    golds = [record["answer"], *record.get("meta", {}).get("accepted", [])]
-    return max(accuracy(response, record | {"answer": gold}) for gold in golds)
+    """1.0 if a response is right, else 0.0; None without a gold answer."""
+    return accuracy(response, record) if record.get("answer") else None
 
 
 def majority(samples, record):
@@ -811,7 +808,7 @@ def majority(samples, record):
     votes = []  # lists of samples that agree
     for sample in samples:
         for agreeing in votes:
-            if accuracy(sample["response"], record | {"answer": agreeing[0]["extracted"]}):
+            if accuracy(sample["response"], record | {"answer": agreeing[0]["extracted"], "meta": {}}):
                 agreeing.append(sample)
                 break
         else:  # an answer that is new

@@ -4,14 +4,14 @@ Every reward is `(response: str, record: dict) -> float`. The response is hostil
 every hole: no reward raises, hangs (formulas get a second, in a process that is killed then), or returns NaN,
 whatever the model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer
 (str), answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
-(picks a prompt of its own), meta? ({"classes": [...]} of a distribution). The training loop adds what it
-knows of the response: truncated? (cut at the length limit), forced? (continued after a rethinking trigger).
+(picks a prompt of its own), meta? ("accepted": further golds; "classes" of a distribution). The training loop
+adds what it knows of the response: truncated? (cut at the length limit), forced? (made to rethink).
 
 From a question to a reward:
   1. build_prompt: the template of the record's task, else of its answer type. It promises a form of answer.
   2. extract_answer: last <answer> tag, else last \boxed{}, else "the answer is ...", else the bare text.
      Tag and box are slots the model chose to fill, so they are read strictly: one answer, nothing else.
-     Prose is read for its conclusion, because untrained models only ever write prose.
+     Prose is read for its conclusion, after its last "wait": untrained models only ever write prose.
   3. accuracy: choice compares option letters, number compares exact values, text compares normalised words,
      calls compares function calls. What the cheap comparisons leave open goes to math-verify (Judge).
      Boxes and distributions (RISE) are read from a tag or box alone.
@@ -20,10 +20,11 @@ From a question to a reward:
 Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or
 "and" are one list); a tag beats a box outside it; units, degree signs and labels ("Area =") are ignored; a
 list of the options is no answer; prose means yes or no only in the question's words; 50% equals 50 and 0.5
-(but 50 is not 0.5); with `precision` a response within half a unit of the last decimal is right, without it
-integers are exact and others agree to six digits; sets ignore order; a hedge ("A or B", "3 or 4") is wrong;
-a letter beats the option text beside it; spelled-out counts are numbers in prose only, a slot wants a
-numeral; calls come in any order, and their case, quotes, spaces and hyphens for underscores are notation.
+(but 50 is not 0.5), 2 million 2 and 2000000; "not 5" and "rather than B" count as not said; with `precision`
+a response within half a unit of the last decimal is right, without it integers are exact and others agree to
+six digits; sets ignore order; a hedge ("A or B", "3 or 4") is wrong; a letter beats the option text beside
+it; spelled-out counts are numbers in prose only, a slot wants a numeral; calls come in any order, and their
+case, quotes, spaces and hyphens for underscores are notation.
 """
 import contextlib
 import difflib
@@ -156,17 +157,18 @@ def asks_for_choice(question: str) -> bool:
     return bool(HAS_OPTIONS.search(question))
 
 
-# ----- extraction
+# ----- extraction: which part of a response is its answer
 
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 BOX_GLUE = re.compile(r"(?:[\s$]|\\[()]|\\q?quad)*"
                       r"(?:[,;]|\\text\{[^{}]{,40}\}|and\b)(?:[\s$,]|and\b|\\[()]|\\q?quad)*")
 CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
                  r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*"
-                 r"|答案\s*[:：是为]?\s*|final answer\s+", re.IGNORECASE)
-SENTENCE_END = re.compile(r"[.!?。](?=\s|$)|[。，；]|\n")
-LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)",
-                   re.IGNORECASE)
+                 r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n", re.IGNORECASE + re.MULTILINE)
+CORRECTION = re.compile(r"\b(?:wait|actually|correction|on second thought)\b", re.IGNORECASE)
+SENTENCE_END = re.compile(r"(?<!\b[A-K])[.!?](?=\s|$)|[。；]|，(?!-?\d)|\n")
+LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)[\s:]*"
+                   r"|^【?(?:答案|选项|结果|选)[】\s]*[是为:：]*", re.IGNORECASE)
 
 
 def extract_answer(response: str) -> str | None:
@@ -178,8 +180,10 @@ def _find_answer(response: str) -> tuple[str, str]:
     """(answer, the prose it is from). Prose is "" for a slot; an unclosed last box is a slot left empty."""
     text, slot = response[-TAIL:], _slot(response)
     if slot is not None and len(slot) <= LONGEST:
-        return LABEL.sub("", slot).strip(), ""
+        return LABEL.sub("", slot.strip()).strip(), ""
     prose = (slot or text.rpartition("</think>")[2]).replace("</s>", "").strip()
+    corrected = [part for part in CORRECTION.split(prose)[1:] if re.search(r"\d|\b[A-K]\b", part)]
+    prose = corrected[-1].strip(" ,:") if corrected else prose
     cues = [m.end() for m in CUE.finditer(prose) if m.end() < len(prose)]
     tail = prose[cues[-1]:] if cues else prose
     end = SENTENCE_END.search(tail, 1) if cues else None
@@ -220,9 +224,12 @@ def _last_box(text: str) -> str | None:
 
 # ----- notation: one spelling for what can be written in many ways
 
-SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "—": "-", "％": "%", "≈": "=", "≃": "=", "≤": r"\le ", "≥": r"\ge ", "π": r"\pi ",
-    "∞": r"\infty ", "∪": r"\cup ", "×": r"\times ", "·": r"\cdot ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
+LOWERED = str.maketrans(RAISED, "0123456789+-")
+SYMBOLS = str.maketrans({  # what Unicode's own compatibility forms leave as it is, or would spoil
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "⁄": "/", "º": "°", "掳": "°", "≈": "=", "≃": "=",
+    "≤": r"\le ", "≥": r"\ge ", "π": r"\pi ", "±": r"\pm ", "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in ",
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
 LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"(?:√|(?<![\\a-z])sqrt)\s*(?:(\d+|[a-z]\b)|\(([^()]*)\))?",
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}" if m[1] or m[2] else r"\sqrt"),
@@ -231,55 +238,82 @@ LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)", r"\\frac{\1}"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"\\mathrm\s*\{([a-zA-Z])\}", r"\1"),  # e, i, d: no units
 )]
-NOTATION = [(re.compile(pattern), repl) for pattern, repl in (
-    (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+WORDS = {word: i for i, word in enumerate("""zero one two three four five six seven eight nine ten eleven
+    twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
+COUNTS = re.compile(r"(?<!\d )\b(?:" + "|".join(WORDS) + r")\b")
+SCIENTIFIC = re.compile(r"(?:(?<=\d)\s*(?:\\times|\\cdot|[x*])\s*|(?<![\w.^}\\]))"
+                        r"10\s?\^\s?(?:\{\s?([-+]?\d{1,3})\s?\}|([-+]?\d{1,3}))(?!\d|\.\d)")
+NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
+    (SCIENTIFIC.pattern, lambda m: ("" if m[0][0] != "1" else "1") + "e" + (m[1] or m[2])),
+    (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"(\d)\s*(?=\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})", r"\1 "),
     (r"(?<![\w})^/])\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
-    (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|掳|º|\{?\bdegrees?\b\}?", ""),
-    (r"(\d)(?:\\[,;:! ]|\{,\}|[\u2009\u202f\xa0])(?=\d{3}(?!\d))", r"\1,"),
+    (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|\{?\bdegrees?\b\}?", ""),
+    (r"(\d)(?:\\[,;:! ]|,\\!|\{,\})(?=\d{3}(?!\d))", r"\1,"),
+    (r"([-+]\s?)\\?\$(?=\d)", r"\1"),
     (r"\\(?:left|right|[,!;:()\[\] $])|[$*`~]|\\q?quad", " "),
     (r"\s?\\?%|\s(?:percent|per cent|pct)\b", "%"),
     (r"\\approx", "="),
+    (r"\\mu\s*", "μ"),
+    (r"\\Omega", "Ω"),
+    (r"\b(?:negative|minus)\s(?=\.?\d|" + COUNTS.pattern + ")", "-"),
     (r"\s\^", "^"),
-    (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+)(?![\d,])",
+    (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+)(?!,?\d)",
      lambda m: re.sub(r"\D", "", m[1])),
     (r"(?<![\w./^])(\d{1,6}) (\d{1,6})/(\d{1,6})(?![\d/])",
      lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),
 )]
 # what SYMBOLS, LATEX and NOTATION rewrite, in brief
-DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b")
-WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten".split())}
-COUNTS = re.compile(r"\b(?:" + "|".join(WORDS) + r")\b")
-NUMBER = re.compile(r"(?<![\w.])[-+]?\s?[€£¥]?"
-                    r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:e[-+]?\d{1,2})?(?:/\d{1,15})?(?![\d/])")
-UNIT = re.compile(r"(?:%|\s?(?:[cdkmµμ]?m|[km]?g|m?s|hr?|min|in|ft|yd|mi|lbs?|oz|m?[lL]"
-                  r"|[kM]?(?:[VWNJAT]|Ω|\\Omega)|[kMG]?Hz|k?Pa|K|C|F|mol"
-                  r"|[\u4e00-\u9fff]+)(?:\^?\{?[23]\}?|[²³])?"
-                  r"(?:/(?:s|hr?|min|kg|[cd]?m|mol|[lL])(?:\^?\{?[23]\}?|[²³])?)?"
-                  r"|(?:\s(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,}(?:\^?\{?[23]\}?|[²³])?){1,4})?")
-PARTS = re.compile(r"[.!?](?:\s|$)|\n|[。，；]")
-STATED = re.compile(r"(?:(?P<there>\bthere (?:are|is|were|was))|\b(?:is|are|was|be|equals?))[:\s]+"
-                    rf"(?:an? |total |of |about |approximately |only |\W)*(?P<value>{NUMBER.pattern})")
-FORMULA = re.compile(r"[\\^*+=<>]|[\d)]\s?[-/(]\s?[\d(]|\d\s?[a-z]\b|\b(?:minus|plus|negative)\b")
+DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b|negat|minus")
+# a number that no longer number or formula goes on from, such as 2\sqrt{3}, 2x, 2+3i or 10:30
+DIGITS = (r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?"
+          r"(?![\d/]|[.:]\d|\^|[xyzie]\b|\s?\\(?:sqrt|pi|frac)|\s?[-+]\s?(?:\\|\d*[a-z]\b))")
+SIGN = r"(?:[-+]|(?<![\w)%] )[-+]\s)?"  # there is none in "7 - 2"
+NUMBER = re.compile(rf"(?<![\w.{{^])(?<!\d:){SIGN}[€£¥]?{DIGITS}", re.ASCII)
+SCALES = {"%": Fraction(1, 100), "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+          "万": 10**4, "亿": 10**8}
+SCALE = re.compile(r"\s?(" + "|".join(SCALES) + r")(?![a-z])")
+UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|hr?|in|ft|sq|yd|mi|lbs?|oz"
+             r"|ha|atm|rad|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,})"
+             r"(?:\^?\{?-?[1-4]\}?)?(?![A-Za-z])")
+UNIT = re.compile(rf"(?:\s?{UNIT_NAME}(?:(?:\s?(?:/|\\cdot)\s?\(?|\.?\s){UNIT_NAME}){{,3}}\)?)?")
+STATED = re.compile(r"\b(?:is|are|was|were|be|equals?)[:\s]+"
+                    r"(?:an? |total |of |about |approximately |only |[^\w.+-])*"
+                    rf"((?:[-+]\s?)?[€£¥]?{DIGITS})")
+# what makes a formula or a hedge of the words around a number
+FORMULA = re.compile(r"[\\^*+=<>/|\d]|^#!|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#"
+                     r"|\b(?:not?|minus|plus)\b")
+REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?"
+                     r"(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)(?:,? but\b)?"
+                     r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
+UNDECIDED = re.compile(r"\b(?:whether|if|question|depends?|could|may|might)\b", re.IGNORECASE)
 REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
                      r"|without |no (?:information|option)|none of", re.IGNORECASE)
-UNDECIDED = re.compile(r"\b(?:whether|if|question|depends?|could|may|might)\b", re.IGNORECASE)
-ASSIGNED = re.compile(r"^(?:[^=\d+*/<>^-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
-                      r"|^[\d\s.()]{1,20}(?:[-+*/]|\\times|\\cdot)(?:[\d\s+*/().-]|\\times|\\cdot){1,40}=\s?"
-                      r"(?=[-.\d])|\s?=\s?[A-Za-z]$")
-AXIS = re.compile(r"([xy])\s?=")
+ASSIGNED = re.compile(r"^(?:(?:[^=\d+*/<>^!-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
+                      r"|(?:[\d\s+*/().-]|\\times|\\cdot){3,60}=\s?(?=[-.\d]))"
+                      r"|\s?=\s?[A-Za-z]$")
+
+
+def _spelled(text: str) -> str:
+    """Text with one sign for each thing, as ASCII and LaTeX: powers, full-width forms, roots, fractions."""
+    text = re.sub(rf"[{RAISED}]+", lambda m: "^{" + m[0].translate(LOWERED) + "}", text)
+    text = unicodedata.normalize("NFKC", text.translate(SYMBOLS))
+    for pattern, repl in LATEX:
+        text = pattern.sub(repl, text)
+    return text
 
 
 @functools.lru_cache(1024)  # golds and options come again with every response of a group
 def _plain(text: str) -> str:
     if DRESSED.search(text):
-        text = text.translate(SYMBOLS)
-        for pattern, repl in LATEX + NOTATION:
+        text = _spelled(text)
+        for pattern, repl in NOTATION:
             text = pattern.sub(repl, text)
-    text = " ".join(text.split()).lstrip(" ,:;\"'").rstrip(" .,:;\"'")
+    text = " ".join(text.split()).lstrip(" ,:;\"'").rstrip(" .,:;\"'。")
     return text if text[1:2].isdigit() else text.lstrip(" .,:;\"'")  # ".5" is a number
 
 
@@ -287,31 +321,35 @@ def _squeezed(text: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", text) if " " in text else text
 
 
+Value = tuple[Fraction, Fraction | int]  # a number as written, and the unit that % or "million" make of 1
+
+
 @functools.lru_cache(1024)
-def _value(text: str) -> tuple[Fraction, bool] | None:
-    """(value, written as a percentage) if a plain text is one number, perhaps with `x =` and a unit."""
+def _value(text: str, alone: bool = True) -> Value | None:
+    """The value of a plain text that is one number, perhaps with `x =` and a unit, or if not `alone` has one.
+
+    Then the rest may be words, but no second number, formula or refusal.
+    """
     text = ASSIGNED.sub("", text)
-    number = NUMBER.match(text)
-    return _read(number, text) if number and UNIT.fullmatch(text, number.end()) else None
-
-
-def _only_value(text: str) -> tuple[Fraction, bool] | None:
-    """The number in a slot that says more than a number, if it holds exactly one and no formula."""
-    plain = _plain(text)
-    numbers = {m[0]: m for m in NUMBER.finditer(plain)}
-    if len(numbers) != 1 or FORMULA.search(plain) or NEGATION.search(plain):
+    number = NUMBER.match(text) if alone else NUMBER.search(text)
+    if not number:
         return None
-    return _read(*numbers.values(), plain)
+    end = (SCALE.match(text, number.end()) or number).end()
+    around = text[:number.start()] + "#" + text[UNIT.match(text, end).end():]
+    fits = UNIT.fullmatch(text, end) if alone else not (FORMULA.search(around) or REFUSAL.search(around))
+    return _read(number[0], text[number.end():]) if fits else None
 
 
-def _read(number: re.Match, text: str) -> tuple[Fraction, bool] | None:
-    top, _, bottom = re.sub(r"[^\d./e+-]", "", number[0]).partition("/")
+def _read(number: str, rest: str) -> Value | None:
+    """The value of a number and what follows it; None if it divides by zero."""
+    top, _, bottom = re.sub(r"[^\d./eE+-]", "", number).partition("/")
     if bottom and not int(bottom):
         return None
-    return Fraction(top) / int(bottom) if bottom else Fraction(top), text.startswith("%", number.end())
+    scale = SCALE.match(rest)
+    return Fraction(top) / int(bottom or 1), SCALES[scale[1]] if scale else 1
 
 
-def _same_value(got: tuple[Fraction, bool], gold: tuple[Fraction, bool], precision: float | None) -> bool:
+def _same_value(got: Value, gold: Value, precision: float | None) -> bool:
     """Equal to the record's decimals, else six digits."""
     if precision is not None:
         tolerance = Fraction(1, 2 * 10 ** int(precision))
@@ -320,25 +358,27 @@ def _same_value(got: tuple[Fraction, bool], gold: tuple[Fraction, bool], precisi
     return any(abs(x - y) <= tolerance for x, y in _readings(got, gold))
 
 
-def _readings(got: tuple[Fraction, bool], gold: tuple[Fraction, bool]) -> tuple:
+def _readings(got: Value, gold: Value) -> list:
     """Pairs of values to compare: a percentage on one side only is that number or that ratio."""
-    (x, x_percent), (y, y_percent) = got, gold
-    ratio = 100 if x_percent != y_percent else 1
-    return (x, y), (x / ratio, y) if x_percent else (x, y / ratio)
+    (x, x_scale), (y, y_scale) = got, gold
+    as_written = [(x, y)] if x_scale == y_scale or 1 in (x_scale, y_scale) else []
+    return as_written + [(x * x_scale, y * y_scale)]
 
 
-def _conclusion(answer: str, prose: str) -> tuple[Fraction, bool] | None:
-    """The number that prose commits to: first of its clause, else what its last sentence with one states."""
+def _claims(answer: str, prose: str) -> list[str]:
+    """Where prose commits itself: the clause after its last cue, then its sentences from the last one on."""
+    clause = [] if answer == prose else ["is " + answer]
+    return [REFUTED.sub(" ", text) for text in clause + SENTENCE_END.split(prose)[::-1]]
+
+
+def _conclusion(answer: str, prose: str) -> Value | None:
+    """The number that prose commits to: stated ("there are 3", "is 3"), else the last one of a sentence."""
     if answer == prose and REFUSAL.search(prose[-300:]):
         return None
-    clause = [] if answer == prose else [answer]
-    for i, text in enumerate(clause + PARTS.split(prose)[::-1]):
-        text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(text).rpartition("=")[2].lower())
-        numbers = list(NUMBER.finditer(text))
-        stated = sorted(STATED.finditer(text), key=lambda m: (m["there"] is not None, m.start()))
-        if numbers:
-            at = stated[-1].start("value") if stated else numbers[0 if i < len(clause) else -1].start()
-            return _read(NUMBER.match(text, at), text)
+    for claim in _claims(answer, prose):
+        text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(claim).rpartition("=")[2].lower())
+        for number in list(STATED.finditer(text))[-1:] or list(NUMBER.finditer(text))[-1:]:
+            return _read(number[number.lastindex or 0], text[number.end():])
     return None
 
 
@@ -348,12 +388,16 @@ def accuracy(response: str, record: dict) -> float:
     """1.0 if the response's answer equals the record's, else 0.0. Hedged and unreadable answers are wrong.
 
     Boxes are right if each gold one has its own at an IoU of 0.5 or more and there are no others, a
-    distribution if the likeliest class is the gold's.
+    distribution if the likeliest class is the gold's. Of several golds (meta["accepted"]) any will do.
     """
     if record["answer_type"] in ANNOTATIONS:
         return float(ANNOTATIONS[record["answer_type"]](response, record))
     answer, prose = _find_answer(response)
-    return float(bool(answer) and GRADERS[record["answer_type"]](answer, prose, _gold(record), record))
+    if not answer:
+        return 0.0
+    grader = GRADERS[record["answer_type"]]
+    golds = [record["answer"], *(record.get("meta") or {}).get("accepted", [])]
+    return float(any(grader(answer, prose, _gold({"answer": gold}), record) for gold in golds))
 
 
 def _gold(record: dict) -> str:
@@ -368,73 +412,83 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
     label = _labels(gold, choices)
     if not label:
         return _grade_text(answer, prose, gold, record)
+    if prose:
+        answer, prose = LISTING.sub("", answer), LISTING.sub("", prose)
     said = _labels(answer, choices) or prose and _label_in(answer, prose, choices, record.get("question", ""))
     return said == label
 
 
-def _labels(text: str, choices: list[str]) -> str:
-    """Option letters a short text names ("B", "(b) 3 cm", an option's text, "A, C" -> "AC"); "" if none."""
-    plain, folded = _plain(text), _fold(text)
-    label = LETTER.match(plain)
-    letter = (label[1] or label[2]).upper() if label else ""
-    if label and ord(letter) < 65 + (len(choices) or 26) and not HEDGE.match(plain, label.end()):
-        return letter
-    beside = BESIDE.fullmatch(folded)
-    same = [i for i, choice in enumerate(choices) if _squeezed(folded) == _squeezed(choice)
-            or beside and beside.groups() == (chr(97 + i), choice)]
-    same += _same_value_options(_value(folded), choices)
-    if same:
-        return chr(65 + same[0])
-    return "".join(sorted(set(re.findall("[A-K]", plain)))) if SEVERAL.fullmatch(plain) else ""
-
-
-def _same_value_options(got: tuple[Fraction, bool] | None, choices: list[str]) -> list[int]:
-    values = [_value(choice) for choice in choices]
-    return [i for i, value in enumerate(values) if got and value and _same_value(got, value, None)]
-
-
-LETTER = re.compile(r"(?:(?:option|choice)\s)?(?:[\[({]([A-Z])[\])}]|([A-Z])(?:$|[.:)?]))\s?", re.IGNORECASE)
-BESIDE = re.compile(r"([a-k])\W+(\S.*?)\)?")  # "B (4 cm)"
-SEVERAL = re.compile(r"\(?[A-K]\)?(?:(?:\s?(?:[,;&]|and\b)\s?|\s)?\(?[A-K]\)?)+")
-HEDGE = re.compile(r"or\b|and\b|/|,|\(?[A-K]\)?(?:[.:)]|$)"
-                   r"|.*\b(?:or \(?[A-K]\b|and (?:\([A-K]\)|[A-K][.:)]))")
-LABELLED = re.compile(r"\(([A-K])\)|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}? is:? \W*([A-K])\b"
+LETTER = re.compile(r"(?:(?i:option|choice|answer)s?\s|[选项]+)?"
+                    r"[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])((?:[\s.:?)\]}】]|-(?!\S))*)(.*)")
+ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b)\s?|(?<=[A-K)])\s?(?=\(?[A-K](?![a-z]))")
+HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|[/,;、]\s?)\(?[A-K]\)?(?![\w']| [a-z])")
+LABELLED = re.compile(r"\(([A-K])\)"
+                      r"|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}?(?: is:?|:) \W*([A-K])\b"
                       r"|\b(?i:option|choice|choose|select|pick) \W*([A-K])\b"
                       r"|\b([A-K]) is (?:the )?(?:correct|right)\b|(?:^|\n)\W*([A-K])(?:[.):]|\W*(?:$|\n))"
+                      r"|\b(?:is|be|it's|leaves) \W*([A-K])(?=\W*$)"
                       r"|(?:选项|答案|是|选)\W*为?([A-K])")
-LISTING = re.compile(r"(?:(?:^|\n)[^\w\n]{,4}[A-Z][.):][^\n]{,200}){2,}"
+LISTING = re.compile(r"(?:^|\n)[^\w\n]{,4}A[.):][^\n]{,200}(?:\n[^\w\n]{,4}[B-Z][.):][^\n]{,200})+"
                      r"|\(A\)[^\n]{,80}?\(B\)[^\n]{,80}?\(C\)[^\n]*")  # options repeated, not chosen from
 
 
+def _labels(text: str, choices: list[str]) -> str:
+    """Option letters a short text names ("B", "(b) 3 cm", an option's text, "A, C" -> "AC"); "" if none."""
+    plain = REFUTED.sub("", _plain(text)).strip(" ,.")
+    items = [_label(item.strip(" \"'[]{}"), choices) for item in ITEMS.split(plain.strip("[]{}"))]
+    several = "".join(sorted(set(items))) if all(items) else ""
+    return _label(plain, choices) or several
+
+
+def _label(item: str, choices: list[str]) -> str:
+    """The option letter that a text names, by letter, text or both, if it names one; else ""."""
+    folded = [_squeezed(choice) for choice in choices]
+    if named := LETTER.fullmatch(item):
+        letter, gap, rest = named.groups()
+        at = ord(letter.upper()) - 65
+        beside = not rest or folded[at:at + 1] == [_squeezed(_fold(rest).strip("()"))]
+        if at < (len(choices) or 26) and (beside or gap.strip(" -")) and not HEDGE.search(rest):
+            return letter.upper()
+    said = _squeezed(_fold(item))
+    return chr(65 + folded.index(said)) if said in folded else _by_value(_value(_fold(item)), choices)
+
+
+def _by_value(got: Value | None, choices: list[str]) -> str:
+    for i, value in enumerate(map(_value, choices)):
+        if got and value and _same_value(got, value, None):
+            return chr(65 + i)
+    return ""
+
+
 def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
-    """Option letter that prose commits to: labelled in its clause, else the last label, else by its text."""
-    last = 65 + (len(choices) or 11)
-    for text in (answer, prose):
-        labels = [next(filter(None, m)).upper() for m in LABELLED.findall(LISTING.sub("", text))]
-        labels = [label for label in labels if ord(label) < last]
-        if labels:
-            return labels[-1] if text is prose or len(set(labels)) == 1 else "?"
-    if all(map(_value, choices)):
-        same = _same_value_options(_conclusion(answer, prose), choices)
-        return chr(65 + same[0]) if same else ""
-    if REFUSAL.search(prose[-300:]):
+    """The option letter that prose commits to, by letter, else by its value or text."""
+    claims = _claims(answer, prose)
+    if answer != prose and HEDGE.search(answer, 1):
         return ""
-    parts = [_fold(part) for part in reversed(PARTS.split(prose))]
-    for part in parts:
-        hits = [(m.start(), -len(choice), i) for i, choice in enumerate(choices) if choice in part
-                for m in re.finditer(rf"(?<![\w.]){re.escape(choice)}(?!\w|\.\d)", part)]
-        if hits:
-            hedge = len({i for _, _, i in hits}) > 1 and re.search(r"\bor\b", part)
-            return "" if hedge else chr(65 + min(hits)[2])
-    if sorted(choices) == ["no", "yes"]:
+    if answer == prose and (bare := re.match(r"\W*([A-K])\W*\n", prose)):  # first the answer, then why
+        claims.insert(0, f"({bare[1]})")
+    for claim in claims:
+        named = [m[m.lastindex] for m in LABELLED.finditer(unicodedata.normalize("NFKC", claim))]
+        if named and ord(named[-1]) - 65 < (len(choices) or 11):
+            return named[-1]
+    if all(map(_value, choices)):
+        return _by_value(_conclusion(answer, prose), choices)
+    if REFUSAL.search(prose[-300:]):
+        return next((chr(65 + i) for i, choice in enumerate(choices) if REFUSAL.search(choice)), "")
+    texts = "|".join(sorted(map(re.escape, filter(None, choices)), key=len, reverse=True))
+    for claim in map(_fold, claims):
+        if hits := re.findall(rf"(?<![\w.])(?:{texts})(?!\w|\.\d)", claim):
+            hedge = len(set(hits)) > 1 and " or " in claim
+            return "" if hedge else chr(65 + choices.index(hits[0]))
+    yes_no = sorted(choices) == ["no", "yes"]  # then a sentence in the question's words is a yes
+    told = [(_content(claim), bool(NEGATION.search(claim)))
+            for claim in claims if not (yes_no and UNDECIDED.search(claim))]
+    if yes_no:
         asked = _content(question)
-        echoes = [(len(asked & _content(part)), -len(part), bool(NEGATION.search(part)))
-                  for part in parts if not UNDECIDED.search(part)]
-        echo, _, negated = max(echoes, default=(0, 0, False))
+        echo, negated = max(((len(asked & words), negated) for words, negated in told), default=(0, False))
         return chr(65 + choices.index("no" if negated else "yes")) if echo > len(asked) / 2 else ""
-    claims = [_content(part) for part in parts if not NEGATION.search(part)]
-    wanted = map(_content, choices)
-    stated = [i for i, words in enumerate(wanted) if words and any(words <= claim for claim in claims)]
+    stated = [i for i, choice in enumerate(choices)
+              if any(_content(choice) <= words for words, negated in told if not negated)]
     return chr(65 + stated[0]) if len(stated) == 1 else ""
 
 
@@ -458,18 +512,41 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
     got, want = _plain(answer) or answer, _plain(gold) or gold  # "." is not "?", whatever is left of them
     if _squeezed(got) == _squeezed(want):
         return True
-    axes = {m[1] for m in map(AXIS.match, (got, want)) if m}
-    if len(axes) == 2:
+    if "=" in got and "=" in want and {got[0], want[0]} == {"x", "y"}:
         return False  # x = 5 and y = 5 are two lines
     want_value = _value(want)
     got_value = want_value and _number(answer, prose)
     if got_value:
         return _same_value(got_value, want_value, record.get("precision"))
-    return bool(record["answer_type"] == "math" or re.search(r"[\\^*]", got)) and _math_equal(answer, gold)
+    if prose and REFUSAL.search(prose[-300:]):
+        return False
+    return bool(record["answer_type"] == "math" or re.search(r"[\\^*]", got)) and _same_formula(answer, gold)
 
 
-def _number(answer: str, prose: str) -> tuple[Fraction, bool] | None:
-    return _value(_plain(answer)) or (_conclusion(answer, prose) if prose else _only_value(answer))
+def _number(answer: str, prose: str) -> Value | None:
+    plain = _plain(answer)
+    return _value(plain) or (_conclusion(answer, prose) if prose else _value(plain, alone=False))
+
+
+INEQUALITY = re.compile(r"\\(?:leq?|geq?|lt|gt)(?![a-z])|[<>]")
+
+
+def _same_formula(answer: str, gold: str) -> bool:
+    """Equality of formulas; of equations with the same left side, that of their right sides."""
+    got, want = _spelled(answer), _spelled(gold)
+    if stated := re.match(r"(?s).*\bis ([^a-z].*|[a-z]\b.*)", got):
+        return _grade_math(stated[1], "", want, {"answer_type": "math"})
+    (left, _, right), (want_left, _, want_right) = got.partition("="), want.partition("=")
+    if right and want_right and "=" not in right + want_right:
+        if _squeezed(_plain(left)) == _squeezed(_plain(want_left)):
+            return _grade_math(re.sub(r"\\[)\]]|\$", "", right), "", want_right, {"answer_type": "math"})
+        if re.search(r"\\frac\s*\{d|'", left + want_left):
+            return False  # derivatives are not to be solved for
+    elif (got + want).count("=") == 1:
+        got, want = ASSIGNED.sub("", got), ASSIGNED.sub("", want)
+    if INEQUALITY.search(got) and not INEQUALITY.search(want):
+        got, want = want, got  # math-verify takes an interval for the answer to an inequality, not vice versa
+    return _math_equal(got, want)
 
 
 def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:

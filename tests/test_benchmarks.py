@@ -464,6 +464,7 @@ def test_any_accepted_answer_is_right():
     ({"answer": "\\frac{1}{2}", "answer_type": "math"}, ["2", "0.5", "\\frac12", "2", "50\\%"], "0.5", 1),
     ({"answer": "B", "answer_type": "choice", "choices": ["red", "blue"]},
      ["A", "(B)", "blue", "A", "b"], "(B)", 1),
+    ({"answer": "3", "answer_type": "number", "meta": {"accepted": ["7"]}}, ["5", "6", "7", "7"], "7", 1),
     ({"answer": "3", "answer_type": "number"}, ["", "", "3"], "3", 1),  # silence is no answer
     ({"answer": "3", "answer_type": "number"}, ["", ""], None, 0),
 ])
