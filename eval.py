@@ -60,8 +60,6 @@ import signal
 import sys
 import time
 import traceback
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -85,7 +83,7 @@ from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer
                      gold_distribution, leaks, matched_ious, parse_boxes, parse_distribution, rationale_of)
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
-                       resolve_model, served_model, write_json, write_rows, write_text)
+                       resolve_model, send, served_model, write_json, write_rows, write_text)
 from sft import collate, encode_prompt, end_on_signals, load_model, stop_ids, vision_ids
 
 class Bench(NamedTuple):
@@ -168,7 +166,7 @@ class Config:
     base_url: str = "http://localhost:8000/v1"  # api: where the server is
     api_model: tuple[str, ...] = ()  # api: names of models at the server, none = the first that it lists
     concurrency: int = 16  # api: requests in flight at most
-    timeout: float = 300.0  # api: seconds to wait for one answer
+    timeout: float = 300.0  # api: seconds to wait for one whole answer
     retries: int = 5  # api: further attempts per row, ever longer apart
     judge: str = "off"  # who reads the answer out of a response that the rules grade as wrong: off | api
     judge_url: str = ""  # judge: where its server is, "" = --base_url
@@ -300,16 +298,15 @@ class Server:
     def call(self, url, route, body=None):
         """GET, or POST a body; returns the JSON reply. A server that fails or is gone ends the run."""
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(url.rstrip("/") + route, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=3600) as reply:
-                return json.loads(reply.read() or "null")
+            # An hour and 4 GiB: many long samples come in one reply, each token with its logprob.
+            status, _, text = send(url, route.lstrip("/"), "", data, 3600, most=2**32)
+            if status < 300:
+                return json.loads(text or "null")
+            reason = f"HTTP {status} {text[:300]}"  # the text says what the server did not like
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = ""
-            if isinstance(error, urllib.error.HTTPError):  # its body says what the server did not like
-                reason = error.read()[:300].decode(errors="replace")
-            sys.exit(f"{Path(sys.argv[0]).name}: rollout server {url}{route}: {error} {reason}")
+            reason = error
+        sys.exit(f"{Path(sys.argv[0]).name}: rollout server {url}{route}: {reason}")
 
     def sample(self, prompts, options):
         """As VLLM.sample; all prompts are sent at once, the server queues them."""
