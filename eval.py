@@ -29,9 +29,17 @@ graded by the same rules. The table has both. Its key is JUDGE_API_KEY, unless i
     python eval.py --bench mathvista --judge api --judge_url https://HOST/v1 --judge_model NAME
 
 MODEL/eval/BENCH.jsonl gets a line per row as answers come: the same command again goes on where it stopped
-and asks failed rows again; with other settings the old rows go to BENCH.jsonl.old. Beside it are summary.json
-and the printed table, table.md and table.json; that of several models is in out/eval. MODEL is the model's
-folder, or out/OWNER--NAME for what is no folder here.
+and asks failed rows again. No answer is deleted: rows beyond --limit stay, rows under other settings go to
+BENCH.jsonl.old and come back when they are asked for again. Beside it are summary.json and the printed table,
+table.md and table.json; that of several models is in out/eval. MODEL is the model's folder, or
+out/OWNER--NAME for what is no folder here.
+
+torchrun shares the rows among its ranks, each with an engine of its own (or one per --tp ranks). The rows are
+those of one process, any number of ranks can go on, and when a rank dies, all end. A server is asked, and a
+report written, by rank 0 alone: there --concurrency is what makes it faster.
+
+    torchrun --nproc_per_node 8 eval.py --bench mathvista --engine vllm
+    torchrun --nproc_per_node 8 -- eval.py --bench --n 8 --temperature 0.6   # -- or torchrun takes --n itself
 
 One question, and a page about a run:
 
@@ -46,6 +54,7 @@ import base64
 import contextlib
 import dataclasses
 import difflib
+import gc
 import hashlib
 import http.client
 import importlib.util
@@ -62,6 +71,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -84,7 +94,9 @@ from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
                        resolve_model, send, served_model, write_json, write_rows, write_text)
-from sft import collate, encode_prompt, end_on_signals, load_model, stop_ids, vision_ids
+from sft import (collate, encode_prompt, end_on_signals, init_distributed, load_model, one_line_errors,
+                 stop_ids, vision_ids)
+
 
 class Bench(NamedTuple):
     path: str  # where its records are looked for: a file named after the split
@@ -158,7 +170,7 @@ class Config:
     top_k: int = 0  # 0 = off
     seed: int = 0  # of sampling, when the temperature is above 0
     rollout_tokens: int = 65536  # prompt and response tokens generated at once
-    batch_rows: int = 64  # rows answered between two writes to disk
+    batch_rows: int = 64  # rows that a rank answers between two writes to disk
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     tp: int = 1  # GPUs that share one vLLM engine (tensor parallel)
@@ -246,6 +258,8 @@ class VLLM:
         # Ranks that share an engine must hand it the same requests: each answers those of all.
         if self.shared:
             requests, params, start = self.gather(requests, params)
+        if not requests:  # the last rows may be fewer than the ranks
+            return []
         try:
             answers = self.llm.generate(requests, params, use_tqdm=False)
         except Exception as error:
@@ -677,32 +691,73 @@ def no_reply(error):
     return {"response": "", "tokens": 0, "truncated": False, "error": str(error)}
 
 
+def agree(work, *args):
+    """work(*args), on every rank or on none. Raises RanksFailed with the first reason that a rank has."""
+    result, fault = None, ""
+    try:
+        result = work(*args)
+    except (ValueError, OSError) as error:
+        fault = brief_reason(error) or type(error).__name__
+    for reason in gather(fault):
+        if reason:
+            raise RanksFailed(reason)
+    return result
+
+
+class RanksFailed(ValueError):
+    """What one rank could not do, raised by all: they are still in step, and may go on with another model."""
+
+
+def rank_and_world():
+    """This rank and the number of those that share the rows: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """[the value of each rank], on all of them."""
+    _, world = rank_and_world()
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def answer_rows(records, engine, processor, cfg):
-    """Yield (record, replies) in order, cfg.batch_rows at a time, from an engine in this process.
+    """Yield (record, replies) in order, on every rank; each answers cfg.batch_rows of a round.
 
     A record gets cfg.n replies {"response", "tokens", "truncated"}, or just one with an "error" too.
     """
-    for start in range(0, len(records), cfg.batch_rows):
-        # Prepare the prompts; one that cannot be read has its reply already.
-        batch = records[start:start + cfg.batch_rows]
-        replies = [[] for _ in batch]
-        prompts, seeds, rows = [], [], []  # of each sample; rows are places in the batch
-        for row, record in enumerate(batch):
-            try:
-                prompt = encode_prompt(record, processor, cfg.max_pixels, cfg.max_prompt_tokens)
-            except ValueError as error:
-                replies[row].append(no_reply(error))
-                continue
-            for seed in row_seeds(record, cfg):
-                prompts.append(prompt)
-                seeds.append(seed)
-                rows.append(row)
-        # Sample all of the batch at once, and give each record its own.
-        for row, sample in zip(rows, generate(engine, prompts, seeds, cfg)):
-            text = processor.tokenizer.decode(sample.ids, skip_special_tokens=True)
-            replies[row].append(
-                {"response": text, "tokens": len(sample.ids), "truncated": sample.truncated})
-        yield from zip(batch, replies)
+    rank, world = rank_and_world()
+    per_round = cfg.batch_rows * world
+    for start in range(0, len(records), per_round):
+        batch = records[start:start + per_round]
+        # Neighbours are often alike, in length too: ranks take turns. Who has no row left takes part all the
+        # same, because ranks that share an engine run it together.
+        shares = gather(agree(answer_batch, batch[rank::world], engine, processor, cfg))
+        for place, record in enumerate(batch):
+            yield record, shares[place % world][place // world]
+
+
+def answer_batch(batch, engine, processor, cfg):
+    """[the replies to each record of a batch], as in answer_rows."""
+    # Prepare the prompts; one that cannot be read has its reply already.
+    replies = [[] for _ in batch]
+    prompts, seeds, rows = [], [], []  # of each sample; rows are places in the batch
+    for row, record in enumerate(batch):
+        try:
+            prompt = encode_prompt(record, processor, cfg.max_pixels, cfg.max_prompt_tokens)
+        except ValueError as error:
+            replies[row].append(no_reply(error))
+            continue
+        for seed in row_seeds(record, cfg):
+            prompts.append(prompt)
+            seeds.append(seed)
+            rows.append(row)
+    # Sample all of the batch at once, and give each record its own.
+    for row, sample in zip(rows, generate(engine, prompts, seeds, cfg)):
+        text = processor.tokenizer.decode(sample.ids, skip_special_tokens=True)
+        replies[row].append({"response": text, "tokens": len(sample.ids), "truncated": sample.truncated})
+    return replies
 
 
 def chat_request(record, model, cfg):
@@ -750,9 +805,15 @@ def open_engine(model, cfg):
 
 def close_engine(cfg):
     """Free what an engine held before the next one is built; vLLM leaves nothing of the memory otherwise."""
-    if cfg.engine == "vllm":
-        from vllm.distributed import cleanup_dist_env_and_memory
+    if cfg.engine != "vllm":
+        return
+    from vllm.distributed import cleanup_dist_env_and_memory, destroy_model_parallel
+    if "RANK" not in os.environ:
         cleanup_dist_env_and_memory()
+    else:  # that would end torchrun's process group, too, in which the ranks share the next model's rows
+        destroy_model_parallel()
+        gc.collect()
+        torch.accelerator.empty_cache()
 
 
 # ----- grading ---------------------------------------------------------------------------------------------
@@ -931,29 +992,45 @@ def eval_folder(model):
 
 
 def answered(path, records, settings):
-    """{id: row} of the records that BENCH.jsonl answers under the same settings.
+    """{id: row} of BENCH.jsonl under the same settings, and of what BENCH.jsonl.old answers of the records.
 
-    Other rows cost time or money too: they go to BENCH.jsonl.old, and count again when they are asked again.
+    Other rows of BENCH.jsonl cost time or money too: they go to BENCH.jsonl.old, which only grows. Raises
+    ValueError for rows that are not run_bench's.
     """
     old = path.with_name(f"{path.name}.old")
-    known = {}
-    for row in complete_rows(old) + complete_rows(path):
-        if "error" not in row:
-            known[row["id"], row["question"], row["answer"], json.dumps(row["settings"])] = row
-    done = {}
-    for record in records:
-        key = record["id"], record["question"], record.get("answer"), json.dumps(settings)
-        if key in known:
-            done[record["id"]] = known[key]
-    if len(done) < len(known):
-        write_rows(old, known.values())
+    asked = {record["id"]: [record["question"], record.get("answer")] for record in records}
+    done, aside, moved = {}, {}, []
+    try:
+        for row in complete_rows(old):
+            name, text = row["id"], [row["question"], row["answer"]]
+            aside[json.dumps([name, text, row["settings"]])] = row
+            if row["settings"] == settings and asked.get(name) == text:
+                done[name] = row
+        for row in complete_rows(path):
+            name, text = row["id"], [row["question"], row["answer"]]
+            if "error" in row:
+                continue
+            # A row beyond --limit is not asked for, and stays.
+            if row["settings"] == settings and asked.get(name, text) == text:
+                done[name] = row
+            else:
+                aside[json.dumps([name, text, row["settings"]])] = row
+                moved.append(row)
+    except KeyError as field:
+        raise ValueError(f"{path}: a row without {field} is no answer; move the file away") from field
+    if moved:
+        write_rows(old, aside.values())  # before BENCH.jsonl is: a run killed in between has lost nothing
+        theirs = moved[0]["settings"]
+        changed = [f"{flag} {value}" for flag, value in theirs.items() if value != settings.get(flag)]
+        reason = ", ".join(changed) or "another question or gold answer"
+        print(f"{path}: {len(moved)} rows are now in {old.name}: {reason}")
     return done
 
 
 def run_bench(title, records, done, todo, fresh, path):
     """Add `fresh`, `todo` rows, to `done` {id: row}, each at once in the file too.
 
-    Returns all rows in the records' order, in which the file then is.
+    Returns the records' rows in their order, in which the file then is; what else is in `done` comes after.
     """
     write_rows(path, done.values())  # without half a line of a run that was killed
     bar = tqdm(total=len(records), initial=len(records) - todo, desc=title, dynamic_ncols=True)
@@ -963,21 +1040,24 @@ def run_bench(title, records, done, todo, fresh, path):
             out.write(json.dumps(row) + "\n")
             out.flush()
             bar.update()
-    rows = [done[record["id"]] for record in records]
-    write_rows(path, rows)
-    return rows
+    in_order = {record["id"]: done[record["id"]] for record in records}
+    write_rows(path, (in_order | done).values())
+    return [*in_order.values()]
 
 
-def judge_bench(title, records, rows, path, cfg):
-    """Have the judge read the wrong rows that it has not read yet; return all rows with its verdicts."""
+def judge_bench(title, records, done, path, cfg):
+    """Have the judge read the wrong rows that it has not read yet; return all rows with its verdicts.
+
+    done: {id: row}, as run_bench left it.
+    """
     # A right row stays right: the judge is for answers that the rules could not read.
     todo = []
-    for record, row in zip(records, rows):
+    for record in records:
+        row = done[record["id"]]
         read = row.get("judge", {}).get("model") == cfg.judge_model
         if row["response"] and row["correct"] == 0 and not read:
             todo.append((record, row))
     # Verdicts are kept in the rows' own file, so none is paid for twice.
-    done = {row["id"]: row for row in rows}
     fresh = (row for _, row in in_parallel(partial(judged, cfg=cfg), todo, cfg.concurrency))
     rows = run_bench(f"{title}, judge", records, done, len(todo), fresh, path)
     # The table counts the judge's verdict where there is one, and shows the rules' beside it.
@@ -992,8 +1072,10 @@ def judge_bench(title, records, rows, path, cfg):
 def run_model(model, name, loaded, cfg):
     """Run benchmarks [(bench name, Bench, records)] with one model; return its summary and the failed rows.
 
-    `name` is where its results go. The model is loaded only if a row lacks an answer.
+    `name` is where its results go. The model is loaded only if a row lacks an answer. Ranks share the rows;
+    rank 0 alone reads and writes the files, and returns something.
     """
+    rank, _ = rank_and_world()
     folder = eval_folder(name)
     flags = ("max_new_tokens", "n", "temperature", "top_p", "top_k", "seed", "max_pixels", "task")
     shared = {"engine": cfg.engine, "model": model}
@@ -1006,15 +1088,20 @@ def run_model(model, name, loaded, cfg):
         path = folder / f"{key}.jsonl"
         settings = shared | {"data": bench.path, "split": bench.split}
         # 1. Ask what has no answer yet, and grade it. A line is written as soon as there is one.
-        done = answered(path, records, settings)
-        todo = [record for record in records if record["id"] not in done]
+        done = agree(answered, path, records, settings) if rank == 0 else agree(dict)
+        [known, *_] = gather({*done})
+        todo = [record for record in records if record["id"] not in known]
         if todo and answer is None:
-            answer = open_engine(model, cfg)
+            answer = agree(open_engine, model, cfg)
         replies = answer(todo) if todo else []
+        if rank:
+            for _ in replies:  # the answers of all ranks are in rank 0's hands
+                pass
+            continue
         fresh = (graded(record, its_replies, settings) for record, its_replies in replies)
         rows = run_bench(f"{name} {key}", records, done, len(todo), fresh, path)
         if cfg.judge == "api":
-            rows = judge_bench(f"{name} {key}", records, rows, path, cfg)
+            rows = judge_bench(f"{name} {key}", records, done, path, cfg)
         # 2. Count the rows that have a gold answer.
         compared = [(record, row) for record, row in zip(records, rows) if record.get("answer")]
         if compared:
@@ -1197,12 +1284,15 @@ def answer_question(cfg, models):
     """Print the first model's answer to --prompt about --image, and draw its boxes. Raises ValueError."""
     record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text",
               "task": cfg.task or "plain"}
-    answer = open_engine(next(iter(models.values())), cfg)
-    for _, replies in answer([record]):
-        for reply in replies:
-            if "error" in reply:
-                raise ValueError(reply["error"])
-            print(reply["response"])
+    answer = agree(open_engine, next(iter(models.values())), cfg)
+    [(_, replies)] = answer([record])
+    rank, _ = rank_and_world()
+    if rank:
+        return
+    for reply in replies:
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        print(reply["response"])
     if cfg.save_image:
         drawn = draw_boxes(cfg.image[0], replies[0]["response"], cfg.max_pixels)
         drawn.save(cfg.save_image)
@@ -1816,14 +1906,17 @@ def compare_models(cfg, models):
     found, paths, failed, notes = {}, {}, [], []
     for name in columns:
         try:
-            paths[name] = models.get(name) or resolve_model(name)
+            paths[name] = models.get(name) or gather(agree(resolve_model, name))[0]
             found[name], lost = run_model(paths[name], name, loaded, cfg)
-        except (ValueError, OSError) as error:
+        except RanksFailed as error:
             if name != start:
                 raise
             notes.append(f"{start}, from which {columns[1]} started, is not shown: {brief_reason(error)}")
             continue
         failed += [f"{name}: {line}" for line in lost] if len(columns) > 1 else lost
+    rank, _ = rank_and_world()
+    if rank:
+        return
     # 4. The table, beside the rows of the one model that was named, or in out/eval.
     if any(found.values()):  # questions without a gold answer have no scores
         table = {name: with_averages(summary) for name, summary in found.items()}
@@ -1851,24 +1944,30 @@ def brief_reason(error):
     return str(error).strip().partition("\n")[0]
 
 
+RANK_WAITS = timedelta(days=1)  # some rows take hours longer than others
+
+
 def main(cfg):
     """Write a report, answer one question, or run benchmarks; what cannot be done is one line."""
     end_on_signals()  # each answer was flushed as it came, so the same command goes on from there
     disable_progress_bar()
-    try:
+    if "RANK" in os.environ and cfg.engine != "api" and not cfg.report:
+        init_distributed(RANK_WAITS)
+    elif os.environ.get("RANK", "0") != "0":
+        return  # a server is asked, and a report written, by rank 0
+    with one_line_errors():
         check(cfg)
         if cfg.report:
             print(write_report(cfg.report))
             return
-        models = model_paths(cfg)
+        # The newest step of a run that still trains is the one that rank 0 sees.
+        models = gather(agree(model_paths, cfg))[0]
         if not cfg.max_new_tokens:
             cfg = dataclasses.replace(cfg, max_new_tokens=response_limit(models))
         if cfg.image:
             answer_question(cfg, models)
         else:
             compare_models(cfg, models)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {brief_reason(error)}")
 
 
 if __name__ == "__main__":

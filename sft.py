@@ -129,8 +129,12 @@ def one_line_errors():
         fail(" ".join(str(error).split()))
 
 
-def init_distributed():
-    """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
+def init_distributed(timeout=None):
+    """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device).
+
+    timeout: how long a rank that lives is waited for, a timedelta; None = torch's half an hour. That of one
+    that died is noticed at once.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -153,7 +157,7 @@ def init_distributed():
         device, backend = torch.device("cpu"), "gloo"
     if "RANK" in os.environ:
         follow_torchrun()
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     transformers.utils.logging.disable_progress_bar()
