@@ -1322,7 +1322,10 @@ def on_image(box, size):
 
 # ----- report: a run directory -> one HTML page ------------------------------------------------------------
 
-PAGE_BYTES = 18_000_000  # of a page at most; images may take half of it
+PAGE_BYTES = 18_000_000  # of a page at most; where there are images, they may take half of it
+KEEPS = (10**5, 10**4, 3000, 1000, 300)  # characters of a response, ever fewer until the page is small enough
+FIELD = 2000  # characters of any other text of a case
+FIELDS = ("id", "question", "answer", "choices", "facts", "read", "extracted", "error")
 THUMBNAIL = 200_000  # pixels of an image in the page
 GROUPS = 300  # of rollouts in the page at most, spread over the run
 POINTS = 2000  # of a curve; more are not seen
@@ -1355,9 +1358,8 @@ def rollout_section(run, source):
     groups = {}
     for row in rows:
         groups.setdefault((row["step"], row["id"]), []).append(row)
-    every = math.ceil(len(groups) / GROUPS) or 1
     cases = []
-    for step, name in list(groups)[::every]:
+    for step, name in spread(list(groups), GROUPS):
         rollouts = sorted(groups[step, name], key=lambda row: -row["reward"])
         case = as_case(rollouts, [""] * len(rollouts), source)
         cases.append(case | {"facts": {"step": step}})
@@ -1427,6 +1429,64 @@ def add_records(cases):
     return notes
 
 
+def clip(value):
+    """A text, or each in a list or dict, with at most FIELD characters."""
+    if isinstance(value, str):
+        return shorten(value, FIELD)
+    if isinstance(value, list):
+        return [clip(item) for item in value]
+    if isinstance(value, dict):
+        return {key: clip(item) for key, item in value.items()}
+    return value
+
+
+def shown_parts(response, keep):
+    """A response as [all] or [before, trigger, after], each with at most `keep` characters."""
+    text = response["response"]
+    cuts = [0, *(response.get("trigger") or ()), len(text)]
+    return [shorten(text[begin:end], keep) for begin, end in zip(cuts, cuts[1:])]
+
+
+def as_shown(case, keep):
+    """A case as the page has it."""
+    responses = [row | {"response": shown_parts(row, keep)} for row in case["responses"]]
+    return case | {"responses": responses}
+
+
+def page_json(page):
+    """JSON, all ASCII, in which no "</script>" of a response may end the script element."""
+    return json.dumps(page).replace("<", "\\u003c")
+
+
+def all_cases(sections):
+    return [case for section in sections for case in section["cases"]]
+
+
+def thin_out(sections, room):
+    """Leave out cases, evenly spread, of whatever section is largest, until all fit into `room` bytes.
+
+    They are measured with their responses cut as far as may be. Returns notes of what is left out.
+    """
+    sizes = []  # of each case of each section
+    for section in sections:
+        shortest = [as_shown(case, KEEPS[-1]) | {"images": []} for case in section["cases"]]
+        sizes.append([len(page_json(case)) + 2 for case in shortest])
+    every = [1] * len(sections)  # the how manieth case of each section stays
+    totals = [sum(each) for each in sizes]
+    while sum(totals) > room:
+        place = totals.index(max(totals))
+        every[place] += 1
+        totals[place] = sum(sizes[place][every[place] - 1::every[place]])
+    notes = []
+    for section, step in zip(sections, every):
+        count = len(section["cases"])
+        section["cases"] = section["cases"][step - 1::step]
+        if step > 1:
+            notes.append(f"{section['name']}: for size, {len(section['cases'])} of {count} questions are "
+                         "listed, evenly spread; the tables of results count all.")
+    return notes
+
+
 def embed_images(cases, room):
     """The images of `cases` as [width, height, data URI], each once, until `room` bytes are full.
 
@@ -1471,18 +1531,23 @@ def shorten(text, keep):
 
 
 def read_metrics(run):
-    """The finite numbers of metrics.jsonl, about POINTS rows of them and every evaluation."""
+    """The finite numbers of metrics.jsonl, about POINTS rows of them and as many evaluations."""
     rows = complete_rows(run / "metrics.jsonl")
-    every = math.ceil(len(rows) / POINTS)
+    evaluations = [i for i, row in enumerate(rows) if any(key.startswith("eval/") for key in row)]
+    places = {*spread(range(len(rows)), POINTS), *spread(evaluations, POINTS)}
     kept = []
-    for i, row in enumerate(rows):
+    for place in sorted(places):
         numbers = {}
-        for key, value in row.items():
+        for key, value in rows[place].items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 numbers[key] = value if isinstance(value, int) else float(f"{value:.6g}")
-        if i % every == 0 or any(key.startswith("eval/") for key in numbers):
-            kept.append(numbers)
+        kept.append(numbers)
     return kept
+
+
+def spread(items, most):
+    """At most so many of a sequence, evenly spread, the first among them."""
+    return items[::math.ceil(len(items) / most) or 1]
 
 
 def read_run(runs):
@@ -1508,30 +1573,35 @@ def read_run(runs):
 def write_report(folders):
     """Write folders[0]/report.html, a page that needs no other file; return its path. Raises ValueError."""
     page = read_run([Path(folder) for folder in folders])
-    cases = []
-    for section in page["sections"]:
-        cases += section["cases"]
+    sections = page.pop("sections")
+    cases = all_cases(sections)
     notes = add_records(cases)
-    # Where room is short, the images of what went wrong come first.
+    for case in cases:
+        for row in (case, *case["responses"]):
+            row |= {name: clip(row[name]) for name in FIELDS if name in row}
+    # 1. Questions: as many as fit when all that can be cut is cut.
+    results = [section["results"] for section in sections]
+    room = PAGE_BYTES - len(page_json([page, results]))
+    image_room = room // 2 if any(case["images"] for case in cases) else 0
+    notes += thin_out(sections, room - image_room)
+    cases = all_cases(sections)
+    # 2. Images. Where room is short, those of what went wrong come first.
     wrong_first = sorted(cases, key=lambda case: case["tags"][:1] in (["right"], ["both right"]))
-    page["images"] = embed_images(wrong_first, PAGE_BYTES // 2)
+    page["images"] = embed_images(wrong_first, image_room)
     lost = sum(None in case["images"] for case in cases)
     if lost:
         notes.append(f"The images of {lost} of {len(cases)} questions are left out, for size or unreadable.")
-    responses = []
-    for case in cases:
-        responses += case["responses"]
-    texts = [response["response"] for response in responses]
-    # Long responses lose their middle, ever more of it until the page is small enough.
-    for keep in (10**5, 10**4, 3000, 1000, 300):
-        for response, text in zip(responses, texts):  # becomes [all], or [before, trigger, after]
-            cuts = [0, *(response.get("trigger") or ()), len(text)]
-            parts = [text[begin:end] for begin, end in zip(cuts, cuts[1:])]
-            response["response"] = [shorten(part, keep) for part in parts]
+    # 3. Responses lose their middle, the longest first, ever more of it until the page is small enough.
+    lengths = [len(row["response"]) for case in cases for row in case["responses"]]
+    for keep in KEEPS:
         page["notes"] = list(notes)
-        if any(len(text) > keep for text in texts):
+        if any(length > keep for length in lengths):
             page["notes"].append(f"Of responses over {keep} characters the middle is left out.")
-        data = json.dumps(page).replace("<", "\\u003c")  # no "</script>" of a response may end the script
+        if sum(min(length, keep) for length in lengths) > PAGE_BYTES and keep > KEEPS[-1]:
+            continue
+        page["sections"] = [section | {"cases": [as_shown(case, keep) for case in section["cases"]]}
+                            for section in sections]
+        data = page_json(page)
         if len(data) < PAGE_BYTES:
             break
     path = Path(folders[0], "report.html")

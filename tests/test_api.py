@@ -395,7 +395,8 @@ def test_absurd_numbers_of_tokens_are_no_number(serve):
 def test_bytes_that_are_no_text(serve):
     """What is not UTF-8 becomes a mark, and zero bytes and line ends stay in the one line of their row."""
     make_rows(2)
-    odd = {"row-0": chat("A<answer> 0 </answer>").replace(b"A", b"\xff\xc3("), "row-1": chat("\0\r\n\u2028<answer> 1 </answer>")}
+    odd = {"row-0": chat("A<answer> 0 </answer>").replace(b"A", b"\xff\xc3("),
+           "row-1": chat("\0\r\n\u2028<answer> 1 </answer>")}
     rows = evaluate(serve(lambda row, n, s: odd[row]))
     assert [row["response"] for row in rows.values()] == [
         "\ufffd\ufffd(<answer> 0 </answer>", "\0\r\n\u2028<answer> 1 </answer>"]

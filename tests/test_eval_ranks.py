@@ -13,7 +13,7 @@ from test_stages import launch, run, work  # noqa: F401
 
 BENCH = "counting-id=data/counting_id.jsonl"
 ASK = ["eval.py", "--bench", BENCH, "--batch_rows", "2", "--max_new_tokens", "6"]
-SLOW = ["eval.py", "--bench", BENCH, "--batch_rows", "1", "--max_new_tokens", "1500", "--model", "tiny"]
+SLOW = ["eval.py", "--bench", BENCH, "--batch_rows", "1", "--max_new_tokens", "300", "--model", "tiny"]
 
 
 def two(count=2):
