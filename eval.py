@@ -94,8 +94,12 @@ from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
                        resolve_model, send, served_model, write_json, write_rows, write_text)
-from sft import (collate, encode_prompt, end_on_signals, init_distributed, load_model, one_line_errors,
-                 stop_ids, vision_ids)
+from sft import (RanksFailed, agree, collate, encode_prompt, end_on_signals, first_reason, gather,
+                 init_distributed, load_model, one_line_errors, stop_ids, vision_ids)
+
+RANK = int(os.environ.get("RANK", 0))  # among the WORLD processes that share the rows, as torchrun says
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
 
 
 class Bench(NamedTuple):
@@ -691,51 +695,19 @@ def no_reply(error):
     return {"response": "", "tokens": 0, "truncated": False, "error": str(error)}
 
 
-def agree(work, *args):
-    """work(*args), on every rank or on none. Raises RanksFailed with the first reason that a rank has."""
-    result, fault = None, ""
-    try:
-        result = work(*args)
-    except (ValueError, OSError) as error:
-        fault = brief_reason(error) or type(error).__name__
-    for reason in gather(fault):
-        if reason:
-            raise RanksFailed(reason)
-    return result
-
-
-class RanksFailed(ValueError):
-    """What one rank could not do, raised by all: they are still in step, and may go on with another model."""
-
-
-def rank_and_world():
-    """This rank and the number of those that share the rows: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(value):
-    """[the value of each rank], on all of them."""
-    _, world = rank_and_world()
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def answer_rows(records, engine, processor, cfg):
     """Yield (record, replies) in order, on every rank; each answers cfg.batch_rows of a round.
 
     A record gets cfg.n replies {"response", "tokens", "truncated"}, or just one with an "error" too.
     """
-    rank, world = rank_and_world()
-    per_round = cfg.batch_rows * world
+    per_round = cfg.batch_rows * WORLD
     for start in range(0, len(records), per_round):
         batch = records[start:start + per_round]
         # Neighbours are often alike, in length too: ranks take turns. Who has no row left takes part all the
         # same, because ranks that share an engine run it together.
-        shares = gather(agree(answer_batch, batch[rank::world], engine, processor, cfg))
+        shares = gather(agree(answer_batch, batch[RANK::WORLD], engine, processor, cfg))
         for place, record in enumerate(batch):
-            yield record, shares[place % world][place // world]
+            yield record, shares[place % WORLD][place // WORLD]
 
 
 def answer_batch(batch, engine, processor, cfg):
@@ -998,33 +970,34 @@ def answered(path, records, settings):
     ValueError for rows that are not run_bench's.
     """
     old = path.with_name(f"{path.name}.old")
-    asked = {record["id"]: [record["question"], record.get("answer")] for record in records}
-    done, aside, moved = {}, {}, []
     try:
-        for row in complete_rows(old):
-            name, text = row["id"], [row["question"], row["answer"]]
-            aside[json.dumps([name, text, row["settings"]])] = row
-            if row["settings"] == settings and asked.get(name) == text:
-                done[name] = row
-        for row in complete_rows(path):
-            name, text = row["id"], [row["question"], row["answer"]]
-            if "error" in row:
-                continue
-            # A row beyond --limit is not asked for, and stays.
-            if row["settings"] == settings and asked.get(name, text) == text:
-                done[name] = row
-            else:
-                aside[json.dumps([name, text, row["settings"]])] = row
-                moved.append(row)
+        old_rows = {row_key(row): row for row in complete_rows(old)}
+        rows = {row_key(row): row for row in complete_rows(path) if "error" not in row}
     except KeyError as field:
         raise ValueError(f"{path}: a row without {field} is no answer; move the file away") from field
+    asked = {}  # key of the row that answers a record -> its id
+    for record in records:
+        asked[row_key({"answer": None} | record | {"settings": settings})] = record["id"]
+    done = {row["id"]: row for key, row in (old_rows | rows).items() if key in asked}
+    moved = {}
+    ids = {*asked.values()}
+    for key, row in rows.items():
+        if row["settings"] == settings and row["id"] not in ids:  # beyond --limit
+            done[row["id"]] = row
+        elif key not in asked:
+            moved[key] = row
     if moved:
-        write_rows(old, aside.values())  # before BENCH.jsonl is: a run killed in between has lost nothing
-        theirs = moved[0]["settings"]
+        write_rows(old, (old_rows | moved).values())  # before BENCH.jsonl: killed in between, nothing is lost
+        theirs = next(iter(moved.values()))["settings"]
         changed = [f"{flag} {value}" for flag, value in theirs.items() if value != settings.get(flag)]
         reason = ", ".join(changed) or "another question or gold answer"
         print(f"{path}: {len(moved)} rows are now in {old.name}: {reason}")
     return done
+
+
+def row_key(row):
+    """What makes a row the answer to a question under some settings."""
+    return json.dumps([row["id"], row["question"], row["answer"], row["settings"]])
 
 
 def run_bench(title, records, done, todo, fresh, path):
@@ -1075,7 +1048,6 @@ def run_model(model, name, loaded, cfg):
     `name` is where its results go. The model is loaded only if a row lacks an answer. Ranks share the rows;
     rank 0 alone reads and writes the files, and returns something.
     """
-    rank, _ = rank_and_world()
     folder = eval_folder(name)
     flags = ("max_new_tokens", "n", "temperature", "top_p", "top_k", "seed", "max_pixels", "task")
     shared = {"engine": cfg.engine, "model": model}
@@ -1088,13 +1060,13 @@ def run_model(model, name, loaded, cfg):
         path = folder / f"{key}.jsonl"
         settings = shared | {"data": bench.path, "split": bench.split}
         # 1. Ask what has no answer yet, and grade it. A line is written as soon as there is one.
-        done = agree(answered, path, records, settings) if rank == 0 else agree(dict)
+        done = agree(dict) if RANK else agree(answered, path, records, settings)
         [known, *_] = gather({*done})
         todo = [record for record in records if record["id"] not in known]
         if todo and answer is None:
             answer = agree(open_engine, model, cfg)
         replies = answer(todo) if todo else []
-        if rank:
+        if RANK:
             for _ in replies:  # the answers of all ranks are in rank 0's hands
                 pass
             continue
@@ -1286,8 +1258,7 @@ def answer_question(cfg, models):
               "task": cfg.task or "plain"}
     answer = agree(open_engine, next(iter(models.values())), cfg)
     [(_, replies)] = answer([record])
-    rank, _ = rank_and_world()
-    if rank:
+    if RANK:
         return
     for reply in replies:
         if "error" in reply:
@@ -1325,7 +1296,6 @@ def on_image(box, size):
 PAGE_BYTES = 18_000_000  # of a page at most; where there are images, they may take half of it
 KEEPS = (10**5, 10**4, 3000, 1000, 300)  # characters of a response, ever fewer until the page is small enough
 FIELD = 2000  # characters of any other text of a case
-FIELDS = ("id", "question", "answer", "choices", "facts", "read", "extracted", "error")
 THUMBNAIL = 200_000  # pixels of an image in the page
 GROUPS = 300  # of rollouts in the page at most, spread over the run
 POINTS = 2000  # of a curve; more are not seen
@@ -1399,7 +1369,7 @@ def bench_section(name, runs):
         correct = [row["correct"] for row in rows]
         verdict = VERDICTS[tuple(share == 1 for share in correct)]
         cases.append(case | {"tags": [verdict, *case["tags"]], "correct": correct,
-                             "read": [row["extracted"] for row in rows]})
+                             "read": [row["extracted"] and row["extracted"][:FIELD] for row in rows]})
     return {"name": name, "cases": cases, "results": results}
 
 
@@ -1429,37 +1399,23 @@ def add_records(cases):
     return notes
 
 
-def clip(value):
-    """A text, or each in a list or dict, with at most FIELD characters."""
-    if isinstance(value, str):
-        return shorten(value, FIELD)
-    if isinstance(value, list):
-        return [clip(item) for item in value]
-    if isinstance(value, dict):
-        return {key: clip(item) for key, item in value.items()}
-    return value
-
-
-def shown_parts(response, keep):
-    """A response as [all] or [before, trigger, after], each with at most `keep` characters."""
-    text = response["response"]
-    cuts = [0, *(response.get("trigger") or ()), len(text)]
-    return [shorten(text[begin:end], keep) for begin, end in zip(cuts, cuts[1:])]
-
-
 def as_shown(case, keep):
-    """A case as the page has it."""
-    responses = [row | {"response": shown_parts(row, keep)} for row in case["responses"]]
-    return case | {"responses": responses}
+    """A case as the page has it: responses as [all] or [before, trigger, after], each at most `keep` long."""
+    responses = []
+    for row in case["responses"]:
+        cuts = [0, *(row.get("trigger") or ()), len(row["response"])]
+        parts = [shorten(row["response"][begin:end], keep) for begin, end in zip(cuts, cuts[1:])]
+        responses.append(short_fields(row) | {"response": parts})
+    return short_fields(case) | {"responses": responses}
+
+
+def short_fields(row):
+    return {key: shorten(value, FIELD) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def page_json(page):
     """JSON, all ASCII, in which no "</script>" of a response may end the script element."""
     return json.dumps(page).replace("<", "\\u003c")
-
-
-def all_cases(sections):
-    return [case for section in sections for case in section["cases"]]
 
 
 def thin_out(sections, room):
@@ -1574,17 +1530,14 @@ def write_report(folders):
     """Write folders[0]/report.html, a page that needs no other file; return its path. Raises ValueError."""
     page = read_run([Path(folder) for folder in folders])
     sections = page.pop("sections")
-    cases = all_cases(sections)
+    cases = [case for section in sections for case in section["cases"]]
     notes = add_records(cases)
-    for case in cases:
-        for row in (case, *case["responses"]):
-            row |= {name: clip(row[name]) for name in FIELDS if name in row}
     # 1. Questions: as many as fit when all that can be cut is cut.
     results = [section["results"] for section in sections]
     room = PAGE_BYTES - len(page_json([page, results]))
     image_room = room // 2 if any(case["images"] for case in cases) else 0
     notes += thin_out(sections, room - image_room)
-    cases = all_cases(sections)
+    cases = [case for section in sections for case in section["cases"]]
     # 2. Images. Where room is short, those of what went wrong come first.
     wrong_first = sorted(cases, key=lambda case: case["tags"][:1] in (["right"], ["both right"]))
     page["images"] = embed_images(wrong_first, image_room)
@@ -1981,11 +1934,10 @@ def compare_models(cfg, models):
         except RanksFailed as error:
             if name != start:
                 raise
-            notes.append(f"{start}, from which {columns[1]} started, is not shown: {brief_reason(error)}")
+            notes.append(f"{start}, from which {columns[1]} started, is not shown: {first_reason(error)}")
             continue
         failed += [f"{name}: {line}" for line in lost] if len(columns) > 1 else lost
-    rank, _ = rank_and_world()
-    if rank:
+    if RANK:
         return
     # 4. The table, beside the rows of the one model that was named, or in out/eval.
     if any(found.values()):  # questions without a gold answer have no scores
@@ -2009,11 +1961,6 @@ def compare_models(cfg, models):
         print(f"and {len(failed) - 10} more")
 
 
-def brief_reason(error):
-    """The first line of an error's message."""
-    return str(error).strip().partition("\n")[0]
-
-
 RANK_WAITS = timedelta(days=1)  # some rows take hours longer than others
 
 
@@ -2021,9 +1968,9 @@ def main(cfg):
     """Write a report, answer one question, or run benchmarks; what cannot be done is one line."""
     end_on_signals()  # each answer was flushed as it came, so the same command goes on from there
     disable_progress_bar()
-    if "RANK" in os.environ and cfg.engine != "api" and not cfg.report:
+    if WORLD > 1 and cfg.engine != "api" and not cfg.report:
         init_distributed(RANK_WAITS)
-    elif os.environ.get("RANK", "0") != "0":
+    elif RANK:
         return  # a server is asked, and a report written, by rank 0
     with one_line_errors():
         check(cfg)

@@ -178,6 +178,35 @@ def global_max(value):
     return most.item()
 
 
+def gather(value):
+    """[a picklable value of each rank], on all of them. Without a process group there is one rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(work, *args):
+    """work(*args), done by every rank or by none. Collective.
+
+    Raises RanksFailed, on all, with the first reason of a rank: a ValueError or OSError.
+    """
+    result, fault = None, ""
+    try:
+        result = work(*args)
+    except (ValueError, OSError) as error:
+        fault = first_reason(error)
+    for reason in gather(fault):
+        if reason:
+            raise RanksFailed(reason)
+    return result
+
+
+class RanksFailed(ValueError):
+    """All ranks have it, so they are still in step, and may go on with something else."""
+
+
 def follow_torchrun():
     """Have this rank stopped when torchrun dies, even by kill -9; end it if torchrun is gone already."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -1090,9 +1119,7 @@ def written_by_all(tmp):
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         fault = first_reason(error)
-    faults = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    met = [fault for fault in faults if fault]
+    met = [fault for fault in gather(fault) if fault]
     if met:
         free = shutil.disk_usage(tmp.parent).free
         dist.barrier()
