@@ -785,7 +785,7 @@ def close_engine(cfg):
     else:  # that would end torchrun's process group, too, in which the ranks share the next model's rows
         destroy_model_parallel()
         gc.collect()
-        torch.accelerator.empty_cache()
+        torch.cuda.empty_cache()
 
 
 # ----- grading ---------------------------------------------------------------------------------------------
@@ -1552,8 +1552,10 @@ def write_report(folders):
             page["notes"].append(f"Of responses over {keep} characters the middle is left out.")
         if sum(min(length, keep) for length in lengths) > PAGE_BYTES and keep > KEEPS[-1]:
             continue
-        page["sections"] = [section | {"cases": [as_shown(case, keep) for case in section["cases"]]}
-                            for section in sections]
+        page["sections"] = []
+        for section in sections:
+            shown = [as_shown(case, keep) for case in section["cases"]]
+            page["sections"].append(section | {"cases": shown})
         data = page_json(page)
         if len(data) < PAGE_BYTES:
             break
