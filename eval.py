@@ -1987,6 +1987,8 @@ def main(cfg):
             answer_question(cfg, models)
         else:
             compare_models(cfg, models)
+    if WORLD > 1 and dist.is_initialized():
+        dist.destroy_process_group()  # its threads would abort a process that ends while others still work
 
 
 if __name__ == "__main__":
