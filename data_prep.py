@@ -89,12 +89,11 @@ import string
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -1386,11 +1385,18 @@ def api_key(*names: str) -> str:
     return key
 
 
+def masked(text: str) -> str:
+    """A server's text without any API key that it repeats: it goes into files and onto the terminal."""
+    keys = [os.environ.get(name, "").strip() for name in KEYS]
+    for key in sorted(keys, key=len, reverse=True):  # one may begin with another
+        if len(key) >= 8:  # a shorter one, EMPTY say, is no secret, and a word that a model may write
+            text = text.replace(key, "[key]")
+    return text
+
+
 def brief(fault) -> str:
     """A server's text or an exception as one line of at most 200 characters, without any API key."""
-    text, keys = str(getattr(fault, "reason", fault)), [os.environ.get(name, "").strip() for name in KEYS]
-    for key in sorted(filter(None, keys), key=len, reverse=True):  # one may begin with another
-        text = text.replace(key, "[key]")
+    text = masked(str(getattr(fault, "reason", fault)))
     return " ".join(text.split())[:200]
 
 
@@ -1453,26 +1459,79 @@ def request_chat(url: str, key: str, body: dict, cfg) -> tuple[str, bool, tuple[
     raise ConnectionError(fault)
 
 
-def send(url: str, route: str, key: str, data: bytes | None, timeout: float) -> tuple[int, str, str]:
+REPLY_BYTES = 2**24  # of a reply at most; the longest completions have a few million
+
+
+class TimedReader(io.RawIOBase):
+    """What a socket receives until `deadline`, by time.monotonic; raises TimeoutError after that."""
+
+    def __init__(self, sock, received: io.RawIOBase, deadline: float):
+        self.sock, self.received, self.deadline = sock, received, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left)  # of one read: a server may send a byte now and then for ever
+        return self.received.readinto(buffer)
+
+    def close(self) -> None:
+        self.received.close()
+        super().close()
+
+
+class TimedReply(HTTPResponse):
+    """A reply of which everything, status line and headers too, must be here by `deadline`."""
+
+    def __init__(self, sock, *args, deadline: float, **more):
+        super().__init__(sock, *args, **more)
+        self.fp = io.BufferedReader(TimedReader(sock, self.fp.detach(), deadline))
+
+
+class TimedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens http:// and https:// with a bound on the whole exchange instead of on each read."""
+
+    def do_open(self, connection_class, request, **options):
+        reply_class = functools.partial(TimedReply, deadline=time.monotonic() + request.timeout)
+
+        def connect(*args, **more):
+            connection = connection_class(*args, **more)
+            connection.response_class = reply_class
+            return connection
+
+        return super().do_open(connect, request, **options)
+
+
+def send(url: str, route: str, key: str, data: bytes | None, timeout: float,
+         most: int = REPLY_BYTES) -> tuple[int, str, str]:
     """GET URL/route, or POST JSON to it: (status, Retry-After, text), whatever the status.
 
-    Raises OSError, HTTPException or ValueError: no connection, one that breaks, or no answer in `timeout` s.
+    Raises OSError, HTTPException or ValueError: no connection, one that breaks, no whole answer within
+    `timeout` s, or one of over `most` bytes. No redirect is followed: the key is for this server alone.
     """
     headers = {"Content-Type": "application/json", "User-Agent": "nanoVLR"}  # many refuse Python-urllib
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{url.rstrip('/')}/{route}", data, headers)
-    if key:  # it is for this server, not for where that may redirect to
-        request.add_unredirected_header("Authorization", f"Bearer {key}")
-    deadline, parts = time.monotonic() + timeout, []
+    # urllib's own opener follows redirects and makes exceptions of statuses.
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(TimedHandler())
+    body = bytearray()
     try:
-        reply = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        reply = error
-    with reply:
-        while part := reply.read1():
-            parts.append(part)
-            if time.monotonic() > deadline:  # a busy server may send blanks to keep the connection open
-                raise TimeoutError(f"no answer within {timeout:g} s")
-    return reply.status, reply.headers.get("Retry-After", ""), b"".join(parts).decode("utf-8", "replace")
+        with opener.open(request, timeout=timeout) as reply:
+            if 300 <= reply.status < 400:
+                return reply.status, "", f"redirects to {reply.headers.get('Location')}"
+            while part := reply.read1(2**16):  # without a number it makes room for what the server announced
+                body += part
+                if len(body) > most:
+                    raise ValueError(f"a reply of over {most} bytes")
+            return reply.status, reply.headers.get("Retry-After", ""), body.decode("utf-8", "replace")
+    except TimeoutError as error:
+        raise TimeoutError(f"no whole answer within {timeout:g} s") from error
 
 
 def read_completion(text: str) -> tuple[str, bool, tuple[int, int]]:
@@ -1484,9 +1543,8 @@ def read_completion(text: str) -> tuple[str, bool, tuple[int, int]]:
         completion = json.loads(text)
         choice = completion["choices"][0]
         message, truncated = choice["message"], choice.get("finish_reason") == "length"
-        content, usage = message.get("content"), completion.get("usage") or {}
+        content, usage = message.get("content"), completion.get("usage")
         thought = message.get("reasoning_content") or message.get("reasoning")
-        tokens = [usage.get(f"{side}_tokens") for side in ("prompt", "completion")]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a chat completion: {brief(text)}") from error
     if content is None and (truncated or thought):  # the model was cut while it still thought, say
@@ -1496,17 +1554,24 @@ def read_completion(text: str) -> tuple[str, bool, tuple[int, int]]:
     if isinstance(thought, str):
         content = f"<think>{thought}" + ("" if truncated and not content else f"</think>{content}")
     content = content.encode(errors="replace").decode()  # JSON can hold halves of characters, no file can
-    prompt, reply = (n if isinstance(n, int) else 0 for n in tokens)
-    return content, truncated, (prompt, reply)
+    return masked(content), truncated, (token_count(usage, "prompt"), token_count(usage, "completion"))
+
+
+def token_count(usage, side: str) -> int:
+    """What a completion's usage says of "prompt" or "completion", 0 if that is no number of tokens."""
+    count = usage.get(f"{side}_tokens") if isinstance(usage, dict) else None
+    return count if type(count) is int and 0 <= count < 10**9 else 0
 
 
 def served_model(flag: str, url: str, key: str, timeout: float) -> str:
     """Name of the first model that a server lists. Raises ValueError naming the flag of its URL."""
     text = ""
     try:
-        _, _, text = send(url, "models", key, None, timeout)
-        return str(json.loads(text)["data"][0]["id"])
-    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+        status, _, text = send(url, "models", key, None, timeout)
+        if status >= 300:
+            text = f"HTTP {status}: {text}"  # no list of models either
+        return masked(str(json.loads(text)["data"][0]["id"]))
+    except (OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"--{flag} {url}: no list of models there, name one or give another URL: "
                          f"{brief(text or error)}") from error
 
@@ -2212,7 +2277,7 @@ class Config:
     max_tokens: int = 16384   # bridge: rows with a longer call, prompt and reply, are left out
     max_pixels: int = 1003520  # bridge: larger images are sent scaled down to this many pixels
     concurrency: int = 16     # bridge: requests in flight at most
-    timeout: float = 1800.0   # bridge: seconds to wait for a reply
+    timeout: float = 1800.0   # bridge: seconds to wait for a whole reply
     retries: int = 5          # bridge: further attempts per call, ever longer apart
     out: str = "data/mini"    # folder to write
 

@@ -29,9 +29,17 @@ graded by the same rules. The table has both. Its key is JUDGE_API_KEY, unless i
     python eval.py --bench mathvista --judge api --judge_url https://HOST/v1 --judge_model NAME
 
 MODEL/eval/BENCH.jsonl gets a line per row as answers come: the same command again goes on where it stopped
-and asks failed rows again; with other settings the old rows go to BENCH.jsonl.old. Beside it are summary.json
-and the printed table, table.md and table.json; that of several models is in out/eval. MODEL is the model's
-folder, or out/OWNER--NAME for what is no folder here.
+and asks failed rows again. No answer is deleted: rows beyond --limit stay, rows under other settings go to
+BENCH.jsonl.old and come back when they are asked for again. Beside it are summary.json and the printed table,
+table.md and table.json; that of several models is in out/eval. MODEL is the model's folder, or
+out/OWNER--NAME for what is no folder here.
+
+torchrun shares the rows among its ranks, each with an engine of its own (or one per --tp ranks). The rows are
+those of one process, any number of ranks can go on, and when a rank dies, all end. A server is asked, and a
+report written, by rank 0 alone: there --concurrency is what makes it faster.
+
+    torchrun --nproc_per_node 8 eval.py --bench mathvista --engine vllm
+    torchrun --nproc_per_node 8 -- eval.py --bench --n 8 --temperature 0.6   # -- or torchrun takes --n itself
 
 One question, and a page about a run:
 
@@ -46,6 +54,7 @@ import base64
 import contextlib
 import dataclasses
 import difflib
+import gc
 import hashlib
 import http.client
 import importlib.util
@@ -60,10 +69,9 @@ import signal
 import sys
 import time
 import traceback
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -85,8 +93,14 @@ from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer
                      gold_distribution, leaks, matched_ious, parse_boxes, parse_distribution, rationale_of)
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
-                       resolve_model, served_model, write_json, write_rows, write_text)
-from sft import collate, encode_prompt, end_on_signals, load_model, stop_ids, vision_ids
+                       resolve_model, send, served_model, write_json, write_rows, write_text)
+from sft import (RanksFailed, agree, collate, encode_prompt, end_on_signals, first_reason, gather,
+                 init_distributed, load_model, one_line_errors, stop_ids, vision_ids)
+
+RANK = int(os.environ.get("RANK", 0))  # among the WORLD processes that share the rows, as torchrun says
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
 
 class Bench(NamedTuple):
     path: str  # where its records are looked for: a file named after the split
@@ -160,7 +174,7 @@ class Config:
     top_k: int = 0  # 0 = off
     seed: int = 0  # of sampling, when the temperature is above 0
     rollout_tokens: int = 65536  # prompt and response tokens generated at once
-    batch_rows: int = 64  # rows answered between two writes to disk
+    batch_rows: int = 64  # rows that a rank answers between two writes to disk
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     tp: int = 1  # GPUs that share one vLLM engine (tensor parallel)
@@ -168,7 +182,7 @@ class Config:
     base_url: str = "http://localhost:8000/v1"  # api: where the server is
     api_model: tuple[str, ...] = ()  # api: names of models at the server, none = the first that it lists
     concurrency: int = 16  # api: requests in flight at most
-    timeout: float = 300.0  # api: seconds to wait for one answer
+    timeout: float = 300.0  # api: seconds to wait for one whole answer
     retries: int = 5  # api: further attempts per row, ever longer apart
     judge: str = "off"  # who reads the answer out of a response that the rules grade as wrong: off | api
     judge_url: str = ""  # judge: where its server is, "" = --base_url
@@ -248,6 +262,8 @@ class VLLM:
         # Ranks that share an engine must hand it the same requests: each answers those of all.
         if self.shared:
             requests, params, start = self.gather(requests, params)
+        if not requests:  # the last rows may be fewer than the ranks
+            return []
         try:
             answers = self.llm.generate(requests, params, use_tqdm=False)
         except Exception as error:
@@ -300,16 +316,15 @@ class Server:
     def call(self, url, route, body=None):
         """GET, or POST a body; returns the JSON reply. A server that fails or is gone ends the run."""
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(url.rstrip("/") + route, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=3600) as reply:
-                return json.loads(reply.read() or "null")
+            # An hour and 4 GiB: many long samples come in one reply, each token with its logprob.
+            status, _, text = send(url, route.lstrip("/"), "", data, 3600, most=2**32)
+            if status < 300:
+                return json.loads(text or "null")
+            reason = f"HTTP {status} {text[:300]}"  # the text says what the server did not like
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = ""
-            if isinstance(error, urllib.error.HTTPError):  # its body says what the server did not like
-                reason = error.read()[:300].decode(errors="replace")
-            sys.exit(f"{Path(sys.argv[0]).name}: rollout server {url}{route}: {error} {reason}")
+            reason = error
+        sys.exit(f"{Path(sys.argv[0]).name}: rollout server {url}{route}: {reason}")
 
     def sample(self, prompts, options):
         """As VLLM.sample; all prompts are sent at once, the server queues them."""
@@ -681,31 +696,40 @@ def no_reply(error):
 
 
 def answer_rows(records, engine, processor, cfg):
-    """Yield (record, replies) in order, cfg.batch_rows at a time, from an engine in this process.
+    """Yield (record, replies) in order, on every rank; each answers cfg.batch_rows of a round.
 
     A record gets cfg.n replies {"response", "tokens", "truncated"}, or just one with an "error" too.
     """
-    for start in range(0, len(records), cfg.batch_rows):
-        # Prepare the prompts; one that cannot be read has its reply already.
-        batch = records[start:start + cfg.batch_rows]
-        replies = [[] for _ in batch]
-        prompts, seeds, rows = [], [], []  # of each sample; rows are places in the batch
-        for row, record in enumerate(batch):
-            try:
-                prompt = encode_prompt(record, processor, cfg.max_pixels, cfg.max_prompt_tokens)
-            except ValueError as error:
-                replies[row].append(no_reply(error))
-                continue
-            for seed in row_seeds(record, cfg):
-                prompts.append(prompt)
-                seeds.append(seed)
-                rows.append(row)
-        # Sample all of the batch at once, and give each record its own.
-        for row, sample in zip(rows, generate(engine, prompts, seeds, cfg)):
-            text = processor.tokenizer.decode(sample.ids, skip_special_tokens=True)
-            replies[row].append(
-                {"response": text, "tokens": len(sample.ids), "truncated": sample.truncated})
-        yield from zip(batch, replies)
+    per_round = cfg.batch_rows * WORLD
+    for start in range(0, len(records), per_round):
+        batch = records[start:start + per_round]
+        # Neighbours are often alike, in length too: ranks take turns. Who has no row left takes part all the
+        # same, because ranks that share an engine run it together.
+        shares = gather(agree(answer_batch, batch[RANK::WORLD], engine, processor, cfg))
+        for place, record in enumerate(batch):
+            yield record, shares[place % WORLD][place // WORLD]
+
+
+def answer_batch(batch, engine, processor, cfg):
+    """[the replies to each record of a batch], as in answer_rows."""
+    # Prepare the prompts; one that cannot be read has its reply already.
+    replies = [[] for _ in batch]
+    prompts, seeds, rows = [], [], []  # of each sample; rows are places in the batch
+    for row, record in enumerate(batch):
+        try:
+            prompt = encode_prompt(record, processor, cfg.max_pixels, cfg.max_prompt_tokens)
+        except ValueError as error:
+            replies[row].append(no_reply(error))
+            continue
+        for seed in row_seeds(record, cfg):
+            prompts.append(prompt)
+            seeds.append(seed)
+            rows.append(row)
+    # Sample all of the batch at once, and give each record its own.
+    for row, sample in zip(rows, generate(engine, prompts, seeds, cfg)):
+        text = processor.tokenizer.decode(sample.ids, skip_special_tokens=True)
+        replies[row].append({"response": text, "tokens": len(sample.ids), "truncated": sample.truncated})
+    return replies
 
 
 def chat_request(record, model, cfg):
@@ -753,9 +777,15 @@ def open_engine(model, cfg):
 
 def close_engine(cfg):
     """Free what an engine held before the next one is built; vLLM leaves nothing of the memory otherwise."""
-    if cfg.engine == "vllm":
-        from vllm.distributed import cleanup_dist_env_and_memory
+    if cfg.engine != "vllm":
+        return
+    from vllm.distributed import cleanup_dist_env_and_memory, destroy_model_parallel
+    if "RANK" not in os.environ:
         cleanup_dist_env_and_memory()
+    else:  # that would end torchrun's process group, too, in which the ranks share the next model's rows
+        destroy_model_parallel()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 # ----- grading ---------------------------------------------------------------------------------------------
@@ -931,29 +961,46 @@ def eval_folder(model):
 
 
 def answered(path, records, settings):
-    """{id: row} of the records that BENCH.jsonl answers under the same settings.
+    """{id: row} of BENCH.jsonl under the same settings, and of what BENCH.jsonl.old answers of the records.
 
-    Other rows cost time or money too: they go to BENCH.jsonl.old, and count again when they are asked again.
+    Other rows of BENCH.jsonl cost time or money too: they go to BENCH.jsonl.old, which only grows. Raises
+    ValueError for rows that are not run_bench's.
     """
     old = path.with_name(f"{path.name}.old")
-    known = {}
-    for row in complete_rows(old) + complete_rows(path):
-        if "error" not in row:
-            known[row["id"], row["question"], row["answer"], json.dumps(row["settings"])] = row
-    done = {}
+    try:
+        old_rows = {row_key(row): row for row in complete_rows(old)}
+        rows = {row_key(row): row for row in complete_rows(path) if "error" not in row}
+    except KeyError as field:
+        raise ValueError(f"{path}: a row without {field} is no answer; move the file away") from field
+    asked = {}  # key of the row that answers a record -> its id
     for record in records:
-        key = record["id"], record["question"], record.get("answer"), json.dumps(settings)
-        if key in known:
-            done[record["id"]] = known[key]
-    if len(done) < len(known):
-        write_rows(old, known.values())
+        asked[row_key({"answer": None} | record | {"settings": settings})] = record["id"]
+    done = {row["id"]: row for key, row in (old_rows | rows).items() if key in asked}
+    moved = {}
+    ids = {*asked.values()}
+    for key, row in rows.items():
+        if row["settings"] == settings and row["id"] not in ids:  # beyond --limit
+            done[row["id"]] = row
+        elif key not in asked:
+            moved[key] = row
+    if moved:
+        write_rows(old, (old_rows | moved).values())  # before BENCH.jsonl: killed in between, nothing is lost
+        theirs = next(iter(moved.values()))["settings"]
+        changed = [f"{flag} {value}" for flag, value in theirs.items() if value != settings.get(flag)]
+        reason = ", ".join(changed) or "another question or gold answer"
+        print(f"{path}: {len(moved)} rows are now in {old.name}: {reason}")
     return done
+
+
+def row_key(row):
+    """What makes a row the answer to a question under some settings."""
+    return json.dumps([row["id"], row["question"], row["answer"], row["settings"]])
 
 
 def run_bench(title, records, done, todo, fresh, path):
     """Add `fresh`, `todo` rows, to `done` {id: row}, each at once in the file too.
 
-    Returns all rows in the records' order, in which the file then is.
+    Returns the records' rows in their order, in which the file then is; what else is in `done` comes after.
     """
     write_rows(path, done.values())  # without half a line of a run that was killed
     bar = tqdm(total=len(records), initial=len(records) - todo, desc=title, dynamic_ncols=True)
@@ -963,21 +1010,24 @@ def run_bench(title, records, done, todo, fresh, path):
             out.write(json.dumps(row) + "\n")
             out.flush()
             bar.update()
-    rows = [done[record["id"]] for record in records]
-    write_rows(path, rows)
-    return rows
+    in_order = {record["id"]: done[record["id"]] for record in records}
+    write_rows(path, (in_order | done).values())
+    return [*in_order.values()]
 
 
-def judge_bench(title, records, rows, path, cfg):
-    """Have the judge read the wrong rows that it has not read yet; return all rows with its verdicts."""
+def judge_bench(title, records, done, path, cfg):
+    """Have the judge read the wrong rows that it has not read yet; return all rows with its verdicts.
+
+    done: {id: row}, as run_bench left it.
+    """
     # A right row stays right: the judge is for answers that the rules could not read.
     todo = []
-    for record, row in zip(records, rows):
+    for record in records:
+        row = done[record["id"]]
         read = row.get("judge", {}).get("model") == cfg.judge_model
         if row["response"] and row["correct"] == 0 and not read:
             todo.append((record, row))
     # Verdicts are kept in the rows' own file, so none is paid for twice.
-    done = {row["id"]: row for row in rows}
     fresh = (row for _, row in in_parallel(partial(judged, cfg=cfg), todo, cfg.concurrency))
     rows = run_bench(f"{title}, judge", records, done, len(todo), fresh, path)
     # The table counts the judge's verdict where there is one, and shows the rules' beside it.
@@ -992,7 +1042,8 @@ def judge_bench(title, records, rows, path, cfg):
 def run_model(model, name, loaded, cfg):
     """Run benchmarks [(bench name, Bench, records)] with one model; return its summary and the failed rows.
 
-    `name` is where its results go. The model is loaded only if a row lacks an answer.
+    `name` is where its results go. The model is loaded only if a row lacks an answer. Ranks share the rows;
+    rank 0 alone reads and writes the files, and returns something.
     """
     folder = eval_folder(name)
     flags = ("max_new_tokens", "n", "temperature", "top_p", "top_k", "seed", "max_pixels", "task")
@@ -1006,15 +1057,20 @@ def run_model(model, name, loaded, cfg):
         path = folder / f"{key}.jsonl"
         settings = shared | {"data": bench.path, "split": bench.split}
         # 1. Ask what has no answer yet, and grade it. A line is written as soon as there is one.
-        done = answered(path, records, settings)
-        todo = [record for record in records if record["id"] not in done]
+        done = agree(dict) if RANK else agree(answered, path, records, settings)
+        [known, *_] = gather({*done})
+        todo = [record for record in records if record["id"] not in known]
         if todo and answer is None:
-            answer = open_engine(model, cfg)
+            answer = agree(open_engine, model, cfg)
         replies = answer(todo) if todo else []
+        if RANK:
+            for _ in replies:  # the answers of all ranks are in rank 0's hands
+                pass
+            continue
         fresh = (graded(record, its_replies, settings) for record, its_replies in replies)
         rows = run_bench(f"{name} {key}", records, done, len(todo), fresh, path)
         if cfg.judge == "api":
-            rows = judge_bench(f"{name} {key}", records, rows, path, cfg)
+            rows = judge_bench(f"{name} {key}", records, done, path, cfg)
         # 2. Count the rows that have a gold answer.
         compared = [(record, row) for record, row in zip(records, rows) if record.get("answer")]
         if compared:
@@ -1197,12 +1253,14 @@ def answer_question(cfg, models):
     """Print the first model's answer to --prompt about --image, and draw its boxes. Raises ValueError."""
     record = {"id": "0", "question": cfg.prompt, "images": list(cfg.image), "answer_type": "text",
               "task": cfg.task or "plain"}
-    answer = open_engine(next(iter(models.values())), cfg)
-    for _, replies in answer([record]):
-        for reply in replies:
-            if "error" in reply:
-                raise ValueError(reply["error"])
-            print(reply["response"])
+    answer = agree(open_engine, next(iter(models.values())), cfg)
+    [(_, replies)] = answer([record])
+    if RANK:
+        return
+    for reply in replies:
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        print(reply["response"])
     if cfg.save_image:
         drawn = draw_boxes(cfg.image[0], replies[0]["response"], cfg.max_pixels)
         drawn.save(cfg.save_image)
@@ -1232,7 +1290,9 @@ def on_image(box, size):
 
 # ----- report: a run directory -> one HTML page ------------------------------------------------------------
 
-PAGE_BYTES = 18_000_000  # of a page at most; images may take half of it
+PAGE_BYTES = 18_000_000  # of a page at most; where there are images, they may take half of it
+KEEPS = (10**5, 10**4, 3000, 1000, 300)  # characters of a response, ever fewer until the page is small enough
+FIELD = 2000  # characters of any other text of a case
 THUMBNAIL = 200_000  # pixels of an image in the page
 GROUPS = 300  # of rollouts in the page at most, spread over the run
 POINTS = 2000  # of a curve; more are not seen
@@ -1265,9 +1325,8 @@ def rollout_section(run, source):
     groups = {}
     for row in rows:
         groups.setdefault((row["step"], row["id"]), []).append(row)
-    every = math.ceil(len(groups) / GROUPS) or 1
     cases = []
-    for step, name in list(groups)[::every]:
+    for step, name in spread(list(groups), GROUPS):
         rollouts = sorted(groups[step, name], key=lambda row: -row["reward"])
         case = as_case(rollouts, [""] * len(rollouts), source)
         cases.append(case | {"facts": {"step": step}})
@@ -1307,7 +1366,7 @@ def bench_section(name, runs):
         correct = [row["correct"] for row in rows]
         verdict = VERDICTS[tuple(share == 1 for share in correct)]
         cases.append(case | {"tags": [verdict, *case["tags"]], "correct": correct,
-                             "read": [row["extracted"] for row in rows]})
+                             "read": [row["extracted"] and row["extracted"][:FIELD] for row in rows]})
     return {"name": name, "cases": cases, "results": results}
 
 
@@ -1334,6 +1393,50 @@ def add_records(cases):
             if isinstance(value, (str, int, float)):
                 case["facts"][key] = value
         case |= {"images": record["images"], "choices": record.get("choices", [])}
+    return notes
+
+
+def as_shown(case, keep):
+    """A case as the page has it: responses as [all] or [before, trigger, after], each at most `keep` long."""
+    responses = []
+    for row in case["responses"]:
+        cuts = [0, *(row.get("trigger") or ()), len(row["response"])]
+        parts = [shorten(row["response"][begin:end], keep) for begin, end in zip(cuts, cuts[1:])]
+        responses.append(short_fields(row) | {"response": parts})
+    return short_fields(case) | {"responses": responses}
+
+
+def short_fields(row):
+    return {key: shorten(value, FIELD) if isinstance(value, str) else value for key, value in row.items()}
+
+
+def page_json(page):
+    """JSON, all ASCII, in which no "</script>" of a response may end the script element."""
+    return json.dumps(page).replace("<", "\\u003c")
+
+
+def thin_out(sections, room):
+    """Leave out cases, evenly spread, of whatever section is largest, until all fit into `room` bytes.
+
+    They are measured with their responses cut as far as may be. Returns notes of what is left out.
+    """
+    sizes = []  # of each case of each section
+    for section in sections:
+        shortest = [as_shown(case, KEEPS[-1]) | {"images": []} for case in section["cases"]]
+        sizes.append([len(page_json(case)) + 2 for case in shortest])
+    every = [1] * len(sections)  # the how manieth case of each section stays
+    totals = [sum(each) for each in sizes]
+    while sum(totals) > room:
+        place = totals.index(max(totals))
+        every[place] += 1
+        totals[place] = sum(sizes[place][every[place] - 1::every[place]])
+    notes = []
+    for section, step in zip(sections, every):
+        count = len(section["cases"])
+        section["cases"] = section["cases"][step - 1::step]
+        if step > 1:
+            notes.append(f"{section['name']}: for size, {len(section['cases'])} of {count} questions are "
+                         "listed, evenly spread; the tables of results count all.")
     return notes
 
 
@@ -1381,18 +1484,23 @@ def shorten(text, keep):
 
 
 def read_metrics(run):
-    """The finite numbers of metrics.jsonl, about POINTS rows of them and every evaluation."""
+    """The finite numbers of metrics.jsonl, about POINTS rows of them and as many evaluations."""
     rows = complete_rows(run / "metrics.jsonl")
-    every = math.ceil(len(rows) / POINTS)
+    evaluations = [i for i, row in enumerate(rows) if any(key.startswith("eval/") for key in row)]
+    places = {*spread(range(len(rows)), POINTS), *spread(evaluations, POINTS)}
     kept = []
-    for i, row in enumerate(rows):
+    for place in sorted(places):
         numbers = {}
-        for key, value in row.items():
+        for key, value in rows[place].items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 numbers[key] = value if isinstance(value, int) else float(f"{value:.6g}")
-        if i % every == 0 or any(key.startswith("eval/") for key in numbers):
-            kept.append(numbers)
+        kept.append(numbers)
     return kept
+
+
+def spread(items, most):
+    """At most so many of a sequence, evenly spread, the first among them."""
+    return items[::math.ceil(len(items) / most) or 1]
 
 
 def read_run(runs):
@@ -1418,30 +1526,34 @@ def read_run(runs):
 def write_report(folders):
     """Write folders[0]/report.html, a page that needs no other file; return its path. Raises ValueError."""
     page = read_run([Path(folder) for folder in folders])
-    cases = []
-    for section in page["sections"]:
-        cases += section["cases"]
+    sections = page.pop("sections")
+    cases = [case for section in sections for case in section["cases"]]
     notes = add_records(cases)
-    # Where room is short, the images of what went wrong come first.
+    # 1. Questions: as many as fit when all that can be cut is cut.
+    results = [section["results"] for section in sections]
+    room = PAGE_BYTES - len(page_json([page, results]))
+    image_room = room // 2 if any(case["images"] for case in cases) else 0
+    notes += thin_out(sections, room - image_room)
+    cases = [case for section in sections for case in section["cases"]]
+    # 2. Images. Where room is short, those of what went wrong come first.
     wrong_first = sorted(cases, key=lambda case: case["tags"][:1] in (["right"], ["both right"]))
-    page["images"] = embed_images(wrong_first, PAGE_BYTES // 2)
+    page["images"] = embed_images(wrong_first, image_room)
     lost = sum(None in case["images"] for case in cases)
     if lost:
         notes.append(f"The images of {lost} of {len(cases)} questions are left out, for size or unreadable.")
-    responses = []
-    for case in cases:
-        responses += case["responses"]
-    texts = [response["response"] for response in responses]
-    # Long responses lose their middle, ever more of it until the page is small enough.
-    for keep in (10**5, 10**4, 3000, 1000, 300):
-        for response, text in zip(responses, texts):  # becomes [all], or [before, trigger, after]
-            cuts = [0, *(response.get("trigger") or ()), len(text)]
-            parts = [text[begin:end] for begin, end in zip(cuts, cuts[1:])]
-            response["response"] = [shorten(part, keep) for part in parts]
+    # 3. Responses lose their middle, the longest first, ever more of it until the page is small enough.
+    lengths = [len(row["response"]) for case in cases for row in case["responses"]]
+    for keep in KEEPS:
         page["notes"] = list(notes)
-        if any(len(text) > keep for text in texts):
+        if any(length > keep for length in lengths):
             page["notes"].append(f"Of responses over {keep} characters the middle is left out.")
-        data = json.dumps(page).replace("<", "\\u003c")  # no "</script>" of a response may end the script
+        if sum(min(length, keep) for length in lengths) > PAGE_BYTES and keep > KEEPS[-1]:
+            continue
+        page["sections"] = []
+        for section in sections:
+            shown = [as_shown(case, keep) for case in section["cases"]]
+            page["sections"].append(section | {"cases": shown})
+        data = page_json(page)
         if len(data) < PAGE_BYTES:
             break
     path = Path(folders[0], "report.html")
@@ -1816,14 +1928,16 @@ def compare_models(cfg, models):
     found, paths, failed, notes = {}, {}, [], []
     for name in columns:
         try:
-            paths[name] = models.get(name) or resolve_model(name)
+            paths[name] = models.get(name) or gather(agree(resolve_model, name))[0]
             found[name], lost = run_model(paths[name], name, loaded, cfg)
-        except (ValueError, OSError) as error:
+        except RanksFailed as error:
             if name != start:
                 raise
-            notes.append(f"{start}, from which {columns[1]} started, is not shown: {brief_reason(error)}")
+            notes.append(f"{start}, from which {columns[1]} started, is not shown: {first_reason(error)}")
             continue
         failed += [f"{name}: {line}" for line in lost] if len(columns) > 1 else lost
+    if RANK:
+        return
     # 4. The table, beside the rows of the one model that was named, or in out/eval.
     if any(found.values()):  # questions without a gold answer have no scores
         table = {name: with_averages(summary) for name, summary in found.items()}
@@ -1846,29 +1960,32 @@ def compare_models(cfg, models):
         print(f"and {len(failed) - 10} more")
 
 
-def brief_reason(error):
-    """The first line of an error's message."""
-    return str(error).strip().partition("\n")[0]
+RANK_WAITS = timedelta(days=1)  # some rows take hours longer than others
 
 
 def main(cfg):
     """Write a report, answer one question, or run benchmarks; what cannot be done is one line."""
     end_on_signals()  # each answer was flushed as it came, so the same command goes on from there
     disable_progress_bar()
-    try:
+    if WORLD > 1 and cfg.engine != "api" and not cfg.report:
+        init_distributed(RANK_WAITS)
+    elif RANK:
+        return  # a server is asked, and a report written, by rank 0
+    with one_line_errors():
         check(cfg)
         if cfg.report:
             print(write_report(cfg.report))
             return
-        models = model_paths(cfg)
+        # The newest step of a run that still trains is the one that rank 0 sees.
+        models = gather(agree(model_paths, cfg))[0]
         if not cfg.max_new_tokens:
             cfg = dataclasses.replace(cfg, max_new_tokens=response_limit(models))
         if cfg.image:
             answer_question(cfg, models)
         else:
             compare_models(cfg, models)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {brief_reason(error)}")
+    if WORLD > 1 and dist.is_initialized():
+        dist.destroy_process_group()  # its threads would abort a process that ends while others still work
 
 
 if __name__ == "__main__":

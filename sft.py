@@ -132,8 +132,12 @@ def one_line_errors():
         fail(" ".join(str(error).split()))
 
 
-def init_distributed():
-    """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device)."""
+def init_distributed(timeout=None):
+    """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device).
+
+    timeout: how long a rank that lives is waited for, a timedelta; None = torch's half an hour. That of one
+    that died is noticed at once.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -156,7 +160,7 @@ def init_distributed():
         device, backend = torch.device("cpu"), "gloo"
     if "RANK" in os.environ:
         follow_torchrun()
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     transformers.utils.logging.disable_progress_bar()
@@ -175,6 +179,35 @@ def global_max(value):
     most = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return most.item()
+
+
+def gather(value):
+    """[a picklable value of each rank], on all of them. Without a process group there is one rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(work, *args):
+    """work(*args), done by every rank or by none. Collective.
+
+    Raises RanksFailed, on all, with the first reason of a rank: a ValueError or OSError.
+    """
+    result, fault = None, ""
+    try:
+        result = work(*args)
+    except (ValueError, OSError) as error:
+        fault = first_reason(error)
+    for reason in gather(fault):
+        if reason:
+            raise RanksFailed(reason)
+    return result
+
+
+class RanksFailed(ValueError):
+    """All ranks have it, so they are still in step, and may go on with something else."""
 
 
 def follow_torchrun():
@@ -1139,9 +1172,7 @@ def written_by_all(tmp):
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         fault = first_reason(error)
-    faults = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    met = [fault for fault in faults if fault]
+    met = [fault for fault in gather(fault) if fault]
     if met:
         free = shutil.disk_usage(tmp.parent).free
         dist.barrier()

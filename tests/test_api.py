@@ -1,8 +1,10 @@
 """eval.py --engine api against a local server that misbehaves as told: nothing lost, repeated or leaked."""
 import base64
+import gzip
 import io
 import json
 import shutil
+import signal
 import socket
 import struct
 import threading
@@ -11,8 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from conftest import picture
+from conftest import lines_in, picture, wait_until
 from PIL import Image, ImageCms
+from test_stages import start
 
 import data_prep
 import eval as stage
@@ -269,6 +272,25 @@ def drip(handler):
         handler.server.gone.wait(0.05)
 
 
+def dripping(start, drop=b"x"):
+    """After `start` a few bytes now and then: each read gets something, the whole never comes."""
+    def act(handler):
+        handler.wfile.write(start)
+        while not handler.server.gone.wait(0.05):
+            handler.wfile.write(drop)
+    return act
+
+
+def flood(start, part):
+    """After `start` the same part as fast as it is taken, until the client hangs up."""
+    def act(handler):
+        handler.wfile.write(start)
+        while not handler.server.gone.is_set():
+            handler.wfile.write(part)
+    return act
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 400\r\n\r\n" + right("row-0")[:60]
 CHUNK = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n20\r\n" + right("row-0")[:20]
 PASSING = {
@@ -279,7 +301,25 @@ PASSING = {
     "null content": chat(None), "list content": chat([{"type": "text", "text": "1"}]), "deep": b"[" * 100_000,
     "no content": b'{"choices": [{"message": {}}]}', "half": sent(HALF), "half a chunk": sent(CHUNK),
     "closed": sent(b""), "reset": sent(HALF, reset=True), "not http": sent(b"hello\r\n\r\n"),
+    "a million deep": b'{"choices": ' + b"[" * 10**6, "more digits than Python reads": b"9" * 5000,
+    "gzip": (200, {"Content-Encoding": "gzip"}, gzip.compress(bytes(10**8))),
+    "announces too little": sent(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n" + right("row-0")),
+    "announces an exabyte": sent(HALF.replace(b"400", b"1" + b"0" * 18)),
+    "announces nonsense": sent(HALF.replace(b"400", b"-7")), "a chunk of minus five": sent(CHUNKED + b"-5\r\nx"),
+    "a huge chunk": sent(CHUNKED + b"F" * 40 + b"\r\nx"), "a huge status": sent(b"HTTP/1.1 9999999 OK\r\n\r\n"),
+    "a header without end": flood(b"HTTP/1.1 200 OK\r\nA: ", b"x" * 9999),
+    "headers without end": flood(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n"),
+    "a body without end": flood(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 99999),
+    "chunks without end": flood(CHUNKED, b"ffff\r\n" + b" " * 65535 + b"\r\n"),
+    "continue without end": flood(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "trailers without end": flood(CHUNKED + b"0\r\n", b"A: b\r\n"),
+    "status drip": dripping(b"HTTP/1.1 200 "), "header drip": dripping(b"HTTP/1.1 200 OK\r\nA: "),
+    "headers drip": dripping(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n"),
+    "continue drip": dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "body drip": dripping(b"HTTP/1.1 200 OK\r\n\r\n", b" "), "chunk drip": dripping(CHUNKED, b"1\r\n \r\n"),
+    "size drip": dripping(CHUNKED, b"0"), "trailer drip": dripping(CHUNKED + b"0\r\n", b"A: b\r\n"),
 }
+SLOW = {name for name in PASSING if "drip" in name} | {"hang", "continue without end", "trailers without end"}
 
 
 @pytest.mark.parametrize("fault", PASSING)
@@ -287,7 +327,7 @@ def test_faults_that_pass_are_retried(serve, fault):
     """Twice the fault, then an answer: asked three times, right, and soon."""
     make_rows(1)
     server, began = serve(lambda row, n, s: PASSING[fault] if n <= 2 else right(row)), time.time()
-    patience = "1" if fault in ("hang", "drip") else "60"
+    patience = "0.5" if fault in SLOW else "60"
     row = evaluate(server, "--timeout", patience, "--api_model", MODEL)["row-0"]
     assert time.time() - began < 8
     assert row["correct"] == 1 and "error" not in row and server.asked == ["row-0"] * 3
@@ -338,6 +378,29 @@ def test_a_reasoning_model_that_ran_out_of_tokens_has_an_empty_answer(serve):
     assert len(server.asked) == 3 and not any("error" in row for row in rows.values())
     assert [(r["response"] == "", r["truncated"], r["tokens"], r["correct"]) for r in rows.values()] == [
         (True, True, 7, 0), (False, False, 0, 1), (False, False, 0, 1)]
+
+
+ABSURD = [-5, 10**30, 1e300, "7", "x" * 10**6, None, True, [], {"a": 1}, float("nan"), float("inf"), 2**63]
+
+
+def test_absurd_numbers_of_tokens_are_no_number(serve):
+    """Also a usage that is no object: the answers count, the summary is made."""
+    make_rows(len(ABSURD) + 3)
+    usages = [*({"completion_tokens": count} for count in ABSURD), [1], "many", 7]
+    server = serve(lambda row, n, s: chat(f"<answer> {row[4:]} </answer>", usage=usages[int(row[4:])]))
+    rows = evaluate(server)
+    assert len(server.asked) == len(usages) and {(r["tokens"], r["correct"]) for r in rows.values()} == {(0, 1)}
+
+
+def test_bytes_that_are_no_text(serve):
+    """What is not UTF-8 becomes a mark, and zero bytes and line ends stay in the one line of their row."""
+    make_rows(2)
+    odd = {"row-0": chat("A<answer> 0 </answer>").replace(b"A", b"\xff\xc3("),
+           "row-1": chat("\0\r\n\u2028<answer> 1 </answer>")}
+    rows = evaluate(serve(lambda row, n, s: odd[row]))
+    assert [row["response"] for row in rows.values()] == [
+        "\ufffd\ufffd(<answer> 0 </answer>", "\0\r\n\u2028<answer> 1 </answer>"]
+    assert all(row["correct"] for row in rows.values())
 
 
 def test_thoughts_that_a_server_took_out_are_part_of_the_response(serve):
@@ -486,6 +549,21 @@ def test_an_interrupted_run_asks_no_more(serve):
     assert len(server.asked) < 25
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_at_once(serve, tmp_path, number):
+    """With requests in flight to a server that drips, and answers on the way: what came is in the file."""
+    make_rows(40)
+    server = serve(lambda row, n, s: right(row) if int(row[4:]) < 5 else dripping(b"HTTP/1.1 200 OK\r\nA: "))
+    job = start(tmp_path, "eval.py", "--engine", "api", "--base_url", server.url, "--bench", "rows.jsonl")
+    wait_until(lambda: len(server.asked) >= 16 and lines_in(tmp_path / FOLDER / "rows.jsonl") == 5, job)
+    began = time.time()
+    job.send_signal(number)
+    output, _ = job.communicate(timeout=60)
+    assert time.time() - began < 1 and job.returncode == 128 + number
+    assert output.strip().splitlines()[-1] == f"eval.py: ended by {number.name}" and "Traceback" not in output
+    assert [row["correct"] for row in written()] == [1] * 5
+
+
 # ----- the key
 
 
@@ -506,21 +584,51 @@ def test_the_key_is_sent_and_nowhere_kept(serve, monkeypatch, capfd, tmp_path):
     assert not any(KEY[:10] in text for text in (shown, *(p.read_text() for p in files)))
 
 
-def test_the_key_does_not_follow_a_redirect(serve, monkeypatch):
+def test_a_completion_that_repeats_the_key_is_masked(serve, monkeypatch, capfd, tmp_path):
+    """Everywhere: in answers, in thoughts, as a model's name; the rest of the answer is kept."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    make_rows(2)
+    thought = {"content": "<answer> 1 </answer>", "reasoning_content": f"The key is {KEY}."}
+    replies = {"row-0": chat(f"{KEY}: <answer> 0 </answer>"),
+               "row-1": json.dumps({"choices": [{"message": thought}]}).encode()}
+    server = serve(lambda row, n, s: replies[row])
+    server.models = json.dumps({"data": [{"id": f"model {KEY}"}]}).encode()
+    argv = ["--engine", "api", "--base_url", server.url, "--bench", "rows.jsonl"]
+    stage.main(stage.parse_config(stage.Config, argv))
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    rows = [json.loads(line) for p in files if p.parent.name == "eval" and p.name == "rows.jsonl" for line in open(p)]
+    assert [(row["response"], row["correct"]) for row in rows] == [
+        ("[key]: <answer> 0 </answer>", 1), ("<think>The key is [key].</think><answer> 1 </answer>", 1)]
+    shown = "".join(capfd.readouterr())
+    assert "model [key]" in shown and not any(KEY in text for text in (shown, *(p.read_text() for p in files)))
+
+
+def test_a_key_that_is_a_word_changes_no_answer(serve, monkeypatch):
+    """Local servers take any key: EMPTY, none, 1."""
+    make_rows(2)
+    monkeypatch.setenv("OPENAI_API_KEY", "1")
+    monkeypatch.setenv("JUDGE_API_KEY", "EMPTY")
+    rows = evaluate(serve(lambda row, n, s: chat(f"EMPTY <answer> {row[4:]} </answer>")))
+    assert [row["response"] for row in rows.values()] == [f"EMPTY <answer> {i} </answer>" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_an_error(serve, monkeypatch, status):
+    """Neither the key nor the question goes elsewhere; what was said is told, once and without the key."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     make_rows(1)
-    elsewhere, got = serve(), []
-
-    def models(handler):
-        got.append(handler.headers["Authorization"])
-        sent(b"HTTP/1.1 302 Found\r\nLocation: " + elsewhere.url.encode() + b"/models\r\n\r\n")(handler)
-
-    server = serve()
-    server.models = models
+    elsewhere = serve()
     seen = []
-    elsewhere.models = lambda handler: seen.append(handler.headers["Authorization"])
-    assert "--base_url" in refusal("--base_url", server.url, "--bench", "rows.jsonl")
-    assert got == [f"Bearer {KEY}"] and seen == [None]
+    elsewhere.models = lambda handler: seen.append(handler.path)
+    away = status, {"Location": f"{elsewhere.url}/models?{KEY}"}, b"gone"
+    server = serve(lambda row, n, s: away)
+    server.models = away
+    shown = refusal("--base_url", server.url, "--bench", "rows.jsonl")
+    told = f"HTTP {status}: redirects to {elsewhere.url}/models?[key]"
+    assert f"--base_url {server.url}" in shown and shown.endswith(told)
+    row = evaluate(server, "--api_model", MODEL)["row-0"]
+    assert row["error"] == told and server.asked == ["row-0"]
+    assert not seen and not elsewhere.asked
 
 
 def test_a_key_that_no_header_can_hold_is_refused_unseen(serve, monkeypatch):
@@ -548,7 +656,7 @@ def test_bad_flags_are_one_line_errors(serve, flags, named):
 
 @pytest.mark.parametrize("models", [
     b"{}", b'{"data": []}', b"[]", b"<html>", b"", (500, {}, b"down"), sent(b""), sent(b"hello\r\n\r\n"),
-    hang])
+    hang, *(PASSING[name] for name in ("header drip", "body drip", "a million deep", "announces an exabyte"))])
 def test_a_server_without_models_is_a_one_line_error(serve, models):
     make_rows(1)
     server = serve()

@@ -9,7 +9,7 @@ from PIL import Image
 
 import eval as evaluation
 import rewards
-from data_prep import read_records
+from data_prep import read_records, write_records
 
 SETTINGS = {"model": "m", "n": 1}
 
@@ -263,8 +263,8 @@ def test_what_cannot_be_run_is_one_line(runs, argv, named):
     assert named in stop.value.code and "\n" not in stop.value.code
 
 
-def test_rows_that_were_paid_for_are_never_deleted(runs, monkeypatch):
-    """Other settings or fewer rows set them aside; asked as before, they are there again."""
+def test_rows_that_were_paid_for_are_never_deleted(runs, monkeypatch, capsys):
+    """Fewer rows leave them, other settings set them aside and say so; asked as before, they are there again."""
     path, asked = runs / "out/grpo/eval/counting-id.jsonl", []
     whole = evaluation.answer_rows
 
@@ -276,7 +276,11 @@ def test_rows_that_were_paid_for_are_never_deleted(runs, monkeypatch):
     usual = ["--bench", "counting-id", "--max_new_tokens", "3"]
     evaluate(*usual)
     rows = kept(path)
+    evaluate(*usual, "--limit", "2")
+    assert kept(path) == rows and "| counting-id | 2 |" in capsys.readouterr().out
     evaluate("--bench", "counting-id", "--max_new_tokens", "4")
+    told = "counting-id.jsonl: 12 rows are now in counting-id.jsonl.old: max_new_tokens 3"
+    assert told in capsys.readouterr().out
     assert {row["settings"]["max_new_tokens"] for row in kept(path)} == {4}
     evaluate(*usual, "--limit", "2")
     assert kept(path) == rows[:2]
@@ -285,6 +289,35 @@ def test_rows_that_were_paid_for_are_never_deleted(runs, monkeypatch):
     evaluate("--bench", "counting-id", "--max_new_tokens", "4")
     assert len(kept(path)) == 12 and asked == [12, 12]
     assert len(kept(path.with_name("counting-id.jsonl.old"))) == 24
+    assert "are now in" in capsys.readouterr().out
+
+
+def test_rows_of_questions_that_changed_are_set_aside(runs, capsys):
+    """A gold answer that was mended: that row is asked again, the others stay, and so do those beyond --limit."""
+    source, path = runs / "mine.jsonl", runs / "out/tiny/eval/mine.jsonl"
+    records = read_records("data/mini/counting_id.jsonl")
+    write_records(source, records)
+    asked = ["--bench", "mine.jsonl", "--model", "out/tiny", "--max_new_tokens", "3"]
+    evaluate(*asked)
+    rows = kept(path)
+    records[1]["answer"] = "77"
+    write_records(source, records)
+    evaluate(*asked, "--limit", "5")
+    assert kept(path) == [rows[0], kept(path)[1], *rows[2:]] and kept(path)[1]["answer"] == "77"
+    assert kept(path.with_name("mine.jsonl.old")) == [rows[1]]
+    assert "1 rows are now in mine.jsonl.old: another question or gold answer" in capsys.readouterr().out
+
+
+def test_a_judge_deletes_no_rows_beyond_the_limit(runs, monkeypatch):
+    path = runs / "out/tiny/eval/counting-id.jsonl"
+    asked = ["--bench", "counting-id", "--model", "out/tiny", "--max_new_tokens", "3"]
+    evaluate(*asked)
+    rows = kept(path)
+    monkeypatch.setattr(evaluation, "judged", lambda pair, cfg: pair[1] | {"judge": {
+        "model": cfg.judge_model, "extracted": "1", "correct": 0.0}})
+    evaluate(*asked, "--limit", "3", "--judge", "api", "--judge_model", "m")
+    assert [row["id"] for row in kept(path)] == [row["id"] for row in rows]
+    assert kept(path)[3:] == rows[3:] and any("judge" in row for row in kept(path)[:3])
 
 
 def test_evaluation_leaves_a_core_free(runs, monkeypatch):

@@ -247,6 +247,44 @@ def test_a_page_has_a_largest_size(tmp_path, monkeypatch):
     assert sum(shown[::2]) > sum(shown[1::2])  # wrong answers first
 
 
+@pytest.mark.parametrize("rows, length, images, samples", [
+    (100_000, 40, 0, 1), (20_000, 600, 40, 1), (600, 3000, 0, 64)])
+def test_a_page_keeps_to_its_size(tmp_path, rows, length, images, samples):
+    """Questions are left out evenly where there are too many even with short responses; the tables count all."""
+    noise, text = random.Random(0), "<é" * (length // 2)
+    for i in range(images):
+        Image.frombytes("RGB", (300, 300), noise.randbytes(270_000)).save(tmp_path / f"{i}.png")
+    data = records_file(tmp_path, rows, lambda i: f"{i % images}.png") if images else None
+    found = []
+    for i in range(rows):
+        row = answered(i, i % 4 == 0, data, response=f"{text}<answer> {i} </answer>")
+        found.append(row | {"samples": [row] * samples} if samples > 1 else row)
+    written, page_data = page(make_run(tmp_path / "a", samples=False, rows=found))
+    (maths,) = page_data["sections"]
+    shown = len(maths["cases"])
+    assert len(written.encode()) < 20_000_000 and maths["results"][0]["n"] == rows
+    assert shown > 100 and any(f"maths: for size, {shown} of {rows} questions" in note for note in page_data["notes"])
+    places = [int(case["id"][1:]) for case in maths["cases"]]
+    assert len({b - a for a, b in zip(places, places[1:])}) == 1
+    assert maths["cases"][-1]["responses"][0]["response"][0].endswith(f"<answer> {places[-1]} </answer>")
+    if images:
+        pictures = [case["images"] for case in maths["cases"]]
+        assert sum(images != [None] for images in pictures) > 100
+
+
+def test_long_texts_of_every_kind_are_cut(tmp_path):
+    """A question, a gold answer, an option or an error of a megabyte; many evaluations; the page still opens."""
+    long = "word " * 200_000
+    row = answered(1, question=long, answer=long, extracted=long, error=long, id=long)
+    run_dir = make_run(tmp_path / "a", samples=False, rows=[row, answered(2)])
+    write_lines(run_dir / "metrics.jsonl", [
+        {"step": s, **{f"eval/{k}": 1 / (s + k + 3) for k in range(30)}} for s in range(30_000)])
+    written, data = page(run_dir)
+    assert len(written) < 3_000_000 and len(data["metrics"]) <= 2 * stage.POINTS
+    case = data["sections"][0]["cases"][0]
+    assert all("[... 998000 ...]" in case[name] for name in ("id", "question", "answer"))
+
+
 def test_a_trigger_is_a_part_of_its_own(tmp_path):
     text = "one two" + "\n\nWait," + " three <answer> 3 </answer>"
     run_dir = make_run(tmp_path / "a")
