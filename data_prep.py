@@ -82,14 +82,17 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
+import stat
 import string
 import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -108,6 +111,7 @@ LETTERS = [*string.ascii_uppercase]
 MIN_SIDE = 28              # pixels: a merged vision token of the Qwen-VL family, which refuses smaller images
 MAX_RATIO = 200            # longer side / shorter side, the same family's limit
 MAX_DECODED = 100_000_000  # pixels: 300 MB once decoded; a larger header is a mistake or a decompression bomb
+MAX_ENCODED = 3 * MAX_DECODED  # bytes of an image file: no sound one takes more than its pixels do
 
 
 # ----- records -----
@@ -224,6 +228,8 @@ def load_image(ref: str | Path | dict | Image.Image, max_pixels: int) -> Image.I
     """
     if isinstance(ref, Image.Image):
         name = getattr(ref, "filename", "") or "PIL image"
+    elif isinstance(ref, dict) and "file" in ref:
+        name = f"image in row {ref['row'] + 1} of {ref['file']}"
     else:
         name = ref["path"] or "embedded image" if isinstance(ref, dict) else ref
     try:
@@ -259,6 +265,7 @@ def image_fault(error: Exception) -> str:
 def header_fault(path: str) -> str:
     """Why load_image is sure to refuse a file, or "" if its header gives no reason. Decodes no pixel."""
     try:
+        check_file(path)
         with Image.open(path) as image:
             check_size(image)
     except Exception as error:  # Pillow raises OSError, SyntaxError, EOFError, struct.error and more
@@ -267,11 +274,17 @@ def header_fault(path: str) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """To RGB, 16-bit levels scaled to 8, transparency laid on white. Raises ValueError on float pixels."""
+    """To RGB, wide levels scaled by their own range, transparency laid on white. Raises ValueError on floats."""
     if image.mode == "F":
         raise ValueError("float pixels have no agreed range")
     if image.mode.startswith("I"):  # convert("L") alone clips at 255, which turns most 16-bit scans white
-        image = image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
+        image = image.convert("I")
+        darkest, brightest = image.getextrema()
+        black = min(darkest, 0)
+        # a 12-bit scan is stored in 16 bits, and what is wider in 32
+        white = next((top for top in (255, 4095, 65535) if brightest <= top), brightest)
+        scale = 255 / (white - black)
+        image = image.point(lambda level: level * scale + (0.5 - black * scale)).convert("L")
     if image.has_transparency_data:  # dropping alpha shows the hidden colour, often black under black lines
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -280,16 +293,35 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def image_bytes(ref: str | Path | dict) -> bytes:
     """The encoded image behind a path or a {"bytes", "path"} dict. Raises OSError without such a file."""
-    if isinstance(ref, dict):
-        return ref["bytes"] or Path(ref["path"]).read_bytes()
-    return Path(ref).read_bytes()
+    held = ref["bytes"] if isinstance(ref, dict) else None
+    if held:
+        return held
+    path = ref["path"] if isinstance(ref, dict) else ref
+    check_file(path)
+    return Path(path).read_bytes()
+
+
+def check_file(path: str | Path) -> None:
+    """Raises OSError unless `path` is a regular file of bearable size: a pipe blocks, /dev/zero never ends."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("not a regular file")
+    if found.st_size > MAX_ENCODED:
+        raise OSError(f"{found.st_size} bytes, the limit is {MAX_ENCODED}")
 
 
 # ----- formats -----
-ROLES = {"id": ("id", "pid", "qid", "sample_index", "index"), "question": ("question", "problem"),
+class LeftOut(ValueError):
+    """A sound row that cannot be used here: (reason, as it is counted; perhaps details)."""
+
+
+ROLES = {"id": ("id", "pid", "qid", "sample_index", "index"),
+         "question": ("question", "problem", "query", "prompt"),
          "context": ("hint", "context"), "choices": ("choices", "options"),
-         "answer": ("answer", "solution"), "response": ("response",),
-         "image": ("images", "decoded_image", "image", "image_path", "image_1")}
+         "answer": ("answer", "solution", "ground_truth"), "response": ("response",),
+         "image": ("images", "decoded_image", "image", "image_path", "image_1", "img", "image_url")}
+CHATS = ("messages", "conversations", "prompt")  # columns that may hold turns
+SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
 # columns that from_generic keeps in meta
 FACTS = ("subject", "category", "l2-category", "topic", "skill", "task", "grade", "level", "type", "subfield",
          "topic_difficulty", "problem_type_goal")
@@ -311,6 +343,33 @@ def clean_answer(answer) -> str:
     return answer
 
 
+def read_golds(answer) -> list:
+    """The golds of a cell: a single one, or a list of what is right. Raises LeftOut on what is no answer."""
+    golds = answer if isinstance(answer, list) else [answer]
+    for gold in golds:
+        if isinstance(gold, (dict, list)):
+            raise LeftOut("its answer is an object" if isinstance(gold, dict) else "its answer holds lists")
+        if gold is None or isinstance(gold, float) and not math.isfinite(gold):
+            raise LeftOut(f"its answer is {gold}")
+    if not golds:
+        raise LeftOut("its answer is an empty list")
+    if len(golds) > 1 and not all(isinstance(gold, str) for gold in golds):
+        raise LeftOut("its answer is a list of numbers")  # a box, a vector, alternatives: nobody can tell
+    return golds
+
+
+def gold_text(gold) -> str:
+    """A gold as bare text, taken out of a worked solution that ends in a tag, a box or after ####."""
+    text = clean_answer(gold)
+    words = re.sub(rf"\\boxed\{{{BALANCED}\}}", "", text)
+    worked = r"\boxed" in text and len(words) > 20
+    if "<answer>" in text or worked:
+        text = rewards.extract_answer(text) or text
+    elif "\n####" in text:
+        text = text.rpartition("####")[2]
+    return clean_answer(text)
+
+
 def infer_type(answer: str) -> str:
     """answer_type of a gold answer without choices: number, math (LaTeX, operators, units) or text."""
     if NUMBER.fullmatch(answer):
@@ -321,22 +380,78 @@ def infer_type(answer: str) -> str:
     return "text"
 
 
-def answer_fields(answer, choices: list | None = None) -> dict:
-    """The record fields `answer`, unless it is None, and `choices`, unless there are none.
+def read_options(value) -> tuple[list[str], list]:
+    """(labels, options) of a list, {label: option}, a list of {label, option} or {labels: [..], options: [..]}."""
+    value = literal(value)
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        value = [dict(zip(value, cells)) for cells in zip(*value.values())]
+    if isinstance(value, dict):
+        pairs = sorted(value.items())
+    else:
+        pairs = [labelled(option, letter) for option, letter in zip(as_list(value), LETTERS)]
+    pairs = [(str(label), option) for label, option in pairs if option is not None]
+    return [label for label, _ in pairs], [option for _, option in pairs]
 
-    With choices the gold may be their letter, their text or a 0-based int, and becomes the letter.
+
+def labelled(option, letter: str) -> tuple:
+    """(label, option) of an item of a list of options, whose own label may be in it."""
+    if not isinstance(option, dict):
+        return letter, option
+    label = next((option[key] for key in ("letter", "label", "key", "id") if option.get(key) is not None), letter)
+    return label, next((option[key] for key in ("content", "text", "value", "option") if key in option), None)
+
+
+def option_letter(gold, labels: list[str], options: list) -> str:
+    """The letter of the option that a gold names, by its label, text or 0-based place; "" if it names none.
+
+    What is said exactly comes first: "B" is the second option even if the first one's text is B.
     """
-    fields = {"choices": choices} if choices else {}
+    number = isinstance(gold, (int, float)) and not isinstance(gold, bool)
+    if number and gold in options:
+        return LETTERS[options.index(gold)]
+    if number and gold in range(len(options)):
+        return LETTERS[int(gold)]
+    text = gold_text(gold)
+    texts = [str(option) for option in options]
+    for names in labels, texts:
+        if text in names:
+            return LETTERS[names.index(text)]
+    bare = text.strip(" ().:").casefold()
+    for names in texts, labels:
+        folded = [name.strip(" ().:").casefold() for name in names]
+        if bare and bare in folded:
+            return LETTERS[folded.index(bare)]
+    both = re.fullmatch(r"\(?(\w+)[).:]+\s*(.+)", text)  # "B. dog", "(B) dog"
+    if both and both[1] in labels and both[2] == texts[labels.index(both[1])].strip():
+        return LETTERS[labels.index(both[1])]
+    return ""
+
+
+def option_letters(golds: list, labels: list[str], options: list) -> str:
+    """The letters of the options that golds name, "A, C" of ["A", "C"], "AC" or "(A) and (C)"; "" if they do not."""
+    letters = [option_letter(gold, labels, options) for gold in golds]
+    if letters == [""]:
+        letters = re.sub(r"\band\b|[\s,;&.()]", "", gold_text(golds[0]))
+        letters = letters if letters.isupper() and set(letters) <= {*labels} & {*LETTERS} else ""
+        letters = [LETTERS[labels.index(letter)] for letter in letters]
+    return ", ".join(sorted(set(letters))) if all(letters) else ""
+
+
+def answer_fields(answer, choices: list | None = None, labels: list[str] = LETTERS) -> dict:
+    """The record fields `answer`, unless it is None, and `choices`, unless there are none. Raises LeftOut.
+
+    With choices the gold becomes their letter or letters. Without them a list holds several golds of which
+    any is right: the others go into meta.
+    """
+    fields = {"choices": [str(choice) for choice in choices]} if choices else {}
     if answer is None:
         return fields
-    text = clean_answer(answer)
-    if choices:
-        letters = LETTERS[:len(choices)]
-        if isinstance(answer, int) and answer in range(len(letters)):
-            text = letters[answer]
-        elif text not in letters and answer in choices:
-            text = letters[choices.index(answer)]
-    return fields | {"answer": text}
+    golds = read_golds(answer)
+    letters = option_letters(golds, labels[:len(choices)], choices) if choices else ""
+    first, *others = map(gold_text, golds)
+    if others and not letters:
+        fields["meta"] = {"accepted": others}
+    return fields | {"answer": letters or first}
 
 
 def pick(row: dict, role: str):
@@ -361,7 +476,7 @@ def as_list(value) -> list:
 
 def row_images(row: dict) -> list:
     """The row's images, be there none, one or many, as paths or as bytes."""
-    return as_list(pick(row, "image"))
+    return [ref for ref in as_list(pick(row, "image")) if ref not in (None, "")]
 
 
 def place_images(texts: list[str], images: dict) -> tuple[list[str], list]:
@@ -590,7 +705,37 @@ def to_sharegpt(record: dict, layout: str = "sharegpt") -> dict:
                     {speaker: assistant, text: record["response"]}], **others}
 
 
-def questions(row: dict) -> list[dict]:
+def read_turns(row: dict, column: str) -> dict:
+    """The row with its turns as {"role", "content": text}, and the images shown in them as its images.
+
+    Raises KeyError or TypeError on what are no turns, LeftOut if one shows a video.
+    """
+    turns, shown = [], []
+    for turn in row[column]:
+        speaker = turn["from"] if "from" in turn else turn["role"]
+        content = turn["value"] if "value" in turn else turn["content"]
+        turns.append({"role": SPEAKERS.get(speaker, speaker), "content": read_parts(content, shown)})
+    return row | {column: turns} | ({"images": shown} if shown else {})
+
+
+def read_parts(content, shown: list) -> str:
+    """The text of a turn, `<image>` where it has an image, which joins `shown` unless it is in another column."""
+    if isinstance(content, str):
+        return content
+    text = ""
+    for part in content if isinstance(content, list) else [content]:
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type") or ""
+        if "video" in kind or "audio" in kind or part.get("video"):
+            raise LeftOut("it shows a video" if "audio" not in kind else "it plays a sound")
+        ref = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
+        if ref is not None:
+            shown.append(ref)
+        text += "<image>" if ref is not None or "image" in kind else part["text"]
+    return text
+
+
+def questions(row: dict, index: int) -> list[dict]:
     """The row, or where a LLaVA conversation has several questions about an image one row for each.
 
     What came before is not in them: Vision-R1, too, had each question answered by itself.
@@ -598,8 +743,9 @@ def questions(row: dict) -> list[dict]:
     turns = row.get("conversations")
     if not isinstance(turns, list) or len(turns) < 4:
         return [row]
-    first = len(turns) % 2  # a system turn
-    return [row | {"conversations": turns[:first] + turns[k:k + 2], "id": f"{row.get('id', '')}.{k // 2}"}
+    row = read_turns(row, "conversations")
+    turns, first = row["conversations"], len(turns) % 2  # a system turn
+    return [row | {"conversations": turns[:first] + turns[k:k + 2], "id": f"{row.get('id', index)}.{k // 2}"}
             for k in range(first, len(turns), 2)]
 
 
@@ -614,43 +760,69 @@ def stated_answer(response: str) -> str | None:
 
 
 def from_sharegpt(row: dict, index: int) -> dict:
-    """ShareGPT rows of one question and one answer, in any of LAYOUTS; to_sharegpt's columns may be missing.
+    """Turns of one question and perhaps its answer, in any of LAYOUTS; to_sharegpt's columns may be missing.
 
     Without them, or where the prompt is no longer theirs, the question is the user's text as it stands.
     """
-    turns, speaker, text, *_ = LAYOUTS["sharegpt" if "messages" in row else "llava_cot"]
-    alias = {"human": "user", "gpt": "assistant"}
-    said = [(alias.get(turn[speaker], turn[speaker]), turn[text]) for turn in row[turns]]
+    column = next(name for name in CHATS if row.get(name) is not None)
+    row = read_turns(row, column)
+    said = [(turn["role"], turn["content"]) for turn in row[column]]
     record = {field: row[field] for field in FIELDS if row.get(field) is not None}
     if said and said[0][0] == "system":
         record["system"] = said.pop(0)[1]
-    if [role for role, _ in said] != ["user", "assistant"]:
-        raise ValueError(f"{turns} are by {', '.join(str(role) for role, _ in said)}, not by user, assistant")
-    (_, prompt), (_, response) = said
+    speakers, gold = [speaker for speaker, _ in said], pick(row, "answer")
+    if speakers != ["user", "assistant"] and (speakers != ["user"] or gold is None):
+        raise ValueError(f"{column} are by {', '.join(map(str, speakers))}, not by user, assistant")
+    prompt, response = said[0][1], said[1][1] if said[1:] else row.get("response")
     record |= {"id": str(row.get("id", index)), "images": row_images(row), "response": response}
     if {"question", "answer_type"} <= set(record) and sharegpt_prompt(record) == prompt:
         return record
-    if turns == "conversations":  # LLaVA's ids name a picture or a source, which repeats
-        record["id"] = ":".join(map(str, [row.get("id") or (record["images"] or [""])[0], index]))
-    answer, options = record.get("answer", stated_answer(response)), listed_options(prompt)
-    if (letter := str(answer).strip("(). ")) in LETTERS[:len(options)]:
-        answer = letter
-    elif answer not in options:
-        options = None
-    return record | {"question": prompt, "task": "plain"} | answer_fields(answer, options)
+    if column == "conversations":  # LLaVA's ids name a picture or a source, which repeats
+        name = row.get("id") or next((ref for ref in record["images"] if isinstance(ref, str)), "")
+        record["id"] = f"{name}:{index}"
+    if gold is None and response:
+        gold = stated_answer(response)
+    record = {field: record[field] for field in record if field not in ("answer", "answer_type", "choices")}
+    return record | {"question": prompt, "task": "plain", **gold_fields(row | {"answer": gold}, prompt)}
+
+
+def gold_fields(row: dict, question: str) -> dict:
+    """answer_fields of a row's gold and options, which may be in a column, in columns A, B, .. or the question.
+
+    Raises LeftOut on a gold that cannot be one.
+    """
+    gold = pick(row, "answer")
+    labels, options = read_options(pick(row, "choices"))
+    if not options:
+        labels = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
+        options = [row[letter] for letter in labels]
+    if not options and gold is not None:
+        labels, listed = LETTERS, listed_options(question)
+        options = listed if option_letters(read_golds(gold), labels[:len(listed)], listed) else []
+    return answer_fields(gold, options, labels)
 
 
 def from_generic(row: dict, index: int) -> dict:
     """Any row with a question, images, and an answer or a response; options in a list or columns A, B, .."""
-    options = as_list(pick(row, "choices")) or [row[letter] for letter in LETTERS if row.get(letter)]
+    if isinstance(pick(row, "question"), list):  # turns, of TRL's `prompt`
+        return from_sharegpt(row, index)
+    asked = "\n".join(filter(None, (pick(row, "context"), pick(row, "question"))))
+    kind, gold = row.get("answer_type"), pick(row, "answer")
+    if kind in rewards.ANNOTATIONS and gold is not None and not isinstance(gold, str):
+        gold = json.dumps(gold, ensure_ascii=False)
+    fields = gold_fields(row | {"answer": gold}, asked)
     numbered = {k: row[f"image_{k}"] for k in range(1, 10) if row.get(f"image_{k}")}
-    texts = ["\n".join(filter(None, (pick(row, "context"), pick(row, "question")))), *map(str, options)]
-    (question, *choices), images = place_images(texts, numbered or dict(enumerate(row_images(row), 1)))
+    texts, images = place_images([asked, *fields.get("choices", [])],
+                                 numbered or dict(enumerate(row_images(row), 1)))
+    if "choices" in fields:
+        fields["choices"] = texts[1:]
     name, precision = pick(row, "id"), row.get("precision")
-    facts = {fact: row[fact] for fact in FACTS if row.get(fact) is not None}
-    return {"id": str(index if name is None else name), "question": question, "images": images,
-            **answer_fields(pick(row, "answer"), choices), "response": row.get("response"),
-            "precision": None if precision is None else int(float(precision)), "meta": facts or None}
+    facts = {fact: row[fact] for fact in FACTS if row.get(fact) is not None} | fields.get("meta", {})
+    return fields | {
+        "id": str(index if name is None else name), "question": texts[0], "images": images,
+        "answer_type": kind if kind in rewards.ANSWER_TYPES and "choices" not in fields else None,
+        "response": row.get("response"), "system": row.get("system"),
+        "precision": None if precision is None else int(float(precision)), "meta": facts or None}
 
 
 def from_mathvista(row: dict, index: int) -> dict:
@@ -662,7 +834,7 @@ def from_mathvista(row: dict, index: int) -> dict:
     letters = [letter for letter, option in zip(LETTERS, options) if option == row["answer"]]
     gold, *accepted = letters or [row["answer"] or None]  # three rows list the gold option twice
     return from_generic(row | {"question": " ".join(filter(None, words)), "answer": gold}, index) | {
-        "source": "mathvista", "meta": literal(row["metadata"]) | {"accepted": accepted}}
+        "source": "mathvista", "answer_type": None, "meta": literal(row["metadata"]) | {"accepted": accepted}}
 
 
 def from_mathverse(row: dict, index: int) -> dict:
@@ -709,10 +881,6 @@ MEGA_BENCH = {"exact_str_match": "text", "exact_str_match_case_insensitive": "te
               "simple_str_match": "text", "multi_ref_phrase": "text", "positive_int_match": "number",
               "latex_expr_equality": "math", "general_single_numerical_match": "number",
               "boxed_single_numerical_match": "number"}
-
-
-class LeftOut(ValueError):
-    """A sound row that cannot be used here: (reason, as it is counted; perhaps details)."""
 
 
 def from_mega_bench(row: dict, index: int) -> dict:
@@ -772,13 +940,14 @@ def detect_format(columns: list[str], need: tuple) -> Callable[[dict, int], dict
             return from_format
     for role in ("question", "image", *need):
         if not set(ROLES[role]) & set(columns):
-            expected, found = " or ".join(ROLES[role]), ", ".join(columns)
+            expected, found = " or ".join(ROLES[role][:2]), ", ".join(columns)
             raise ValueError(f"no {role} column: expected {expected}, found {found}")
     return from_generic
 
 
 # ----- reading and writing -----
-FILES = (".jsonl", ".json", ".parquet", ".arrow", ".tsv")
+FILES = (".jsonl", ".json", ".parquet", ".arrow", ".tsv", ".csv")
+LONGEST_GOLD = 100  # characters of an assistant's turn that can be a bare answer
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::(.+))?")
 
 
@@ -793,31 +962,73 @@ def read_records(source: str | Path, split: str = "train", need: tuple = ("answe
     Raises ValueError: unreadable source, unknown format, or a row that check_record refuses.
     """
     try:
-        rows = list(itertools.islice(stored_rows(str(source), split), limit or None))
-        from_format = detect_format(list(rows[0]), need) if rows else from_record
+        rows = [lifted(row) for row in itertools.islice(stored_rows(str(source), split), limit or None)]
+        columns = dict.fromkeys(itertools.chain.from_iterable(rows))  # some rows may lack some
+        from_format = detect_format([*columns], need) if rows else from_record
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
     path = Path(source).absolute()
     folder = Path(image_root).absolute() if image_root else path if path.is_dir() else path.parent
     records, left_out = [], Counter()
-    for index, row in ((index, part) for index, row in enumerate(rows) for part in questions(row)):
+    for index, row in enumerate(rows):
         try:
-            record = {field: value for field, value in from_format(row, index).items() if value is not None}
+            for part in questions(usable(row), index):
+                records.append(to_record(part, index, from_format, need, folder))
         except KeyError as column:
             raise ValueError(f"{source} row {index + 1}: no column {column}") from column
         except LeftOut as reason:
             left_out[str(reason)] += 1
-            continue
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{source} row {index + 1}: {error}") from error
-        if isinstance(record.get("images"), list):
-            record["images"] = [locate(ref, folder) for ref in record["images"]]
-        kind = "choice" if record.get("choices") else infer_type(str(record.get("answer", "")))
-        record.setdefault("answer_type", kind)
-        records.append(record)
-    for reason, count in left_out.items():
-        print(f"{source}: left out {count} of {len(rows)} rows: {reason}", file=sys.stderr)
+        rows[index] = None  # what the record does not hold is no longer needed
+    lines = [f"left out {count} of {len(rows)} rows: {reason}" for reason, count in left_out.items()]
+    if lines and not records:
+        raise ValueError(f"{source}: no records: {'; '.join(lines)}")
+    for line in lines if os.environ.get("RANK", "0") == "0" else []:
+        print(f"{source}: {line}", file=sys.stderr)
     return check_records(records, str(source), need)
+
+
+def lifted(row: dict) -> dict:
+    """The row with lower-case names beside others, NaN as nothing, and the gold that verl keeps a level deeper."""
+    row = {name.lower(): value for name, value in row.items() if len(name) > 1} | row  # A, B, .. are options
+    for nested, column in (("reward_model", "ground_truth"), ("extra_info", "answer")):
+        inner = row.get(nested)
+        if isinstance(inner, dict) and inner.get(column) is not None and pick(row, "answer") is None:
+            row["answer"] = inner[column]
+    golds = ROLES["answer"]  # of these NaN is a reason to leave the row out
+    return {name: None if value != value and name not in golds else value for name, value in row.items()}
+
+
+def usable(row: dict) -> dict:
+    """The row as it is. Raises LeftOut if it is empty, or shows what is no image."""
+    if all(value in (None, "", []) for value in row.values()):
+        raise LeftOut("it is empty")
+    for column, reason in (("video", "it shows a video"), ("audio", "it plays a sound")):
+        if row.get(column) or row.get(f"{column}s"):
+            raise LeftOut(reason)
+    return row
+
+
+def to_record(row: dict, index: int, from_format: Callable, need: tuple, folder: Path) -> dict:
+    """The record of a row in the schema at the top, with absolute paths. Raises LeftOut and from_format's errors."""
+    fields = from_format(row, index)
+    said = fields.get("response") or ""
+    if from_format is from_sharegpt and "answer" in need and fields.get("answer") is None:
+        if len(said) > LONGEST_GOLD or "\n" in said:
+            raise LeftOut("its response names no answer")
+        fields = from_format(row | {"answer": said}, index)  # VLM-R1: the assistant's turn is the bare gold
+        if "response" not in need:
+            fields |= {"response": None, "task": None}
+    record = {field: value for field, value in fields.items() if value is not None}
+    if "<video>" in str(record.get("question")):
+        raise LeftOut("it shows a video")
+    images = record.setdefault("images", [])
+    if isinstance(images, list):
+        record["images"] = [locate(ref, folder) for ref in images]
+    kind = "choice" if record.get("choices") else infer_type(str(record.get("answer", "")))
+    record.setdefault("answer_type", kind)
+    return record
 
 
 def stored_rows(source: str, split: str) -> Iterator[dict]:
@@ -834,20 +1045,13 @@ def stored_rows(source: str, split: str) -> Iterator[dict]:
             yield from stored_rows(str(file), split)
     elif problems := sorted(path.glob("*/data.json")):  # Geometry3K
         yield from (json.loads(problem.read_text(encoding="utf-8")) for problem in problems)
-    elif path.suffix == ".tsv":
+    elif path.suffix in (".tsv", ".csv"):
         yield from tsv_rows(path)
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             yield from (json_row(line, number) for number, line in enumerate(lines, 1) if line.strip())
     elif path.suffix == ".json":
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if "annotations" in table:
-            yield from coco_rows(table)
-            return
-        rows = list(table.values()) if isinstance(table, dict) else table
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("expected a list of rows, or an object that holds rows under their ids")
-        yield from ({"id": key, **row} for key, row in table.items()) if isinstance(table, dict) else rows
+        yield from json_rows(path)
     elif path.suffix == ".parquet":
         from pyarrow.parquet import ParquetFile  # as `datasets` does, after it has copied the file to a cache
         for batch in ParquetFile(path).iter_batches(batch_size=64):
@@ -869,8 +1073,8 @@ def split_files(path: Path, split: str) -> list[Path]:
 def tsv_rows(path: Path) -> Iterator[dict]:
     """Rows of VLMEvalKit's TSV: an image is base64, a list of that, or short: the row that holds it."""
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines, delimiter="\t"))
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="," if path.suffix == ".csv" else "\t"))
     held = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
     for row in rows:
         if stored := row.get("image"):
@@ -881,6 +1085,34 @@ def tsv_rows(path: Path) -> Iterator[dict]:
                 raise ValueError(f"index {row.get('index')}: image is neither base64 nor a row's index"
                                  ) from error
         yield {column: value or None for column, value in row.items()}
+
+
+def json_rows(path: Path) -> Iterator[dict]:
+    """Rows of a .json: a list, JSON lines, rows under their ids, one list among other facts, COCO's instances.
+
+    Raises ValueError.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise
+        table = [json_row(line, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if isinstance(table, dict):
+        if "annotations" in table:
+            yield from coco_rows(table)
+            return
+        if not {*CHATS, *ROLES["question"]}.isdisjoint(table):  # a single line
+            table = [table]
+    rows = table
+    if isinstance(table, dict):
+        lists = [part for part in table.values() if isinstance(part, list)]
+        rows = lists[0] if len(lists) == 1 else [*table.values()]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or not rows and table:
+        raise ValueError("expected a list of rows, or an object that holds rows under their ids")
+    under_ids = isinstance(table, dict) and len(rows) == len(table)
+    yield from ({"id": key, **row} for key, row in table.items()) if under_ids else rows
 
 
 def coco_rows(table: dict) -> Iterator[dict]:
@@ -966,11 +1198,32 @@ def open_dataset(source: str, split: str):
     return table[split]
 
 
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]{200,}={0,2}\s*")  # too long for a path without a dot
+
+
 def locate(ref, folder: Path):
-    """Make an image path absolute; an image that is held in memory stays as it is."""
-    if isinstance(ref, dict) and not ref.get("bytes"):
-        ref = ref["path"]
-    return str(folder / ref) if isinstance(ref, str) else ref
+    """Make an image path absolute; what holds an image in any other form becomes {"bytes", "path"}.
+
+    Raises LeftOut if it is neither here nor an image, ValueError on broken base64.
+    """
+    if isinstance(ref, dict) and isinstance(ref.get("bytes"), bytes) and ref["bytes"]:
+        return {"path": None} | ref
+    if isinstance(ref, dict):
+        inner = next((ref[key] for key in ("bytes", "path", "url", "image_url", "image") if ref.get(key)), None)
+        if inner is None:
+            raise LeftOut("its image has neither bytes nor a path")
+        return locate(inner, folder)
+    if not isinstance(ref, str):
+        return ref
+    if re.match("https?://", ref):
+        raise LeftOut("its image is on the web, and nothing is downloaded")
+    if ref.lower().endswith((".mp4", ".avi", ".mov", ".mkv", ".webm")):
+        raise LeftOut("it shows a video")
+    if ref.startswith("data:") or BASE64.fullmatch(ref):
+        return {"bytes": base64.b64decode(ref.rpartition(",")[2]), "path": None}
+    if ref.startswith("file:"):
+        ref = urllib.parse.unquote(urllib.parse.urlsplit(ref).path)
+    return str(folder / ref)
 
 
 def write_records(path: str | Path, records: list[dict], layout: str = "") -> None:
