@@ -74,9 +74,11 @@ Every error is a ValueError of one line that names the file or id at fault.
 import argparse
 import ast
 import base64
+import bisect
 import csv
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import io
@@ -228,7 +230,7 @@ def load_image(ref: str | Path | dict | Image.Image, max_pixels: int) -> Image.I
     """
     if isinstance(ref, Image.Image):
         name = getattr(ref, "filename", "") or "PIL image"
-    elif isinstance(ref, dict) and "file" in ref:
+    elif isinstance(ref, Embedded):
         name = f"image in row {ref['row'] + 1} of {ref['file']}"
     else:
         name = ref["path"] or "embedded image" if isinstance(ref, dict) else ref
@@ -945,6 +947,188 @@ def detect_format(columns: list[str], need: tuple) -> Callable[[dict, int], dict
     return from_generic
 
 
+# ----- images inside tables -----
+DIRECT = 32 << 20  # bytes of a row group's column up to which it is decoded anew rather than unpacked once
+PIECE = 8 << 20    # bytes read at once when a larger one is unpacked
+
+
+class Embedded(dict):
+    """An image in a table: {"file", "split", "row", "at", "path"}. Its ["bytes"] are read from there each time.
+
+    So a record is as small as if the image were a file, and the page cache holds what several ranks read.
+    """
+
+    def __missing__(self, key):
+        if key != "bytes":
+            raise KeyError(key)
+        column, *keys = self["at"]
+        find = parquet_cell if self["file"].endswith(".parquet") else dataset_cell
+        cell = find(self["file"], self["split"], self["row"], column)
+        for key in keys:
+            cell = cell[key]
+        return cell.as_py()
+
+
+def parquet_rows(file: str) -> Iterator[dict]:
+    """Yield the rows of a parquet file, its images as Embedded: of their columns no bytes are read.
+
+    A column of nothing but bytes does not say without them which rows have an image: it is read, not kept.
+    """
+    from pyarrow.parquet import ParquetFile
+    table = ParquetFile(file, memory_map=True)
+    leaves = [table.schema.column(i) for i in range(len(table.schema))]
+    read = [leaf.path for leaf in leaves if not is_bytes(leaf)]
+    said = {path.split(".")[0] for path in read}
+    read += [leaf.path for leaf in leaves if leaf.path.split(".")[0] not in said]
+    batches = table.iter_batches(batch_size=64, columns=read, use_threads=False)
+    yield from rows_of(batches, table.schema_arrow, file, "")
+
+
+def is_bytes(leaf) -> bool:
+    """Whether a parquet column holds bytes that are no text."""
+    return leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"
+
+
+def dataset_rows(source: str, split: str) -> Iterator[dict]:
+    """Yield the rows of what `datasets` opens, their images as Embedded. Raises OSError or ValueError."""
+    table = DATASETS[source, split] = open_dataset(source, split).with_format("arrow")
+    batches = (batch for part in table.iter(batch_size=64) for batch in part.to_batches())
+    yield from rows_of(batches, table.features.arrow_schema, source, split)
+
+
+def rows_of(batches: Iterable, schema, file: str, split: str) -> Iterator[dict]:
+    """Rows of Arrow record batches of this `schema`, whose bytes may not have been read."""
+    row = 0
+    for batch in batches:
+        columns = [outline(batch.column(name), schema.field(name).type) for name in batch.schema.names]
+        for cells in zip(*columns):
+            place = {"file": file, "split": split, "row": row}
+            yield {name: embedded(cell, place, [name]) for name, cell in zip(batch.schema.names, cells)}
+            row += 1
+
+
+def outline(array, kind) -> list:
+    """Python values of an Arrow array of type `kind`, with ... for bytes, whether they were read or not."""
+    from pyarrow import compute, types
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return [... if there else None for there in array.is_valid().to_pylist()]
+    if types.is_list(kind) or types.is_large_list(kind):
+        items = iter(outline(array.flatten(), kind.value_type))
+        lengths = compute.list_value_length(array).to_pylist()
+        return [None if length is None else [*itertools.islice(items, length)] for length in lengths]
+    if types.is_struct(kind):
+        read = {field.name for field in array.type}
+        fields = [outline(array.field(field.name), field.type) if field.name in read else [...] * len(array)
+                  for field in kind]
+        names, valid = [field.name for field in kind], array.is_valid().to_pylist()
+        return [dict(zip(names, cells)) if there else None for *cells, there in zip(*fields, valid)]
+    return array.to_pylist()
+
+
+def embedded(value, place: dict, at: list):
+    """The value with an Embedded where outline left ... for bytes, or for the bytes of {"bytes", "path"}."""
+    if value is ...:
+        return Embedded(place, at=at, path=None)
+    if isinstance(value, dict):
+        if value.get("bytes") is ...:
+            return Embedded(place, at=[*at, "bytes"], path=value.get("path"))
+        return {name: embedded(part, place, [*at, name]) for name, part in value.items()}
+    if isinstance(value, list):
+        return [embedded(part, place, [*at, k]) for k, part in enumerate(value)]
+    return value
+
+
+DATASETS = {}  # open ones by (source, split): memory-mapped, and still there in a forked worker
+
+
+def dataset_cell(source: str, split: str, row: int, column: str):
+    """A cell of what `datasets` opens, as an Arrow scalar."""
+    if (source, split) not in DATASETS:
+        DATASETS[source, split] = open_dataset(source, split).with_format("arrow")
+    return DATASETS[source, split][row][column][0]
+
+
+def parquet_cell(file: str, split: str, row: int, column: str):
+    """A cell of a parquet file, as an Arrow scalar. A small row group is decoded, of a large one a copy is mapped."""
+    version = os.stat(file).st_mtime_ns
+    _, first_rows, sizes = parquet_groups(file, version)
+    group = bisect.bisect_right(first_rows, row) - 1
+    find = decoded_group if sizes[group, column] <= DIRECT else unpacked_group
+    return find(file, version, group, column)[row - first_rows[group]]
+
+
+@functools.lru_cache(maxsize=256)
+def parquet_groups(file: str, version: int) -> tuple:
+    """(metadata, first row of each row group, bytes of each column by (group, name)) of a parquet file."""
+    from pyarrow.parquet import read_metadata
+    metadata, first_rows, sizes = read_metadata(file), [], Counter()
+    row = 0
+    for k in range(metadata.num_row_groups):
+        group = metadata.row_group(k)
+        first_rows.append(row)
+        row += group.num_rows
+        for c in range(group.num_columns):
+            leaf = group.column(c)
+            sizes[k, leaf.path_in_schema.split(".")[0]] += leaf.total_uncompressed_size
+    return metadata, first_rows, sizes
+
+
+@functools.lru_cache(maxsize=2)
+def decoded_group(file: str, version: int, group: int, column: str):
+    """A column of a row group, in memory."""
+    from pyarrow.parquet import ParquetFile
+    table = ParquetFile(file, metadata=parquet_groups(file, version)[0], memory_map=True)
+    return table.read_row_group(group, columns=[column], use_threads=False)[column]
+
+
+@functools.lru_cache(maxsize=64)
+def unpacked_group(file: str, version: int, group: int, column: str):
+    """A column of a row group, mapped from an uncompressed copy that the first to need it makes in the cache.
+
+    Its pages are shared by all ranks and workers, as a parquet file's are not once they are decoded.
+    Without room for it the column is decoded in memory.
+    """
+    import pyarrow
+    name = hashlib.sha256(f"{file} {version} {group} {column}".encode()).hexdigest()[:24]
+    path = cache_folder() / f"{name}.arrow"
+    try:
+        if not path.exists():
+            unpack_group(file, version, group, column, path)
+        return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()[column]
+    except OSError as error:
+        print(f"{file}: its images are decoded in memory, which is slow: {error}", file=sys.stderr)
+        return decoded_group(file, version, group, column)
+
+
+def cache_folder() -> Path:
+    """Where unpacked row groups are kept: XDG_CACHE_HOME says where, and all in it may be deleted."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovlr"
+
+
+def unpack_group(file: str, version: int, group: int, column: str, path: Path) -> None:
+    """Write a column of a row group to an Arrow file, a piece at a time; of several processes one does. Raises OSError."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+    metadata, _, sizes = parquet_groups(file, version)
+    rows = metadata.row_group(group).num_rows
+    table = ParquetFile(file, metadata=metadata, memory_map=True)
+    batches = table.iter_batches(max(1, rows * PIECE // sizes[group, column]), row_groups=[group],
+                                 columns=[column], use_threads=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("ab") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)
+        if path.exists():  # another process made it meanwhile
+            return
+        out.truncate(0)  # what a killed one left
+        schema = pyarrow.schema([table.schema_arrow.field(column)])
+        with pyarrow.ipc.new_file(out, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        out.flush()
+        os.replace(unfinished, path)
+
+
 # ----- reading and writing -----
 FILES = (".jsonl", ".json", ".parquet", ".arrow", ".tsv", ".csv")
 LONGEST_GOLD = 100  # characters of an assistant's turn that can be a bare answer
@@ -1053,15 +1237,11 @@ def stored_rows(source: str, split: str) -> Iterator[dict]:
     elif path.suffix == ".json":
         yield from json_rows(path)
     elif path.suffix == ".parquet":
-        from pyarrow.parquet import ParquetFile  # as `datasets` does, after it has copied the file to a cache
-        for batch in ParquetFile(path).iter_batches(batch_size=64):
-            yield from batch.to_pylist()
+        yield from parquet_rows(str(path.absolute()))
     elif path.is_dir() and (folders := class_folders(path)):
         yield from class_rows(folders)
     else:
-        # arrow format gives images as stored, {"bytes", "path"}: memory holds compressed bytes, not pixels
-        for batch in open_dataset(source, split).with_format("arrow").iter(batch_size=64):
-            yield from batch.to_pylist()
+        yield from dataset_rows(source, split)
 
 
 def split_files(path: Path, split: str) -> list[Path]:
@@ -1206,6 +1386,10 @@ def locate(ref, folder: Path):
 
     Raises LeftOut if it is neither here nor an image, ValueError on broken base64.
     """
+    if isinstance(ref, Embedded):
+        if ref["path"]:  # is read where the table holds no bytes
+            ref["path"] = str(folder / ref["path"])
+        return ref
     if isinstance(ref, dict) and isinstance(ref.get("bytes"), bytes) and ref["bytes"]:
         return {"path": None} | ref
     if isinstance(ref, dict):
