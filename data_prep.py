@@ -96,6 +96,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -276,7 +277,7 @@ def header_fault(path: str) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """To RGB, wide levels scaled by their own range, transparency laid on white. Raises ValueError on floats."""
+    """To RGB, wide levels scaled by their own range, transparency on white. Raises ValueError on floats."""
     if image.mode == "F":
         raise ValueError("float pixels have no agreed range")
     if image.mode.startswith("I"):  # convert("L") alone clips at 255, which turns most 16-bit scans white
@@ -304,7 +305,7 @@ def image_bytes(ref: str | Path | dict) -> bytes:
 
 
 def check_file(path: str | Path) -> None:
-    """Raises OSError unless `path` is a regular file of bearable size: a pipe blocks, /dev/zero never ends."""
+    """Raises OSError unless `path` is a regular file of bearable size: /dev/zero never ends."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError("not a regular file")
@@ -331,7 +332,8 @@ MARK = re.compile(r"<image[ _]?(\d+)>")
 # no answer holds control characters: they are \alpha, \boxed, \vec, \frac that lost an escape on their way
 BROKEN_ESCAPES = str.maketrans({"\a": r"\a", "\b": r"\b", "\v": r"\v", "\f": r"\f"})
 BALANCED = r"[^{}]*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}[^{}]*)*"  # braces at most two deep
-WRAPPED = re.compile(rf"(?s)<answer>(.*)</answer>|\$\$([^$]*)\$\$|\$([^$]*)\$|\\boxed\{{({BALANCED})\}}")
+WRAPPED = re.compile(r"(?s)<answer>(.*)</answer>|\$\$([^$]*)\$\$|\$([^$]*)\$|"
+                     rf"\\(?:boxed|text)\{{({BALANCED})\}}")
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)")
 # ViRL39K, in meta: how often the 7B base model (asked on half of the rows) and the trained 32B are right
 PASS_RATES = {"pass_rate_7b": "PassRate_7BBase", "pass_rate_32b": "PassRate_32BTrained"}
@@ -363,9 +365,9 @@ def read_golds(answer) -> list:
 def gold_text(gold) -> str:
     """A gold as bare text, taken out of a worked solution that ends in a tag, a box or after ####."""
     text = clean_answer(gold)
-    words = re.sub(rf"\\boxed\{{{BALANCED}\}}", "", text)
-    worked = r"\boxed" in text and len(words) > 20
-    if "<answer>" in text or worked:
+    before, box, _ = text.partition(r"\boxed")
+    in_prose = box and re.search("[A-Za-z]{3,}", before)
+    if "<answer>" in text or in_prose:
         text = rewards.extract_answer(text) or text
     elif "\n####" in text:
         text = text.rpartition("####")[2]
@@ -383,7 +385,7 @@ def infer_type(answer: str) -> str:
 
 
 def read_options(value) -> tuple[list[str], list]:
-    """(labels, options) of a list, {label: option}, a list of {label, option} or {labels: [..], options: [..]}."""
+    """(labels, options) of a list, of {label: option}, or of {label, option} in a list or as two columns."""
     value = literal(value)
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, cells)) for cells in zip(*value.values())]
@@ -396,11 +398,12 @@ def read_options(value) -> tuple[list[str], list]:
 
 
 def labelled(option, letter: str) -> tuple:
-    """(label, option) of an item of a list of options, whose own label may be in it."""
+    """(label, option) of an item of a list of options, `letter` if it has no label of its own."""
     if not isinstance(option, dict):
         return letter, option
-    label = next((option[key] for key in ("letter", "label", "key", "id") if option.get(key) is not None), letter)
-    return label, next((option[key] for key in ("content", "text", "value", "option") if key in option), None)
+    own = [option[name] for name in ("letter", "label", "key", "id") if option.get(name) is not None]
+    texts = [option[name] for name in ("content", "text", "value", "option") if name in option]
+    return (own or [letter])[0], (texts or [None])[0]
 
 
 def option_letter(gold, labels: list[str], options: list) -> str:
@@ -418,9 +421,9 @@ def option_letter(gold, labels: list[str], options: list) -> str:
     for names in labels, texts:
         if text in names:
             return LETTERS[names.index(text)]
-    bare = text.strip(" ().:").casefold()
+    bare = text.strip(" (){}.:").casefold()
     for names in texts, labels:
-        folded = [name.strip(" ().:").casefold() for name in names]
+        folded = [name.strip(" (){}.:").casefold() for name in names]
         if bare and bare in folded:
             return LETTERS[folded.index(bare)]
     both = re.fullmatch(r"\(?(\w+)[).:]+\s*(.+)", text)  # "B. dog", "(B) dog"
@@ -430,7 +433,7 @@ def option_letter(gold, labels: list[str], options: list) -> str:
 
 
 def option_letters(golds: list, labels: list[str], options: list) -> str:
-    """The letters of the options that golds name, "A, C" of ["A", "C"], "AC" or "(A) and (C)"; "" if they do not."""
+    """The options that golds name: "A, C" of ["A", "C"], "AC" or "(A) and (C)"; "" if they name others."""
     letters = [option_letter(gold, labels, options) for gold in golds]
     if letters == [""]:
         letters = re.sub(r"\band\b|[\s,;&.()]", "", gold_text(golds[0]))
@@ -618,15 +621,12 @@ def from_virl39k(row: dict, index: int) -> dict:
     question = row["question"]
     if question.count("<image>") != len(images):  # some rows lost a mark: images first, as its authors prompt
         question = question.replace("<image>", "").strip()
-    options, letter = listed_options(question), re.sub(r"\\text|[{}(). ]", "", clean_answer(row["answer"]))
-    if letter not in LETTERS[:len(options)]:
-        options, letter = None, row["answer"]
     meta = {"category": row["category"], "source": row["source"]}
     for name, column in PASS_RATES.items():
         rate = row.get(column)
         meta[name] = rate if rate is not None and rate >= 0 else None  # NaN is not >= 0 either
     return {"id": str(row["qid"]), "question": question, "images": images,
-            **answer_fields(letter, options), "source": "virl39k", "meta": meta}
+            **gold_fields({"answer": row["answer"]}, question), "source": "virl39k", "meta": meta}
 
 
 CALL_VALUES = {"change_size": "small medium large",
@@ -721,7 +721,7 @@ def read_turns(row: dict, column: str) -> dict:
 
 
 def read_parts(content, shown: list) -> str:
-    """The text of a turn, `<image>` where it has an image, which joins `shown` unless it is in another column."""
+    """The text of a turn, `<image>` where it shows an image; `shown` gets those that are in it."""
     if isinstance(content, str):
         return content
     text = ""
@@ -789,7 +789,7 @@ def from_sharegpt(row: dict, index: int) -> dict:
 
 
 def gold_fields(row: dict, question: str) -> dict:
-    """answer_fields of a row's gold and options, which may be in a column, in columns A, B, .. or the question.
+    """answer_fields of a row, whose options are in a column, in columns A, B, .. or in the question.
 
     Raises LeftOut on a gold that cannot be one.
     """
@@ -799,8 +799,10 @@ def gold_fields(row: dict, question: str) -> dict:
         labels = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
         options = [row[letter] for letter in labels]
     if not options and gold is not None:
-        labels, listed = LETTERS, listed_options(question)
-        options = listed if option_letters(read_golds(gold), labels[:len(listed)], listed) else []
+        listed = listed_options(question)
+        labels = LETTERS[:len(listed)]
+        # one of them only: the gold AB may well be a segment
+        options = listed if all(option_letter(each, labels, listed) for each in read_golds(gold)) else []
     return answer_fields(gold, options, labels)
 
 
@@ -845,10 +847,10 @@ def from_mathverse(row: dict, index: int) -> dict:
     options = listed_options(question or row.get("question_for_eval") or "")
     if not options and row["question_type"] == "multi-choice":
         options = LETTERS[:6]
-    letters = [line.strip("(). ") for line in gold.splitlines()]
-    if set(letters) <= set(LETTERS[:len(options)]):
-        gold = ", ".join(letters)
-    elif gold not in options:
+    golds = gold.splitlines()
+    if option_letters(golds, LETTERS[:len(options)], options):
+        gold = golds
+    else:
         options = []
     return from_generic(row | {"question": question, "choices": options, "answer": gold}, index) | {
         "source": "mathverse", "task": None if question else "pictured",
@@ -948,12 +950,12 @@ def detect_format(columns: list[str], need: tuple) -> Callable[[dict, int], dict
 
 
 # ----- images inside tables -----
-DIRECT = 32 << 20  # bytes of a row group's column up to which it is decoded anew rather than unpacked once
-PIECE = 8 << 20    # bytes read at once when a larger one is unpacked
+DIRECT = 4 << 20  # bytes of a row group's column up to which it is decoded at each miss, not unpacked once
+PIECE = 8 << 20   # bytes read at once when a larger one is unpacked
 
 
 class Embedded(dict):
-    """An image in a table: {"file", "split", "row", "at", "path"}. Its ["bytes"] are read from there each time.
+    """An image in a table: {"file", "split", "row", "at", "path"}. Its ["bytes"] are read there each time.
 
     So a record is as small as if the image were a file, and the page cache holds what several ranks read.
     """
@@ -976,17 +978,15 @@ def parquet_rows(file: str) -> Iterator[dict]:
     """
     from pyarrow.parquet import ParquetFile
     table = ParquetFile(file, memory_map=True)
-    leaves = [table.schema.column(i) for i in range(len(table.schema))]
-    read = [leaf.path for leaf in leaves if not is_bytes(leaf)]
-    said = {path.split(".")[0] for path in read}
-    read += [leaf.path for leaf in leaves if leaf.path.split(".")[0] not in said]
+    read, columns = [], set()
+    for k in range(len(table.schema)):
+        leaf = table.schema.column(k)
+        if leaf.physical_type != "BYTE_ARRAY" or leaf.logical_type.type != "NONE":
+            read.append(leaf.path)
+            columns.add(leaf.path.split(".")[0])
+    read += [name for name in table.schema_arrow.names if name not in columns]
     batches = table.iter_batches(batch_size=64, columns=read, use_threads=False)
     yield from rows_of(batches, table.schema_arrow, file, "")
-
-
-def is_bytes(leaf) -> bool:
-    """Whether a parquet column holds bytes that are no text."""
-    return leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"
 
 
 def dataset_rows(source: str, split: str) -> Iterator[dict]:
@@ -1049,7 +1049,7 @@ def dataset_cell(source: str, split: str, row: int, column: str):
 
 
 def parquet_cell(file: str, split: str, row: int, column: str):
-    """A cell of a parquet file, as an Arrow scalar. A small row group is decoded, of a large one a copy is mapped."""
+    """A cell of a parquet file, as an Arrow scalar, from the decoded row group or a mapped copy of it."""
     version = os.stat(file).st_mtime_ns
     _, first_rows, sizes = parquet_groups(file, version)
     group = bisect.bisect_right(first_rows, row) - 1
@@ -1083,30 +1083,26 @@ def decoded_group(file: str, version: int, group: int, column: str):
 
 @functools.lru_cache(maxsize=64)
 def unpacked_group(file: str, version: int, group: int, column: str):
-    """A column of a row group, mapped from an uncompressed copy that the first to need it makes in the cache.
+    """A column of a row group, mapped from an uncompressed copy that the first to need it makes.
 
-    Its pages are shared by all ranks and workers, as a parquet file's are not once they are decoded.
-    Without room for it the column is decoded in memory.
+    All ranks and workers share its pages. It lies in the cache, where anything may be deleted at any time;
+    without room there the column is decoded in memory.
     """
     import pyarrow
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(f"{file} {version} {group} {column}".encode()).hexdigest()[:24]
-    path = cache_folder() / f"{name}.arrow"
+    path = cache / "nanovlr" / f"{name}.arrow"
     try:
         if not path.exists():
             unpack_group(file, version, group, column, path)
         return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()[column]
     except OSError as error:
-        print(f"{file}: its images are decoded in memory, which is slow: {error}", file=sys.stderr)
+        warnings.warn(f"{file}: its images are decoded in memory, which is slow: {error}")
         return decoded_group(file, version, group, column)
 
 
-def cache_folder() -> Path:
-    """Where unpacked row groups are kept: XDG_CACHE_HOME says where, and all in it may be deleted."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovlr"
-
-
 def unpack_group(file: str, version: int, group: int, column: str, path: Path) -> None:
-    """Write a column of a row group to an Arrow file, a piece at a time; of several processes one does. Raises OSError."""
+    """Write a column of a row group to an Arrow file by pieces; of several processes one does. Raises OSError."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
     metadata, _, sizes = parquet_groups(file, version)
@@ -1122,11 +1118,16 @@ def unpack_group(file: str, version: int, group: int, column: str, path: Path) -
             return
         out.truncate(0)  # what a killed one left
         schema = pyarrow.schema([table.schema_arrow.field(column)])
-        with pyarrow.ipc.new_file(out, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        out.flush()
-        os.replace(unfinished, path)
+        try:
+            with pyarrow.ipc.new_file(out, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            out.flush()
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    del batches, table
+    pyarrow.default_memory_pool().release_unused()  # a page may be 200 MB, and the pool would keep it
 
 
 # ----- reading and writing -----
@@ -1174,7 +1175,7 @@ def read_records(source: str | Path, split: str = "train", need: tuple = ("answe
 
 
 def lifted(row: dict) -> dict:
-    """The row with lower-case names beside others, NaN as nothing, and the gold that verl keeps a level deeper."""
+    """The row with names in lower case too, NaN as nothing, and the gold that verl keeps a level deeper."""
     row = {name.lower(): value for name, value in row.items() if len(name) > 1} | row  # A, B, .. are options
     for nested, column in (("reward_model", "ground_truth"), ("extra_info", "answer")):
         inner = row.get(nested)
@@ -1195,7 +1196,7 @@ def usable(row: dict) -> dict:
 
 
 def to_record(row: dict, index: int, from_format: Callable, need: tuple, folder: Path) -> dict:
-    """The record of a row in the schema at the top, with absolute paths. Raises LeftOut and from_format's errors."""
+    """A row in the schema at the top, paths absolute. Raises LeftOut and what `from_format` does."""
     fields = from_format(row, index)
     said = fields.get("response") or ""
     if from_format is from_sharegpt and "answer" in need and fields.get("answer") is None:
@@ -1268,7 +1269,7 @@ def tsv_rows(path: Path) -> Iterator[dict]:
 
 
 def json_rows(path: Path) -> Iterator[dict]:
-    """Rows of a .json: a list, JSON lines, rows under their ids, one list among other facts, COCO's instances.
+    """Rows of a .json: a list, alone or among facts, JSON lines, rows under their ids, or COCO's instances.
 
     Raises ValueError.
     """
@@ -1378,7 +1379,8 @@ def open_dataset(source: str, split: str):
     return table[split]
 
 
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]{200,}={0,2}\s*")  # too long for a path without a dot
+# how PNG, JPEG, GIF and WebP start, or what is too long to be a path without a dot
+BASE64 = re.compile(r"(?:(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[\w+/\s]{40,}|[\w+/\s]{200,})={0,2}\s*", re.ASCII)
 
 
 def locate(ref, folder: Path):
@@ -1388,15 +1390,17 @@ def locate(ref, folder: Path):
     """
     if isinstance(ref, Embedded):
         if ref["path"]:  # is read where the table holds no bytes
-            ref["path"] = str(folder / ref["path"])
+            ref["path"] = os.path.join(folder, ref["path"])
         return ref
     if isinstance(ref, dict) and isinstance(ref.get("bytes"), bytes) and ref["bytes"]:
         return {"path": None} | ref
+    if isinstance(ref, dict) and isinstance(ref.get("bytes"), str):
+        return locate("data:," + ref["bytes"], folder)
     if isinstance(ref, dict):
-        inner = next((ref[key] for key in ("bytes", "path", "url", "image_url", "image") if ref.get(key)), None)
-        if inner is None:
+        held = [ref[name] for name in ("path", "url", "image_url", "image", "data") if ref.get(name)]
+        if not held:
             raise LeftOut("its image has neither bytes nor a path")
-        return locate(inner, folder)
+        return locate(held[0], folder)
     if not isinstance(ref, str):
         return ref
     if re.match("https?://", ref):
