@@ -324,6 +324,7 @@ ROLES = {"id": ("id", "pid", "qid", "sample_index", "index"),
          "answer": ("answer", "solution", "ground_truth"), "response": ("response",),
          "image": ("images", "decoded_image", "image", "image_path", "image_1", "img", "image_url")}
 CHATS = ("messages", "conversations", "prompt")  # columns that may hold turns
+LONGEST_GOLD = 100  # characters of an assistant's turn, or of a solution, that can be a bare answer
 SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
 # columns that from_generic keeps in meta
 FACTS = ("subject", "category", "l2-category", "topic", "skill", "task", "grade", "level", "type", "subfield",
@@ -385,15 +386,21 @@ def infer_type(answer: str) -> str:
 
 
 def read_options(value) -> tuple[list[str], list]:
-    """(labels, options) of a list, of {label: option}, or of {label, option} in a list or as two columns."""
+    """(labels, options) of a list, of {label: option}, or of {label, option} in a list or as two columns.
+
+    Raises LeftOut on options that are no texts, or too many.
+    """
     value = literal(value)
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, cells)) for cells in zip(*value.values())]
     if isinstance(value, dict):
         pairs = sorted(value.items())
     else:
-        pairs = [labelled(option, letter) for option, letter in zip(as_list(value), LETTERS)]
+        items = as_list(value)
+        pairs = [labelled(option, chr(65 + k)) for k, option in enumerate(items)]
     pairs = [(str(label), option) for label, option in pairs if option is not None]
+    if len(pairs) > len(LETTERS):
+        raise LeftOut(f"it has more than {len(LETTERS)} options")
     return [label for label, _ in pairs], [option for _, option in pairs]
 
 
@@ -403,7 +410,9 @@ def labelled(option, letter: str) -> tuple:
         return letter, option
     own = [option[name] for name in ("letter", "label", "key", "id") if option.get(name) is not None]
     texts = [option[name] for name in ("content", "text", "value", "option") if name in option]
-    return (own or [letter])[0], (texts or [None])[0]
+    if not texts:
+        raise LeftOut("its options are no texts")
+    return (own or [letter])[0], texts[0]
 
 
 def option_letter(gold, labels: list[str], options: list) -> str:
@@ -414,7 +423,7 @@ def option_letter(gold, labels: list[str], options: list) -> str:
     number = isinstance(gold, (int, float)) and not isinstance(gold, bool)
     if number and gold in options:
         return LETTERS[options.index(gold)]
-    if number and gold in range(len(options)):
+    if number and gold in range(len(options)) and str(gold) not in labels:
         return LETTERS[int(gold)]
     text = gold_text(gold)
     texts = [str(option) for option in options]
@@ -776,13 +785,14 @@ def from_sharegpt(row: dict, index: int) -> dict:
     if speakers != ["user", "assistant"] and (speakers != ["user"] or gold is None):
         raise ValueError(f"{column} are by {', '.join(map(str, speakers))}, not by user, assistant")
     prompt, response = said[0][1], said[1][1] if said[1:] else row.get("response")
-    record |= {"id": str(row.get("id", index)), "images": row_images(row), "response": response}
+    name = row.get("id")
+    record |= {"id": str(index if name is None else name), "images": row_images(row), "response": response}
     if {"question", "answer_type"} <= set(record) and sharegpt_prompt(record) == prompt:
         return record
     if column == "conversations":  # LLaVA's ids name a picture or a source, which repeats
-        name = row.get("id") or next((ref for ref in record["images"] if isinstance(ref, str)), "")
-        record["id"] = f"{name}:{index}"
-    if gold is None and response:
+        paths = [ref for ref in record["images"] if isinstance(ref, str)]
+        record["id"] = f"{name or (paths or [''])[0]}:{index}"
+    if gold in (None, "") and response:
         gold = stated_answer(response)
     record = {field: record[field] for field in record if field not in ("answer", "answer_type", "choices")}
     return record | {"question": prompt, "task": "plain", **gold_fields(row | {"answer": gold}, prompt)}
@@ -794,6 +804,10 @@ def gold_fields(row: dict, question: str) -> dict:
     Raises LeftOut on a gold that cannot be one.
     """
     gold = pick(row, "answer")
+    if gold == row.get("solution") and len(str(gold)) > LONGEST_GOLD:
+        gold = stated_answer(gold_text(gold)) or gold_text(gold)
+        if len(gold) > LONGEST_GOLD:
+            raise LeftOut("its solution states no answer")
     labels, options = read_options(pick(row, "choices"))
     if not options:
         labels = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
@@ -1102,7 +1116,7 @@ def unpacked_group(file: str, version: int, group: int, column: str):
 
 
 def unpack_group(file: str, version: int, group: int, column: str, path: Path) -> None:
-    """Write a column of a row group to an Arrow file by pieces; of several processes one does. Raises OSError."""
+    """Write a column of a row group to an Arrow file; of several processes one does. Raises OSError."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
     metadata, _, sizes = parquet_groups(file, version)
@@ -1132,7 +1146,6 @@ def unpack_group(file: str, version: int, group: int, column: str, path: Path) -
 
 # ----- reading and writing -----
 FILES = (".jsonl", ".json", ".parquet", ".arrow", ".tsv", ".csv")
-LONGEST_GOLD = 100  # characters of an assistant's turn that can be a bare answer
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::(.+))?")
 
 
@@ -1150,7 +1163,7 @@ def read_records(source: str | Path, split: str = "train", need: tuple = ("answe
         rows = [lifted(row) for row in itertools.islice(stored_rows(str(source), split), limit or None)]
         columns = dict.fromkeys(itertools.chain.from_iterable(rows))  # some rows may lack some
         from_format = detect_format([*columns], need) if rows else from_record
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
     path = Path(source).absolute()
     folder = Path(image_root).absolute() if image_root else path if path.is_dir() else path.parent
@@ -1252,13 +1265,19 @@ def split_files(path: Path, split: str) -> list[Path]:
 
 
 def tsv_rows(path: Path) -> Iterator[dict]:
-    """Rows of VLMEvalKit's TSV: an image is base64, a list of that, or short: the row that holds it."""
+    """Rows of VLMEvalKit's TSV, or a CSV: an image is base64, a list of that, a path, or another row's index.
+
+    Raises ValueError.
+    """
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="," if path.suffix == ".csv" else "\t"))
     held = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
-    for row in rows:
-        if stored := row.get("image"):
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"row {number} has more cells than there are columns")
+        stored = row.get("image")
+        if stored and Path(stored[-9:]).suffix.lower() not in IMAGES:
             try:
                 row["image"] = [{"bytes": base64.b64decode(data), "path": None}
                                 for data in as_list(held[stored] if len(stored) <= 64 else stored)]

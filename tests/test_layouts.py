@@ -100,7 +100,7 @@ def test_a_gold_names_its_option_in_many_ways(tmp_path, gold, answer):
 @pytest.mark.parametrize("options, gold, choices, answer", [
     ({"A": "cat", "B": "dog"}, "dog", ["cat", "dog"], "B"), ({"B": "dog", "A": "cat"}, "B", ["cat", "dog"], "B"),
     ({"A": "cat", "B": "dog", "C": None}, "B", ["cat", "dog"], "B"),
-    ({"1": "cat", "2": "dog"}, "2", ["cat", "dog"], "B"),
+    ({"1": "cat", "2": "dog"}, "2", ["cat", "dog"], "B"), ({"1": "cat", "2": "dog"}, 1, ["cat", "dog"], "A"),
     ([{"letter": "A", "content": "cat"}, {"letter": "B", "content": "dog"}], "B", ["cat", "dog"], "B"),
     ([{"label": "1", "text": "cat"}, {"label": "2", "text": "dog"}], "2", ["cat", "dog"], "B"),
     ({"label": ["A", "B"], "text": ["cat", "dog"]}, "B", ["cat", "dog"], "B"),
@@ -134,6 +134,16 @@ def test_open_golds(tmp_path, gold, answer):
     assert record["answer"] == answer and rewards.accuracy(f"<answer>{answer}</answer>", record) == 1
 
 
+LONG = "We look at the picture and think about it for a while. " * 3
+
+
+def test_a_worked_solution_must_state_its_answer(tmp_path, capsys):
+    rows = [{"problem": "q", "image": "a.png", "solution": text} for text in (
+        LONG + "So the answer is 5.", LONG + "\\boxed{5}", LONG, "5")]
+    assert [record["answer"].strip(".") for record in read(tmp_path, *rows)] == ["5"] * 3
+    assert "1 of 4 rows: its solution states no answer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("column, value, reason", [
     ("answer", {"value": 3}, "its answer is an object"),
     ("answer", float("nan"), "its answer is nan"), ("answer", float("inf"), "its answer is inf"),
@@ -142,6 +152,8 @@ def test_open_golds(tmp_path, gold, answer):
     ("videos", ["a.mp4"], "it shows a video"), ("video", "a.mp4", "it shows a video"),
     ("audio", "a.wav", "it plays a sound"), ("question", "<video>q", "it shows a video"),
     ("image", "a.mp4", "it shows a video"), ("image", {"bytes": None, "path": None}, "its image has neither bytes nor a path"),
+    ("options", [{"bytes": "", "path": "b.png"}], "its options are no texts"),
+    ("options", [*range(27)], "it has more than 26 options"),
     ("image", "https://example.org/a.png", "its image is on the web, and nothing is downloaded"),
     ("image", {"url": "http://example.org/a.png"}, "its image is on the web, and nothing is downloaded"),
 ])
@@ -300,6 +312,17 @@ def test_vlmevalkits_files(tmp_path, name):
     first, second = read(tmp_path, row, row | {"index": 2, "image": 1, "answer": "A"}, name=name)
     assert first["images"] == second["images"] and first["choices"] == ["cat", "dog"]
     assert [first["answer"], second["answer"]] == ["B", "A"]
+
+
+@pytest.mark.parametrize("name, tab", [("x.tsv", "\t"), ("x.csv", ",")])
+def test_tables_of_text_with_paths(tmp_path, name, tab):
+    lines = [["question", "image", "answer"], ["q", "a.png", "3"], ["q", "", "4"], ["q", "a.png"]]
+    (tmp_path / name).write_text("\ufeff" + "\n".join(map(tab.join, lines[:3])), encoding="utf-8")
+    first, second = read_records(tmp_path / name)
+    assert first["images"] == [str(tmp_path / "a.png")] and (second["images"], second["answer"]) == ([], "4")
+    (tmp_path / name).write_text("\n".join(map(tab.join, [*lines[:2], [*lines[1], "5"]])))
+    with pytest.raises(ValueError, match=f"{name}: row 2 has more cells than there are columns"):
+        read_records(tmp_path / name)
 
 
 def test_json_of_one_line_and_of_rows_among_facts(tmp_path):
