@@ -6,7 +6,8 @@ A record is one JSON line, or the same dict in memory:
     id           str   unique within a file
     question     str   may hold one `<image>` per image; without any, all images come before the text
     images       list  paths relative to the file (absolute once read), PIL images, or {"bytes", "path"} dicts
-                       as `datasets` stores them; may be empty
+                       as `datasets` stores them (those in a parquet or Arrow file stay there: Embedded);
+                       may be empty. A path may be of any file that you can read, but no pipe or device
     answer       str   the gold answer: an option's letter (several: "A, C"), function calls, JSON (boxes
                        [[x1, y1, x2, y2], ..] on a scale from 0 to 1000, probabilities {name: p}), else bare
                        text or LaTeX without $ or \boxed
@@ -21,7 +22,7 @@ A record is one JSON line, or the same dict in memory:
                        the data set's own words)
 RL needs `answer`, SFT needs `response`. An absent `answer_type` is inferred on reading.
 
-A .jsonl, .json, .parquet, .arrow or .tsv file, a folder of them or a Hub id is read if its columns are of
+A .jsonl, .json, .parquet, .arrow, .tsv, .csv, a folder of them or a Hub id is read if its columns are of
     records       the schema above
     MATH-Vision   id, question, options, answer, image, level, subject (the Hub form adds decoded_image)
     MathVista     question, image, choices, unit, precision, answer_type, metadata
@@ -41,9 +42,16 @@ A .jsonl, .json, .parquet, .arrow or .tsv file, a folder of them or a Hub id is 
                   (39Krelease.parquet, or its folder; images.zip must have been unpacked beside it)
     Reason-RFT    id, image, problem, cot, and answer or solution (its meta-JSON; `cot` is not read here)
     ShareGPT      messages or conversations (a user and an assistant, perhaps a system turn first), image or
-                  images, perhaps system: as LLaMA-Factory reads it, both files of Vision-R1-cold included
-    generic       question or problem; answer or solution; images, image or image_1, ..; if any, choices,
-                  options or A, B, ..; hint or context (EMMA, ScienceQA, VLMEvalKit's TSV files)
+                  images, perhaps system: as LLaMA-Factory reads it, both files of Vision-R1-cold included.
+                  A turn may be a list of parts, as for OpenAI and Qwen; where an answer is needed, an
+                  assistant's short turn is the gold (VLM-R1)
+    verl          prompt (turns), images, reward_model.ground_truth
+    generic       question, problem, query or prompt; answer, solution or ground_truth; images, image, img,
+                  image_url or image_1, ..; if any, choices, options or A, B, .., or listed in the question;
+                  hint or context, system, answer_type (EMMA, ScienceQA, VLMEvalKit's TSV files)
+There an image is a path, file:// or base64, alone or as {"path" | "url" | "bytes"}; options are a list, an
+object or {letter, content}; a gold is an option's letter, text or place, or several, or what a solution ends
+with. What cannot be used (a video, an object or NaN as gold, an image on the web) is left out and counted.
 A Hub id may name a configuration, `MMMU/MMMU:Art`, or with `MMMU/MMMU:*` all of them one after the other.
 
 --source records copies the rows that can be used to OUT/SPLIT.jsonl, images of other folders to OUT/images:
@@ -300,6 +308,8 @@ def image_bytes(ref: str | Path | dict) -> bytes:
     if held:
         return held
     path = ref["path"] if isinstance(ref, dict) else ref
+    if not path:
+        raise OSError("neither bytes nor a path")
     check_file(path)
     return Path(path).read_bytes()
 
@@ -1128,11 +1138,11 @@ def unpack_group(file: str, version: int, group: int, column: str, path: Path) -
     unfinished = path.with_suffix(".tmp")
     with unfinished.open("ab") as out:
         fcntl.flock(out, fcntl.LOCK_EX)
-        if path.exists():  # another process made it meanwhile
-            return
-        out.truncate(0)  # what a killed one left
-        schema = pyarrow.schema([table.schema_arrow.field(column)])
         try:
+            if path.exists():  # another process made it meanwhile
+                return
+            out.truncate(0)  # what a killed one left
+            schema = pyarrow.schema([table.schema_arrow.field(column)])
             with pyarrow.ipc.new_file(out, schema) as writer:
                 for batch in batches:
                     writer.write_batch(batch)
@@ -1140,6 +1150,7 @@ def unpack_group(file: str, version: int, group: int, column: str, path: Path) -
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
+            fcntl.flock(out, fcntl.LOCK_UN)  # a worker forked meanwhile would hold it
     del batches, table
     pyarrow.default_memory_pool().release_unused()  # a page may be 200 MB, and the pool would keep it
 

@@ -88,7 +88,8 @@ def test_files_without_a_usable_row(name, reason):
 @pytest.mark.parametrize("gold, answer", [
     ("B", "B"), ("(B)", "B"), ("b", "B"), ("B.", "B"), ("b)", "B"), ("(b).", "B"), ("dog", "B"), ("Dog", "B"),
     ("B. dog", "B"), ("(B) dog", "B"), (1, "B"), (1.0, "B"), (["B"], "B"), ("<answer>B</answer>", "B"),
-    (r"So it barks and is \boxed{B}", "B"), (r"\boxed{\text{B}}", "B"), ("<think>It barks.</think><answer> b </answer>", "B"),
+    (r"So it barks and is \boxed{B}", "B"), (r"\boxed{\text{B}}", "B"),
+    ("<think>It barks.</think><answer> b </answer>", "B"),
     (["A", "B"], "A, B"), ("AB", "A, B"), ("B,A", "A, B"), ("(A) and (B)", "A, B"), (["dog", "cat"], "A, B"),
     ("A;B", "A, B")])
 def test_a_gold_names_its_option_in_many_ways(tmp_path, gold, answer):
@@ -125,7 +126,8 @@ def test_options_in_the_question(tmp_path, question, gold, choices):
 
 
 @pytest.mark.parametrize("gold, answer", [
-    ("<answer> 5 </answer>", "5"), (r"\boxed{5}", "5"), (r"$5$", "5"), (["5"], "5"), (5, "5"), (2.5, "2.5"), (True, "True"),
+    ("<answer> 5 </answer>", "5"), (r"\boxed{5}", "5"), (r"$5$", "5"), (["5"], "5"), (5, "5"),
+    (2.5, "2.5"), (True, "True"),
     ("<think>2 + 3</think>\n<answer>5</answer>", "5"), ("Two and three make \\boxed{5}.", "5"),
     ("2 + 3 = <<2+3=5>>5\n#### 5", "5"), (r"\boxed{1}, \boxed{2}", r"\boxed{1}, \boxed{2}"),
     (r"\boxed{5} cm", r"\boxed{5} cm"), ("[1, 2]", "[1, 2]"), ("NaN bread", "NaN bread")])
@@ -151,7 +153,8 @@ def test_a_worked_solution_must_state_its_answer(tmp_path, capsys):
     ("answer", [{"value": 3}], "its answer is an object"), ("answer", [], "its answer is an empty list"),
     ("videos", ["a.mp4"], "it shows a video"), ("video", "a.mp4", "it shows a video"),
     ("audio", "a.wav", "it plays a sound"), ("question", "<video>q", "it shows a video"),
-    ("image", "a.mp4", "it shows a video"), ("image", {"bytes": None, "path": None}, "its image has neither bytes nor a path"),
+    ("image", "a.mp4", "it shows a video"),
+    ("image", {"bytes": None, "path": None}, "its image has neither bytes nor a path"),
     ("options", [{"bytes": "", "path": "b.png"}], "its options are no texts"),
     ("options", [*range(27)], "it has more than 26 options"),
     ("image", "https://example.org/a.png", "its image is on the web, and nothing is downloaded"),
@@ -222,13 +225,16 @@ TEXT = {"type": "text", "text": "Find x"}
     chat([{"type": "image_url", "image_url": {"url": "a.png"}}, TEXT], [{"type": "text", "text": "5"}]),
     chat([{"type": "image", "image": "a.png"}, TEXT]), chat([{"image": "a.png"}, {"text": "Find x"}]),
     chat([{"type": "input_image", "image_url": "a.png"}, {"type": "input_text", "text": "Find x"}]),
-    chat([{"type": "image"}, TEXT], images=["a.png"]), chat([{"type": "image", "text": None, "image": "a.png"}, "Find x"]),
+    chat([{"type": "image"}, TEXT], images=["a.png"]),
+    chat([{"type": "image", "text": None, "image": "a.png"}, "Find x"]),
     chat([{"type": "image", "path": "a.png"}, TEXT]), chat("<image>Find x", images="a.png"),
     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>Find x"}, {"from": "gpt", "value": "5"}]},
-    {"image": "a.png", "conversations": [{"role": "user", "content": "<image>Find x"}, {"role": "assistant", "content": "5"}]},
-    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>Find x"}, {"from": "gpt", "value": "<answer>5</answer>"}]},
+    {"image": "a.png", "conversations": chat("<image>Find x")["messages"]},
+    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>Find x"},
+                                         {"from": "gpt", "value": "<answer>5</answer>"}]},
     {"prompt": [{"role": "user", "content": [{"type": "image"}, TEXT]}], "images": ["a.png"], "solution": "$5$"},
-    {"prompt": [{"role": "user", "content": "<image>Find x"}], "images": ["a.png"], "reward_model": {"ground_truth": "5"}},
+    {"prompt": [{"role": "user", "content": "<image>Find x"}], "images": ["a.png"],
+     "reward_model": {"ground_truth": "5"}},
     {"messages": [{"role": "user", "content": "<image>Find x"}], "images": ["a.png"], "answer": 5},
     {"prompt": "<image>Find x", "images": ["a.png"], "reward_model": {"ground_truth": "5", "style": "rule"}},
 ])
@@ -286,7 +292,8 @@ def test_verls_parquet(tmp_path):
 
 # ----- images
 @pytest.mark.parametrize("image", [
-    "a.png", ["a.png"], {"path": "a.png"}, {"url": "a.png"}, {"image_url": {"url": "a.png"}}, {"bytes": None, "path": "a.png"},
+    "a.png", ["a.png"], {"path": "a.png"}, {"url": "a.png"}, {"image_url": {"url": "a.png"}},
+    {"bytes": None, "path": "a.png"},
     f"data:image/png;base64,{INLINE}", {"url": f"data:image/png;base64,{INLINE}"}, {"bytes": INLINE}, INLINE, [INLINE],
     "FILE"])
 @pytest.mark.parametrize("column", ["image", "images", "img", "image_url"])
