@@ -1,4 +1,4 @@
-"""Images inside parquet and Arrow files: they stay there until they are needed. python -m pytest tests/test_tables.py"""
+"""Images inside parquet and Arrow files stay there until they are needed. python -m pytest tests/test_tables.py"""
 import copy
 import multiprocessing
 import os
@@ -181,7 +181,8 @@ def test_a_fault_names_the_row(tmp_path):
 def test_only_a_little_is_read_at_the_start(tmp_path):
     """A file of 60 MB: neither reading its records nor all its images takes much of it."""
     data = os.urandom(300_000)
-    write_table(table(images=[[{"bytes": data + bytes([k]), "path": None}] for k in range(200)]), tmp_path / "x.parquet")
+    images = [[{"bytes": data + bytes([k]), "path": None}] for k in range(200)]
+    write_table(table(images=images), tmp_path / "x.parquet")
     code = """if True:
         import data_prep, sys, pyarrow.parquet
         def own():
