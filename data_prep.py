@@ -400,7 +400,7 @@ def read_options(value) -> tuple[list[str], list]:
 
     Raises LeftOut on options that are no texts, or too many.
     """
-    value = literal(value)
+    value = listed_options(value) or literal(value) if isinstance(value, str) else value
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, cells)) for cells in zip(*value.values())]
     if isinstance(value, dict):
@@ -411,6 +411,9 @@ def read_options(value) -> tuple[list[str], list]:
     pairs = [(str(label), option) for label, option in pairs if option is not None]
     if len(pairs) > len(LETTERS):
         raise LeftOut(f"it has more than {len(LETTERS)} options")
+    bare = [re.fullmatch(rf"(?s)\(?{re.escape(label)}[).:]\s*(.+)", str(option)) for label, option in pairs]
+    if all(bare):  # each says its letter again
+        pairs = [(label, text[1]) for (label, _), text in zip(pairs, bare)]
     return [label for label, _ in pairs], [option for _, option in pairs]
 
 
@@ -437,6 +440,8 @@ def option_letter(gold, labels: list[str], options: list) -> str:
         return LETTERS[int(gold)]
     text = gold_text(gold)
     texts = [str(option) for option in options]
+    if isinstance(gold, bool) and {"yes", "no"} <= {each.casefold() for each in texts}:
+        text = "yes" if gold else "no"
     for names in labels, texts:
         if text in names:
             return LETTERS[names.index(text)]
@@ -731,8 +736,8 @@ def read_turns(row: dict, column: str) -> dict:
 
     Raises KeyError or TypeError on what are no turns, LeftOut if one shows a video.
     """
-    turns, shown = [], []
-    for turn in row[column]:
+    stored, turns, shown = row[column], [], []
+    for turn in json.loads(stored) if isinstance(stored, str) else stored:
         speaker = turn["from"] if "from" in turn else turn["role"]
         content = turn["value"] if "value" in turn else turn["content"]
         turns.append({"role": SPEAKERS.get(speaker, speaker), "content": read_parts(content, shown)})
@@ -785,7 +790,7 @@ def from_sharegpt(row: dict, index: int) -> dict:
 
     Without them, or where the prompt is no longer theirs, the question is the user's text as it stands.
     """
-    column = next(name for name in CHATS if row.get(name) is not None)
+    column = next((name for name in CHATS if row.get(name) is not None), "messages")
     row = read_turns(row, column)
     said = [(turn["role"], turn["content"]) for turn in row[column]]
     record = {field: row[field] for field in FIELDS if row.get(field) is not None}
@@ -832,7 +837,7 @@ def gold_fields(row: dict, question: str) -> dict:
 
 def from_generic(row: dict, index: int) -> dict:
     """Any row with a question, images, and an answer or a response; options in a list or columns A, B, .."""
-    if isinstance(pick(row, "question"), list):  # turns, of TRL's `prompt`
+    if isinstance(row.get("prompt"), list) and pick(row, "question") is row["prompt"]:  # TRL's turns
         return from_sharegpt(row, index)
     asked = "\n".join(filter(None, (pick(row, "context"), pick(row, "question"))))
     kind, gold = row.get("answer_type"), pick(row, "answer")
@@ -1211,7 +1216,8 @@ def lifted(row: dict) -> dict:
 
 def usable(row: dict) -> dict:
     """The row as it is. Raises LeftOut if it is empty, or shows what is no image."""
-    if all(value in (None, "", []) for value in row.values()):
+    cells = [value for column, value in row.items() if column not in ROLES["id"]]
+    if cells and all(cell in (None, "", []) for cell in cells):
         raise LeftOut("it is empty")
     for column, reason in (("video", "it shows a video"), ("audio", "it plays a sound")):
         if row.get(column) or row.get(f"{column}s"):
@@ -1232,6 +1238,8 @@ def to_record(row: dict, index: int, from_format: Callable, need: tuple, folder:
     record = {field: value for field, value in fields.items() if value is not None}
     if "<video>" in str(record.get("question")):
         raise LeftOut("it shows a video")
+    if "answer" in need and "answer" not in record and from_format is not from_record:
+        raise LeftOut("it has no answer")
     images = record.setdefault("images", [])
     if isinstance(images, list):
         record["images"] = [locate(ref, folder) for ref in images]
@@ -1271,7 +1279,7 @@ def stored_rows(source: str, split: str) -> Iterator[dict]:
 
 def split_files(path: Path, split: str) -> list[Path]:
     """A folder's files that are named after a split (test.jsonl, Art/test-00000-of-00001.parquet)."""
-    named = re.compile(rf"{re.escape(split)}(-\d+-of-\d+.*)?\.(jsonl|json|parquet|tsv)")
+    named = re.compile(rf"{re.escape(split)}(-\d+-of-\d+.*)?\.(jsonl|json|parquet|tsv|csv)")
     return [file for file in sorted(path.rglob(f"{split}*")) if named.fullmatch(file.name)]
 
 

@@ -106,6 +106,9 @@ def test_a_gold_names_its_option_in_many_ways(tmp_path, gold, answer):
     ([{"label": "1", "text": "cat"}, {"label": "2", "text": "dog"}], "2", ["cat", "dog"], "B"),
     ({"label": ["A", "B"], "text": ["cat", "dog"]}, "B", ["cat", "dog"], "B"),
     ("['cat', 'dog']", "b", ["cat", "dog"], "B"), ("{'A': 'cat', 'B': 'dog'}", "B", ["cat", "dog"], "B"),
+    ("A. cat\nB. dog", "B", ["cat", "dog"], "B"), ("(A) cat (B) dog", "dog", ["cat", "dog"], "B"),
+    (["A. cat", "B. dog"], "B. dog", ["cat", "dog"], "B"), (["(A) cat", "(B) dog"], "b", ["cat", "dog"], "B"),
+    (["Yes", "No"], False, ["Yes", "No"], "B"), (["No", "Yes"], True, ["No", "Yes"], "B"),
     ([3, 4], 4, ["3", "4"], "B"), ([1, 2, 3], 1, ["1", "2", "3"], "A"), ([0.5, 1.5], 1.5, ["0.5", "1.5"], "B"),
     (["True", "False"], True, ["True", "False"], "A"), (["False", "true"], True, ["False", "true"], "B"),
     (["B", "A"], "B", ["B", "A"], "B"), (["b", "a"], "b", ["b", "a"], "A"),
@@ -149,6 +152,7 @@ def test_a_worked_solution_must_state_its_answer(tmp_path, capsys):
 @pytest.mark.parametrize("column, value, reason", [
     ("answer", {"value": 3}, "its answer is an object"),
     ("answer", float("nan"), "its answer is nan"), ("answer", float("inf"), "its answer is inf"),
+    ("answer", None, "it has no answer"),
     ("answer", [1, 2, 3, 4], "its answer is a list of numbers"), ("answer", [[1, 2]], "its answer holds lists"),
     ("answer", [{"value": 3}], "its answer is an object"), ("answer", [], "its answer is an empty list"),
     ("videos", ["a.mp4"], "it shows a video"), ("video", "a.mp4", "it shows a video"),
@@ -181,8 +185,9 @@ def test_rows_of_only_null_and_missing_columns(tmp_path, capsys):
     records = read(tmp_path, *(row | {"image": row.get("image")} for row in rows[:1] + rows[3:]), name="x.parquet")
     assert len(records) == 1
     for name in ("x.parquet", "x.jsonl"):
-        with pytest.raises(ValueError, match="left out 1 of 1 rows: it is empty"):
-            read(tmp_path, rows[3], name=name)
+        for empty in (rows[3], rows[3] | {"id": "7"}):
+            with pytest.raises(ValueError, match="left out 1 of 1 rows: it is empty"):
+                read(tmp_path, empty, name=name)
 
 
 @pytest.mark.parametrize("name, text", [("x.jsonl", ""), ("x.jsonl", "\n\n"), ("x.json", "[]"), ("x.tsv", ""),
@@ -236,6 +241,7 @@ TEXT = {"type": "text", "text": "Find x"}
     {"prompt": [{"role": "user", "content": "<image>Find x"}], "images": ["a.png"],
      "reward_model": {"ground_truth": "5"}},
     {"messages": [{"role": "user", "content": "<image>Find x"}], "images": ["a.png"], "answer": 5},
+    {"messages": json.dumps(chat("<image>Find x")["messages"]), "image": "a.png"},
     {"prompt": "<image>Find x", "images": ["a.png"], "reward_model": {"ground_truth": "5", "style": "rule"}},
 ])
 def test_turns_become_a_question_an_image_and_a_gold(tmp_path, row):
@@ -254,6 +260,19 @@ def test_a_turn_is_a_response_where_one_is_needed(tmp_path):
     assert (record["response"], record["answer"]) == ("5", "5")
     [record] = read(tmp_path, chat("Which?\n(A) cat\n(B) dog", "B", image="a.png"))
     assert record["choices"] == ["cat", "dog"] and record["answer"] == "B" and "task" not in record
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"messages": None}, "row 2: 'NoneType' object is not iterable"),
+    ({"question": "q"}, "row 2: no column 'messages'"),
+    ({"messages": "Find x"}, "row 2: Expecting value"), ({"messages": ["Find x"]}, "row 2: "),
+    ({"messages": [{"role": "user", "content": None}]}, "row 2: "),
+    (chat([{"type": "tool"}]), "row 2: no column 'text'"),
+    (chat("<image>Find x"), "row 2 (id '1'): field 'images' has 0")])
+def test_turns_that_cannot_be_read_name_their_row(tmp_path, row, message):
+    with pytest.raises(ValueError) as error:
+        read(tmp_path, chat("Find x"), {"answer": "5"} | row)
+    assert str(error.value).startswith(f"{tmp_path}/x.jsonl {message}") and "\n" not in str(error.value)
 
 
 def test_a_long_turn_is_no_gold(tmp_path, capsys):
