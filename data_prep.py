@@ -361,9 +361,14 @@ def clean_answer(answer) -> str:
 def read_golds(answer) -> list:
     """The golds of a cell: a single one, or a list of what is right. Raises LeftOut on what is no answer."""
     golds = answer if isinstance(answer, list) else [answer]
+    spelled = literal(answer)
+    if isinstance(spelled, list) and all(isinstance(gold, str) for gold in spelled):
+        golds = spelled  # "['A', 'C']" of a text format; [1, 2] may be an interval
     for gold in golds:
-        if isinstance(gold, (dict, list)):
-            raise LeftOut("its answer is an object" if isinstance(gold, dict) else "its answer holds lists")
+        if isinstance(literal(gold), dict):
+            raise LeftOut("its answer is an object")
+        if isinstance(gold, list):
+            raise LeftOut("its answer holds lists")
         if gold is None or isinstance(gold, float) and not math.isfinite(gold):
             raise LeftOut(f"its answer is {gold}")
     if not golds:
@@ -841,9 +846,10 @@ def from_generic(row: dict, index: int) -> dict:
         return from_sharegpt(row, index)
     asked = "\n".join(filter(None, (pick(row, "context"), pick(row, "question"))))
     kind, gold = row.get("answer_type"), pick(row, "answer")
-    if kind in rewards.ANNOTATIONS and gold is not None and not isinstance(gold, str):
-        gold = json.dumps(gold, ensure_ascii=False)
-    fields = gold_fields(row | {"answer": gold}, asked)
+    if kind in rewards.ANNOTATIONS and gold is not None:
+        fields = {"answer": gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)}
+    else:
+        fields = gold_fields(row, asked)
     numbered = {k: row[f"image_{k}"] for k in range(1, 10) if row.get(f"image_{k}")}
     texts, images = place_images([asked, *fields.get("choices", [])],
                                  numbered or dict(enumerate(row_images(row), 1)))

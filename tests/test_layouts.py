@@ -91,7 +91,7 @@ def test_files_without_a_usable_row(name, reason):
     (r"So it barks and is \boxed{B}", "B"), (r"\boxed{\text{B}}", "B"),
     ("<think>It barks.</think><answer> b </answer>", "B"),
     (["A", "B"], "A, B"), ("AB", "A, B"), ("B,A", "A, B"), ("(A) and (B)", "A, B"), (["dog", "cat"], "A, B"),
-    ("A;B", "A, B")])
+    ("A;B", "A, B"), ("['A', 'B']", "A, B")])
 def test_a_gold_names_its_option_in_many_ways(tmp_path, gold, answer):
     row = {"question": "q", "image": "a.png", "answer": gold}
     [record] = read(tmp_path, row | {"options": ["cat", "dog"]})
@@ -150,7 +150,7 @@ def test_a_worked_solution_must_state_its_answer(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("column, value, reason", [
-    ("answer", {"value": 3}, "its answer is an object"),
+    ("answer", {"value": 3}, "its answer is an object"), ("answer", "{'value': 3}", "its answer is an object"),
     ("answer", float("nan"), "its answer is nan"), ("answer", float("inf"), "its answer is inf"),
     ("answer", None, "it has no answer"),
     ("answer", [1, 2, 3, 4], "its answer is a list of numbers"), ("answer", [[1, 2]], "its answer holds lists"),
@@ -204,8 +204,10 @@ def test_what_a_generic_row_says_of_itself_is_kept(tmp_path):
     assert (record["answer_type"], record["system"]) == ("text", "Be brief.")
     [record] = read(tmp_path, row | {"answer_type": "integer"})
     assert record["answer_type"] == "number"
-    [record] = read(tmp_path, row | {"answer_type": "boxes", "answer": [[1, 2, 3, 4]]})
-    assert (record["answer_type"], record["answer"]) == ("boxes", "[[1, 2, 3, 4]]")
+    for kind, gold in (("boxes", [[1, 2, 3, 4]]), ("distribution", {"joy": 1.0})):
+        for answer in (gold, json.dumps(gold)):
+            [record] = read(tmp_path, row | {"answer_type": kind, "answer": answer})
+            assert (record["answer_type"], record["answer"]) == (kind, json.dumps(gold))
 
 
 def test_names_in_capitals_and_values_of_mixed_types(tmp_path):
