@@ -1176,10 +1176,10 @@ def read_records(source: str | Path, split: str = "train", need: tuple = ("answe
     """All records (the first `limit`; 0 for all) of a file, folder or Hub id in a format named at the top.
 
     A folder comes from save_to_disk or is a copy of a Hub repository; `split` is for folders and Hub ids.
-    Images are not decoded: paths come back absolute, embedded images as their compressed bytes. `need` is
+    Images are not decoded, those in a parquet or Arrow file not read; paths come back absolute. `need` is
     ("answer",) for RL and evaluation, ("response",) for SFT. Paths are relative to `image_root`, else to the
-    file.
-    Raises ValueError: unreadable source, unknown format, or a row that check_record refuses.
+    file. Rows that cannot be used are left out, which rank 0 says on stderr.
+    Raises ValueError: unreadable source, unknown format, no usable row, or one that check_record refuses.
     """
     try:
         rows = [lifted(row) for row in itertools.islice(stored_rows(str(source), split), limit or None)]
@@ -1244,7 +1244,7 @@ def to_record(row: dict, index: int, from_format: Callable, need: tuple, folder:
     record = {field: value for field, value in fields.items() if value is not None}
     if "<video>" in str(record.get("question")):
         raise LeftOut("it shows a video")
-    if "answer" in need and "answer" not in record and from_format is not from_record:
+    if "answer" in need and "answer" not in record and from_format in (from_generic, from_sharegpt):
         raise LeftOut("it has no answer")
     images = record.setdefault("images", [])
     if isinstance(images, list):
