@@ -619,8 +619,7 @@ def from_class(row: dict, index: int) -> dict:
 
 def from_easyr1(row: dict, index: int) -> dict:
     """EasyR1's columns: open questions, even where Geometry3K also lists `choices` and the right letter."""
-    return {"id": str(row.get("id", index)), "question": row["problem"], "images": row_images(row),
-            **answer_fields(row["answer"])}
+    return from_generic(row | {"choices": None, "options": None}, index)
 
 
 LABELS = [re.compile(label) for label in (r"(?<!\S)([A-K])\s?[.:)]\s*", r"\(([A-K])\)\s*")]

@@ -73,6 +73,16 @@ def test_files_of_others(name, expected):
         assert rewards.accuracy(f"<answer>{record['answer']}</answer>", record) == 1
 
 
+@pytest.mark.parametrize("name, images", [
+    ("b64_image.jsonl", [{"bytes": b"\x89PNG\r\n\x1a\n", "path": None}]),
+    ("file_uri.jsonl", ["/data/pictures/a.png"])])
+def test_files_whose_image_is_not_here(name, images):
+    if not (CASES / name).exists():
+        pytest.skip(f"{name} is not here")
+    [record] = read_records(CASES / name)
+    assert record["images"] == images and parts(record, ASKED) == ASKED
+
+
 @pytest.mark.parametrize("name, reason", [
     ("nan_answer.jsonl", "1 of 1 rows: its answer is nan"),
     ("r1v_dict_solution.jsonl", "1 of 1 rows: its answer is an object")])
@@ -200,8 +210,10 @@ def test_empty_files(tmp_path, name, text):
 
 def test_what_a_generic_row_says_of_itself_is_kept(tmp_path):
     row = {"question": "q", "image": "a.png", "answer": "3", "answer_type": "text", "system": "Be brief."}
-    [record] = read(tmp_path, row)
-    assert (record["answer_type"], record["system"]) == ("text", "Be brief.")
+    as_easyr1 = {"problem": "q", "images": ["a.png"], "answer": "3", "answer_type": "text", "system": "Be brief."}
+    for each in row, as_easyr1:
+        [record] = read(tmp_path, each)
+        assert (record["answer_type"], record["system"]) == ("text", "Be brief.")
     [record] = read(tmp_path, row | {"answer_type": "integer"})
     assert record["answer_type"] == "number"
     for kind, gold in (("boxes", [[1, 2, 3, 4]]), ("distribution", {"joy": 1.0})):
