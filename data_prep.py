@@ -1234,13 +1234,12 @@ def to_record(row: dict, index: int, from_format: Callable, need: tuple, folder:
     """A row in the schema at the top, paths absolute. Raises LeftOut and what `from_format` does."""
     fields = from_format(row, index)
     said = fields.get("response") or ""
-    if from_format is from_sharegpt and need != ("response",) and fields.get("answer") is None:
-        if said and len(said) <= LONGEST_GOLD and "\n" not in said:
-            fields = from_format(row | {"answer": said}, index)  # VLM-R1: a bare gold
-            if "response" not in need:
-                fields |= {"response": None, "task": None}
-        elif "answer" in need:
+    if from_format is from_sharegpt and "answer" in need and fields.get("answer") is None:
+        if len(said) > LONGEST_GOLD or "\n" in said:
             raise LeftOut("its response names no answer")
+        fields = from_format(row | {"answer": said}, index)  # VLM-R1: the assistant's turn is the bare gold
+        if "response" not in need:
+            fields |= {"response": None, "task": None}
     record = {field: value for field, value in fields.items() if value is not None}
     if "<video>" in str(record.get("question")):
         raise LeftOut("it shows a video")
