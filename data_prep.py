@@ -6,7 +6,8 @@ A record is one JSON line, or the same dict in memory:
     id           str   unique within a file
     question     str   may hold one `<image>` per image; without any, all images come before the text
     images       list  paths relative to the file (absolute once read), PIL images, or {"bytes", "path"} dicts
-                       as `datasets` stores them; may be empty
+                       as `datasets` stores them (those in a parquet or Arrow file stay there: Embedded);
+                       may be empty. A path may be of any file that you can read, but no pipe or device
     answer       str   the gold answer: an option's letter (several: "A, C"), function calls, JSON (boxes
                        [[x1, y1, x2, y2], ..] on a scale from 0 to 1000, probabilities {name: p}), else bare
                        text or LaTeX without $ or \boxed
@@ -21,7 +22,7 @@ A record is one JSON line, or the same dict in memory:
                        the data set's own words)
 RL needs `answer`, SFT needs `response`. An absent `answer_type` is inferred on reading.
 
-A .jsonl, .json, .parquet, .arrow or .tsv file, a folder of them or a Hub id is read if its columns are of
+A .jsonl, .json, .parquet, .arrow, .tsv, .csv, a folder of them or a Hub id is read if its columns are of
     records       the schema above
     MATH-Vision   id, question, options, answer, image, level, subject (the Hub form adds decoded_image)
     MathVista     question, image, choices, unit, precision, answer_type, metadata
@@ -41,9 +42,16 @@ A .jsonl, .json, .parquet, .arrow or .tsv file, a folder of them or a Hub id is 
                   (39Krelease.parquet, or its folder; images.zip must have been unpacked beside it)
     Reason-RFT    id, image, problem, cot, and answer or solution (its meta-JSON; `cot` is not read here)
     ShareGPT      messages or conversations (a user and an assistant, perhaps a system turn first), image or
-                  images, perhaps system: as LLaMA-Factory reads it, both files of Vision-R1-cold included
-    generic       question or problem; answer or solution; images, image or image_1, ..; if any, choices,
-                  options or A, B, ..; hint or context (EMMA, ScienceQA, VLMEvalKit's TSV files)
+                  images, perhaps system: as LLaMA-Factory reads it, both files of Vision-R1-cold included.
+                  A turn may be a list of parts, as for OpenAI and Qwen; where an answer is needed, an
+                  assistant's short turn is the gold (VLM-R1)
+    verl          prompt (turns), images, reward_model.ground_truth
+    generic       question, problem, query or prompt; answer, solution or ground_truth; images, image, img,
+                  image_url or image_1, ..; if any, choices, options or A, B, .., or listed in the question;
+                  hint or context, system, answer_type (EMMA, ScienceQA, VLMEvalKit's TSV files)
+There an image is a path, file:// or base64, alone or as {"path" | "url" | "bytes"}; options are a list, an
+object or {letter, content}; a gold is an option's letter, text or place, or several, or what a solution ends
+with. What cannot be used (a video, an object or NaN as gold, an image on the web) is left out and counted.
 A Hub id may name a configuration, `MMMU/MMMU:Art`, or with `MMMU/MMMU:*` all of them one after the other.
 
 --source records copies the rows that can be used to OUT/SPLIT.jsonl, images of other folders to OUT/images:
@@ -74,22 +82,28 @@ Every error is a ValueError of one line that names the file or id at fault.
 import argparse
 import ast
 import base64
+import bisect
 import csv
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
+import stat
 import string
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -107,6 +121,7 @@ LETTERS = [*string.ascii_uppercase]
 MIN_SIDE = 28              # pixels: a merged vision token of the Qwen-VL family, which refuses smaller images
 MAX_RATIO = 200            # longer side / shorter side, the same family's limit
 MAX_DECODED = 100_000_000  # pixels: 300 MB once decoded; a larger header is a mistake or a decompression bomb
+MAX_ENCODED = 3 * MAX_DECODED  # bytes of an image file: no sound one takes more than its pixels do
 
 
 # ----- records -----
@@ -223,6 +238,8 @@ def load_image(ref: str | Path | dict | Image.Image, max_pixels: int) -> Image.I
     """
     if isinstance(ref, Image.Image):
         name = getattr(ref, "filename", "") or "PIL image"
+    elif isinstance(ref, Embedded):
+        name = f"image in row {ref['row'] + 1} of {ref['file']}"
     else:
         name = ref["path"] or "embedded image" if isinstance(ref, dict) else ref
     try:
@@ -258,6 +275,7 @@ def image_fault(error: Exception) -> str:
 def header_fault(path: str) -> str:
     """Why load_image is sure to refuse a file, or "" if its header gives no reason. Decodes no pixel."""
     try:
+        check_file(path)
         with Image.open(path) as image:
             check_size(image)
     except Exception as error:  # Pillow raises OSError, SyntaxError, EOFError, struct.error and more
@@ -266,11 +284,17 @@ def header_fault(path: str) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """To RGB, 16-bit levels scaled to 8, transparency laid on white. Raises ValueError on float pixels."""
+    """To RGB, wide levels scaled by their own range, transparency on white. Raises ValueError on floats."""
     if image.mode == "F":
         raise ValueError("float pixels have no agreed range")
     if image.mode.startswith("I"):  # convert("L") alone clips at 255, which turns most 16-bit scans white
-        image = image.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
+        image = image.convert("I")
+        darkest, brightest = image.getextrema()
+        black = min(darkest, 0)
+        # a 12-bit scan is stored in 16 bits, and what is wider in 32
+        white = next((top for top in (255, 4095, 65535) if brightest <= top), brightest)
+        scale = 255 / (white - black)
+        image = image.point(lambda level: level * scale + (0.5 - black * scale)).convert("L")
     if image.has_transparency_data:  # dropping alpha shows the hidden colour, often black under black lines
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -279,16 +303,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def image_bytes(ref: str | Path | dict) -> bytes:
     """The encoded image behind a path or a {"bytes", "path"} dict. Raises OSError without such a file."""
-    if isinstance(ref, dict):
-        return ref["bytes"] or Path(ref["path"]).read_bytes()
-    return Path(ref).read_bytes()
+    held = ref["bytes"] if isinstance(ref, dict) else None
+    if held:
+        return held
+    path = ref["path"] if isinstance(ref, dict) else ref
+    if not path:
+        raise OSError("neither bytes nor a path")
+    check_file(path)
+    return Path(path).read_bytes()
+
+
+def check_file(path: str | Path) -> None:
+    """Raises OSError unless `path` is a regular file of bearable size: /dev/zero never ends."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("not a regular file")
+    if found.st_size > MAX_ENCODED:
+        raise OSError(f"{found.st_size} bytes, the limit is {MAX_ENCODED}")
 
 
 # ----- formats -----
-ROLES = {"id": ("id", "pid", "qid", "sample_index", "index"), "question": ("question", "problem"),
+class LeftOut(ValueError):
+    """A sound row that cannot be used here: (reason, as it is counted; perhaps details)."""
+
+
+ROLES = {"id": ("id", "pid", "qid", "sample_index", "index"),
+         "question": ("question", "problem", "query", "prompt"),
          "context": ("hint", "context"), "choices": ("choices", "options"),
-         "answer": ("answer", "solution"), "response": ("response",),
-         "image": ("images", "decoded_image", "image", "image_path", "image_1")}
+         "answer": ("answer", "solution", "ground_truth"), "response": ("response",),
+         "image": ("images", "decoded_image", "image", "image_path", "image_1", "img", "image_url")}
+CHATS = ("messages", "conversations", "prompt")  # columns that may hold turns
+LONGEST_GOLD = 100  # characters of an assistant's turn, or of a solution, that can be a bare answer
+SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
 # columns that from_generic keeps in meta
 FACTS = ("subject", "category", "l2-category", "topic", "skill", "task", "grade", "level", "type", "subfield",
          "topic_difficulty", "problem_type_goal")
@@ -296,7 +342,8 @@ MARK = re.compile(r"<image[ _]?(\d+)>")
 # no answer holds control characters: they are \alpha, \boxed, \vec, \frac that lost an escape on their way
 BROKEN_ESCAPES = str.maketrans({"\a": r"\a", "\b": r"\b", "\v": r"\v", "\f": r"\f"})
 BALANCED = r"[^{}]*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}[^{}]*)*"  # braces at most two deep
-WRAPPED = re.compile(rf"(?s)<answer>(.*)</answer>|\$\$([^$]*)\$\$|\$([^$]*)\$|\\boxed\{{({BALANCED})\}}")
+WRAPPED = re.compile(r"(?s)<answer>(.*)</answer>|\$\$([^$]*)\$\$|\$([^$]*)\$|"
+                     rf"\\(?:boxed|text)\{{({BALANCED})\}}")
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)")
 # ViRL39K, in meta: how often the 7B base model (asked on half of the rows) and the trained 32B are right
 PASS_RATES = {"pass_rate_7b": "PassRate_7BBase", "pass_rate_32b": "PassRate_32BTrained"}
@@ -310,6 +357,38 @@ def clean_answer(answer) -> str:
     return answer
 
 
+def read_golds(answer) -> list:
+    """The golds of a cell: a single one, or a list of what is right. Raises LeftOut on what is no answer."""
+    golds = answer if isinstance(answer, list) else [answer]
+    spelled = literal(answer)
+    if isinstance(spelled, list) and all(isinstance(gold, str) for gold in spelled):
+        golds = spelled  # "['A', 'C']" of a text format; [1, 2] may be an interval
+    for gold in golds:
+        if isinstance(literal(gold), dict):
+            raise LeftOut("its answer is an object")
+        if isinstance(gold, list):
+            raise LeftOut("its answer holds lists")
+        if gold is None or isinstance(gold, float) and not math.isfinite(gold):
+            raise LeftOut(f"its answer is {gold}")
+    if not golds:
+        raise LeftOut("its answer is an empty list")
+    if len(golds) > 1 and not all(isinstance(gold, str) for gold in golds):
+        raise LeftOut("its answer is a list of numbers")  # a box, a vector, alternatives: nobody can tell
+    return golds
+
+
+def gold_text(gold) -> str:
+    """A gold as bare text, taken out of a worked solution that ends in a tag, a box or after ####."""
+    text = clean_answer(gold)
+    before, box, _ = text.partition(r"\boxed")
+    in_prose = box and re.search("[A-Za-z]{3,}", before)
+    if "<answer>" in text or in_prose:
+        text = rewards.extract_answer(text) or text
+    elif "\n####" in text:
+        text = text.rpartition("####")[2]
+    return clean_answer(text)
+
+
 def infer_type(answer: str) -> str:
     """answer_type of a gold answer without choices: number, math (LaTeX, operators, units) or text."""
     if NUMBER.fullmatch(answer):
@@ -320,22 +399,92 @@ def infer_type(answer: str) -> str:
     return "text"
 
 
-def answer_fields(answer, choices: list | None = None) -> dict:
-    """The record fields `answer`, unless it is None, and `choices`, unless there are none.
+def read_options(value) -> tuple[list[str], list]:
+    """(labels, options) of a list, of {label: option}, or of {label, option} in a list or as two columns.
 
-    With choices the gold may be their letter, their text or a 0-based int, and becomes the letter.
+    Raises LeftOut on options that are no texts, or too many.
     """
-    fields = {"choices": choices} if choices else {}
+    value = listed_options(value) or literal(value) if isinstance(value, str) else value
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
+        value = [dict(zip(value, cells)) for cells in zip(*value.values())]
+    if isinstance(value, dict):
+        pairs = sorted(value.items())
+    else:
+        items = as_list(value)
+        pairs = [labelled(option, chr(65 + k)) for k, option in enumerate(items)]
+    pairs = [(str(label), option) for label, option in pairs if option is not None]
+    if len(pairs) > len(LETTERS):
+        raise LeftOut(f"it has more than {len(LETTERS)} options")
+    bare = [re.fullmatch(rf"(?s)\(?{re.escape(label)}[).:]\s*(.+)", str(option)) for label, option in pairs]
+    if all(bare):  # each says its letter again
+        pairs = [(label, text[1]) for (label, _), text in zip(pairs, bare)]
+    return [label for label, _ in pairs], [option for _, option in pairs]
+
+
+def labelled(option, letter: str) -> tuple:
+    """(label, option) of an item of a list of options, `letter` if it has no label of its own."""
+    if not isinstance(option, dict):
+        return letter, option
+    own = [option[name] for name in ("letter", "label", "key", "id") if option.get(name) is not None]
+    texts = [option[name] for name in ("content", "text", "value", "option") if name in option]
+    if not texts:
+        raise LeftOut("its options are no texts")
+    return (own or [letter])[0], texts[0]
+
+
+def option_letter(gold, labels: list[str], options: list) -> str:
+    """The letter of the option that a gold names, by its label, text or 0-based place; "" if it names none.
+
+    What is said exactly comes first: "B" is the second option even if the first one's text is B.
+    """
+    number = isinstance(gold, (int, float)) and not isinstance(gold, bool)
+    if number and gold in options:
+        return LETTERS[options.index(gold)]
+    if number and gold in range(len(options)) and str(gold) not in labels:
+        return LETTERS[int(gold)]
+    text = gold_text(gold)
+    texts = [str(option) for option in options]
+    if isinstance(gold, bool) and {"yes", "no"} <= {each.casefold() for each in texts}:
+        text = "yes" if gold else "no"
+    for names in labels, texts:
+        if text in names:
+            return LETTERS[names.index(text)]
+    bare = text.strip(" (){}.:").casefold()
+    for names in texts, labels:
+        folded = [name.strip(" (){}.:").casefold() for name in names]
+        if bare and bare in folded:
+            return LETTERS[folded.index(bare)]
+    both = re.fullmatch(r"\(?(\w+)[).:]+\s*(.+)", text)  # "B. dog", "(B) dog"
+    if both and both[1] in labels and both[2] == texts[labels.index(both[1])].strip():
+        return LETTERS[labels.index(both[1])]
+    return ""
+
+
+def option_letters(golds: list, labels: list[str], options: list) -> str:
+    """The options that golds name: "A, C" of ["A", "C"], "AC" or "(A) and (C)"; "" if they name others."""
+    letters = [option_letter(gold, labels, options) for gold in golds]
+    if letters == [""]:
+        letters = re.sub(r"\band\b|[\s,;&.()]", "", gold_text(golds[0]))
+        letters = letters if letters.isupper() and set(letters) <= {*labels} & {*LETTERS} else ""
+        letters = [LETTERS[labels.index(letter)] for letter in letters]
+    return ", ".join(sorted(set(letters))) if all(letters) else ""
+
+
+def answer_fields(answer, choices: list | None = None, labels: list[str] = LETTERS) -> dict:
+    """The record fields `answer`, unless it is None, and `choices`, unless there are none. Raises LeftOut.
+
+    With choices the gold becomes their letter or letters. Without them a list holds several golds of which
+    any is right: the others go into meta.
+    """
+    fields = {"choices": [str(choice) for choice in choices]} if choices else {}
     if answer is None:
         return fields
-    text = clean_answer(answer)
-    if choices:
-        letters = LETTERS[:len(choices)]
-        if isinstance(answer, int) and answer in range(len(letters)):
-            text = letters[answer]
-        elif text not in letters and answer in choices:
-            text = letters[choices.index(answer)]
-    return fields | {"answer": text}
+    golds = read_golds(answer)
+    letters = option_letters(golds, labels[:len(choices)], choices) if choices else ""
+    first, *others = map(gold_text, golds)
+    if others and not letters:
+        fields["meta"] = {"accepted": others}
+    return fields | {"answer": letters or first}
 
 
 def pick(row: dict, role: str):
@@ -360,7 +509,7 @@ def as_list(value) -> list:
 
 def row_images(row: dict) -> list:
     """The row's images, be there none, one or many, as paths or as bytes."""
-    return as_list(pick(row, "image"))
+    return [ref for ref in as_list(pick(row, "image")) if ref not in (None, "")]
 
 
 def place_images(texts: list[str], images: dict) -> tuple[list[str], list]:
@@ -469,8 +618,7 @@ def from_class(row: dict, index: int) -> dict:
 
 def from_easyr1(row: dict, index: int) -> dict:
     """EasyR1's columns: open questions, even where Geometry3K also lists `choices` and the right letter."""
-    return {"id": str(row.get("id", index)), "question": row["problem"], "images": row_images(row),
-            **answer_fields(row["answer"])}
+    return from_generic(row | {"choices": None, "options": None}, index)
 
 
 LABELS = [re.compile(label) for label in (r"(?<!\S)([A-K])\s?[.:)]\s*", r"\(([A-K])\)\s*")]
@@ -500,15 +648,12 @@ def from_virl39k(row: dict, index: int) -> dict:
     question = row["question"]
     if question.count("<image>") != len(images):  # some rows lost a mark: images first, as its authors prompt
         question = question.replace("<image>", "").strip()
-    options, letter = listed_options(question), re.sub(r"\\text|[{}(). ]", "", clean_answer(row["answer"]))
-    if letter not in LETTERS[:len(options)]:
-        options, letter = None, row["answer"]
     meta = {"category": row["category"], "source": row["source"]}
     for name, column in PASS_RATES.items():
         rate = row.get(column)
         meta[name] = rate if rate is not None and rate >= 0 else None  # NaN is not >= 0 either
     return {"id": str(row["qid"]), "question": question, "images": images,
-            **answer_fields(letter, options), "source": "virl39k", "meta": meta}
+            **gold_fields({"answer": row["answer"]}, question), "source": "virl39k", "meta": meta}
 
 
 CALL_VALUES = {"change_size": "small medium large",
@@ -589,7 +734,37 @@ def to_sharegpt(record: dict, layout: str = "sharegpt") -> dict:
                     {speaker: assistant, text: record["response"]}], **others}
 
 
-def questions(row: dict) -> list[dict]:
+def read_turns(row: dict, column: str) -> dict:
+    """The row with its turns as {"role", "content": text}, and the images shown in them as its images.
+
+    Raises KeyError or TypeError on what are no turns, LeftOut if one shows a video.
+    """
+    stored, turns, shown = row[column], [], []
+    for turn in json.loads(stored) if isinstance(stored, str) else stored:
+        speaker = turn["from"] if "from" in turn else turn["role"]
+        content = turn["value"] if "value" in turn else turn["content"]
+        turns.append({"role": SPEAKERS.get(speaker, speaker), "content": read_parts(content, shown)})
+    return row | {column: turns} | ({"images": shown} if shown else {})
+
+
+def read_parts(content, shown: list) -> str:
+    """The text of a turn, `<image>` where it shows an image; `shown` gets those that are in it."""
+    if isinstance(content, str):
+        return content
+    text = ""
+    for part in content if isinstance(content, list) else [content]:
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type") or ""
+        if "video" in kind or "audio" in kind or part.get("video"):
+            raise LeftOut("it shows a video" if "audio" not in kind else "it plays a sound")
+        ref = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
+        if ref is not None:
+            shown.append(ref)
+        text += "<image>" if ref is not None or "image" in kind else part["text"]
+    return text
+
+
+def questions(row: dict, index: int) -> list[dict]:
     """The row, or where a LLaVA conversation has several questions about an image one row for each.
 
     What came before is not in them: Vision-R1, too, had each question answered by itself.
@@ -597,8 +772,9 @@ def questions(row: dict) -> list[dict]:
     turns = row.get("conversations")
     if not isinstance(turns, list) or len(turns) < 4:
         return [row]
-    first = len(turns) % 2  # a system turn
-    return [row | {"conversations": turns[:first] + turns[k:k + 2], "id": f"{row.get('id', '')}.{k // 2}"}
+    row = read_turns(row, "conversations")
+    turns, first = row["conversations"], len(turns) % 2  # a system turn
+    return [row | {"conversations": turns[:first] + turns[k:k + 2], "id": f"{row.get('id', index)}.{k // 2}"}
             for k in range(first, len(turns), 2)]
 
 
@@ -613,43 +789,77 @@ def stated_answer(response: str) -> str | None:
 
 
 def from_sharegpt(row: dict, index: int) -> dict:
-    """ShareGPT rows of one question and one answer, in any of LAYOUTS; to_sharegpt's columns may be missing.
+    """Turns of one question and perhaps its answer, in any of LAYOUTS; to_sharegpt's columns may be missing.
 
     Without them, or where the prompt is no longer theirs, the question is the user's text as it stands.
     """
-    turns, speaker, text, *_ = LAYOUTS["sharegpt" if "messages" in row else "llava_cot"]
-    alias = {"human": "user", "gpt": "assistant"}
-    said = [(alias.get(turn[speaker], turn[speaker]), turn[text]) for turn in row[turns]]
+    column = next((name for name in CHATS if row.get(name) is not None), "messages")
+    row = read_turns(row, column)
+    said = [(turn["role"], turn["content"]) for turn in row[column]]
     record = {field: row[field] for field in FIELDS if row.get(field) is not None}
     if said and said[0][0] == "system":
         record["system"] = said.pop(0)[1]
-    if [role for role, _ in said] != ["user", "assistant"]:
-        raise ValueError(f"{turns} are by {', '.join(str(role) for role, _ in said)}, not by user, assistant")
-    (_, prompt), (_, response) = said
-    record |= {"id": str(row.get("id", index)), "images": row_images(row), "response": response}
+    speakers, gold = [speaker for speaker, _ in said], pick(row, "answer")
+    if speakers != ["user", "assistant"] and (speakers != ["user"] or gold is None):
+        raise ValueError(f"{column} are by {', '.join(map(str, speakers))}, not by user, assistant")
+    prompt, response = said[0][1], said[1][1] if said[1:] else row.get("response")
+    name = row.get("id")
+    record |= {"id": str(index if name is None else name), "images": row_images(row), "response": response}
     if {"question", "answer_type"} <= set(record) and sharegpt_prompt(record) == prompt:
         return record
-    if turns == "conversations":  # LLaVA's ids name a picture or a source, which repeats
-        record["id"] = ":".join(map(str, [row.get("id") or (record["images"] or [""])[0], index]))
-    answer, options = record.get("answer", stated_answer(response)), listed_options(prompt)
-    if (letter := str(answer).strip("(). ")) in LETTERS[:len(options)]:
-        answer = letter
-    elif answer not in options:
-        options = None
-    return record | {"question": prompt, "task": "plain"} | answer_fields(answer, options)
+    if column == "conversations":  # LLaVA's ids name a picture or a source, which repeats
+        paths = [ref for ref in record["images"] if isinstance(ref, str)]
+        record["id"] = f"{name or (paths or [''])[0]}:{index}"
+    if gold in (None, "") and response:
+        gold = stated_answer(response)
+    record = {field: record[field] for field in record if field not in ("answer", "answer_type", "choices")}
+    return record | {"question": prompt, "task": "plain", **gold_fields(row | {"answer": gold}, prompt)}
+
+
+def gold_fields(row: dict, question: str) -> dict:
+    """answer_fields of a row, whose options are in a column, in columns A, B, .. or in the question.
+
+    Raises LeftOut on a gold that cannot be one.
+    """
+    gold = pick(row, "answer")
+    if gold == row.get("solution") and len(str(gold)) > LONGEST_GOLD:
+        gold = stated_answer(gold_text(gold)) or gold_text(gold)
+        if len(gold) > LONGEST_GOLD:
+            raise LeftOut("its solution states no answer")
+    labels, options = read_options(pick(row, "choices"))
+    if not options:
+        labels = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
+        options = [row[letter] for letter in labels]
+    if not options and gold is not None:
+        listed = listed_options(question)
+        labels = LETTERS[:len(listed)]
+        # one of them only: the gold AB may well be a segment
+        options = listed if all(option_letter(each, labels, listed) for each in read_golds(gold)) else []
+    return answer_fields(gold, options, labels)
 
 
 def from_generic(row: dict, index: int) -> dict:
     """Any row with a question, images, and an answer or a response; options in a list or columns A, B, .."""
-    options = as_list(pick(row, "choices")) or [row[letter] for letter in LETTERS if row.get(letter)]
+    if isinstance(row.get("prompt"), list) and pick(row, "question") is row["prompt"]:  # TRL's turns
+        return from_sharegpt(row, index)
+    asked = "\n".join(filter(None, (pick(row, "context"), pick(row, "question"))))
+    kind, gold = row.get("answer_type"), pick(row, "answer")
+    if kind in rewards.ANNOTATIONS and gold is not None:
+        fields = {"answer": gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)}
+    else:
+        fields = gold_fields(row, asked)
     numbered = {k: row[f"image_{k}"] for k in range(1, 10) if row.get(f"image_{k}")}
-    texts = ["\n".join(filter(None, (pick(row, "context"), pick(row, "question")))), *map(str, options)]
-    (question, *choices), images = place_images(texts, numbered or dict(enumerate(row_images(row), 1)))
+    texts, images = place_images([asked, *fields.get("choices", [])],
+                                 numbered or dict(enumerate(row_images(row), 1)))
+    if "choices" in fields:
+        fields["choices"] = texts[1:]
     name, precision = pick(row, "id"), row.get("precision")
-    facts = {fact: row[fact] for fact in FACTS if row.get(fact) is not None}
-    return {"id": str(index if name is None else name), "question": question, "images": images,
-            **answer_fields(pick(row, "answer"), choices), "response": row.get("response"),
-            "precision": None if precision is None else int(float(precision)), "meta": facts or None}
+    facts = {fact: row[fact] for fact in FACTS if row.get(fact) is not None} | fields.get("meta", {})
+    return fields | {
+        "id": str(index if name is None else name), "question": texts[0], "images": images,
+        "answer_type": kind if kind in rewards.ANSWER_TYPES and "choices" not in fields else None,
+        "response": row.get("response"), "system": row.get("system"),
+        "precision": None if precision is None else int(float(precision)), "meta": facts or None}
 
 
 def from_mathvista(row: dict, index: int) -> dict:
@@ -661,7 +871,7 @@ def from_mathvista(row: dict, index: int) -> dict:
     letters = [letter for letter, option in zip(LETTERS, options) if option == row["answer"]]
     gold, *accepted = letters or [row["answer"] or None]  # three rows list the gold option twice
     return from_generic(row | {"question": " ".join(filter(None, words)), "answer": gold}, index) | {
-        "source": "mathvista", "meta": literal(row["metadata"]) | {"accepted": accepted}}
+        "source": "mathvista", "answer_type": None, "meta": literal(row["metadata"]) | {"accepted": accepted}}
 
 
 def from_mathverse(row: dict, index: int) -> dict:
@@ -670,10 +880,10 @@ def from_mathverse(row: dict, index: int) -> dict:
     options = listed_options(question or row.get("question_for_eval") or "")
     if not options and row["question_type"] == "multi-choice":
         options = LETTERS[:6]
-    letters = [line.strip("(). ") for line in gold.splitlines()]
-    if set(letters) <= set(LETTERS[:len(options)]):
-        gold = ", ".join(letters)
-    elif gold not in options:
+    golds = gold.splitlines()
+    if option_letters(golds, LETTERS[:len(options)], options):
+        gold = golds
+    else:
         options = []
     return from_generic(row | {"question": question, "choices": options, "answer": gold}, index) | {
         "source": "mathverse", "task": None if question else "pictured",
@@ -708,10 +918,6 @@ MEGA_BENCH = {"exact_str_match": "text", "exact_str_match_case_insensitive": "te
               "simple_str_match": "text", "multi_ref_phrase": "text", "positive_int_match": "number",
               "latex_expr_equality": "math", "general_single_numerical_match": "number",
               "boxed_single_numerical_match": "number"}
-
-
-class LeftOut(ValueError):
-    """A sound row that cannot be used here: (reason, as it is counted; perhaps details)."""
 
 
 def from_mega_bench(row: dict, index: int) -> dict:
@@ -771,13 +977,195 @@ def detect_format(columns: list[str], need: tuple) -> Callable[[dict, int], dict
             return from_format
     for role in ("question", "image", *need):
         if not set(ROLES[role]) & set(columns):
-            expected, found = " or ".join(ROLES[role]), ", ".join(columns)
+            expected, found = " or ".join(ROLES[role][:2]), ", ".join(columns)
             raise ValueError(f"no {role} column: expected {expected}, found {found}")
     return from_generic
 
 
+# ----- images inside tables -----
+DIRECT = 4 << 20  # bytes of a row group's column up to which it is decoded at each miss, not unpacked once
+PIECE = 8 << 20   # bytes read at once when a larger one is unpacked
+
+
+class Embedded(dict):
+    """An image in a table: {"file", "split", "row", "at", "path"}. Its ["bytes"] are read there each time.
+
+    So a record is as small as if the image were a file, and the page cache holds what several ranks read.
+    """
+
+    def __missing__(self, key):
+        if key != "bytes":
+            raise KeyError(key)
+        column, *keys = self["at"]
+        find = parquet_cell if self["file"].endswith(".parquet") else dataset_cell
+        cell = find(self["file"], self["split"], self["row"], column)
+        for key in keys:
+            cell = cell[key]
+        return cell.as_py()
+
+
+def parquet_rows(file: str) -> Iterator[dict]:
+    """Yield the rows of a parquet file, its images as Embedded: of their columns no bytes are read.
+
+    A column of nothing but bytes does not say without them which rows have an image: it is read, not kept.
+    """
+    from pyarrow.parquet import ParquetFile
+    table = ParquetFile(file, memory_map=True)
+    read, columns = [], set()
+    for k in range(len(table.schema)):
+        leaf = table.schema.column(k)
+        if leaf.physical_type != "BYTE_ARRAY" or leaf.logical_type.type != "NONE":
+            read.append(leaf.path)
+            columns.add(leaf.path.split(".")[0])
+    read += [name for name in table.schema_arrow.names if name not in columns]
+    batches = table.iter_batches(batch_size=64, columns=read, use_threads=False)
+    yield from rows_of(batches, table.schema_arrow, file, "")
+
+
+def dataset_rows(source: str, split: str) -> Iterator[dict]:
+    """Yield the rows of what `datasets` opens, their images as Embedded. Raises OSError or ValueError."""
+    table = DATASETS[source, split] = open_dataset(source, split).with_format("arrow")
+    batches = (batch for part in table.iter(batch_size=64) for batch in part.to_batches())
+    yield from rows_of(batches, table.features.arrow_schema, source, split)
+
+
+def rows_of(batches: Iterable, schema, file: str, split: str) -> Iterator[dict]:
+    """Rows of Arrow record batches of this `schema`, whose bytes may not have been read."""
+    row = 0
+    for batch in batches:
+        columns = [outline(batch.column(name), schema.field(name).type) for name in batch.schema.names]
+        for cells in zip(*columns):
+            place = {"file": file, "split": split, "row": row}
+            yield {name: embedded(cell, place, [name]) for name, cell in zip(batch.schema.names, cells)}
+            row += 1
+
+
+def outline(array, kind) -> list:
+    """Python values of an Arrow array of type `kind`, with ... for bytes, whether they were read or not."""
+    from pyarrow import compute, types
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return [... if there else None for there in array.is_valid().to_pylist()]
+    if types.is_list(kind) or types.is_large_list(kind):
+        items = iter(outline(array.flatten(), kind.value_type))
+        lengths = compute.list_value_length(array).to_pylist()
+        return [None if length is None else [*itertools.islice(items, length)] for length in lengths]
+    if types.is_struct(kind):
+        read = {field.name for field in array.type}
+        fields = [outline(array.field(field.name), field.type) if field.name in read else [...] * len(array)
+                  for field in kind]
+        names, valid = [field.name for field in kind], array.is_valid().to_pylist()
+        return [dict(zip(names, cells)) if there else None for *cells, there in zip(*fields, valid)]
+    return array.to_pylist()
+
+
+def embedded(value, place: dict, at: list):
+    """The value with an Embedded where outline left ... for bytes, or for the bytes of {"bytes", "path"}."""
+    if value is ...:
+        return Embedded(place, at=at, path=None)
+    if isinstance(value, dict):
+        if value.get("bytes") is ...:
+            return Embedded(place, at=[*at, "bytes"], path=value.get("path"))
+        return {name: embedded(part, place, [*at, name]) for name, part in value.items()}
+    if isinstance(value, list):
+        return [embedded(part, place, [*at, k]) for k, part in enumerate(value)]
+    return value
+
+
+DATASETS = {}  # open ones by (source, split): memory-mapped, and still there in a forked worker
+
+
+def dataset_cell(source: str, split: str, row: int, column: str):
+    """A cell of what `datasets` opens, as an Arrow scalar."""
+    if (source, split) not in DATASETS:
+        DATASETS[source, split] = open_dataset(source, split).with_format("arrow")
+    return DATASETS[source, split][row][column][0]
+
+
+def parquet_cell(file: str, split: str, row: int, column: str):
+    """A cell of a parquet file, as an Arrow scalar, from the decoded row group or a mapped copy of it."""
+    version = os.stat(file).st_mtime_ns
+    _, first_rows, sizes = parquet_groups(file, version)
+    group = bisect.bisect_right(first_rows, row) - 1
+    find = decoded_group if sizes[group, column] <= DIRECT else unpacked_group
+    return find(file, version, group, column)[row - first_rows[group]]
+
+
+@functools.lru_cache(maxsize=256)
+def parquet_groups(file: str, version: int) -> tuple:
+    """(metadata, first row of each row group, bytes of each column by (group, name)) of a parquet file."""
+    from pyarrow.parquet import read_metadata
+    metadata, first_rows, sizes = read_metadata(file), [], Counter()
+    row = 0
+    for k in range(metadata.num_row_groups):
+        group = metadata.row_group(k)
+        first_rows.append(row)
+        row += group.num_rows
+        for c in range(group.num_columns):
+            leaf = group.column(c)
+            sizes[k, leaf.path_in_schema.split(".")[0]] += leaf.total_uncompressed_size
+    return metadata, first_rows, sizes
+
+
+@functools.lru_cache(maxsize=2)
+def decoded_group(file: str, version: int, group: int, column: str):
+    """A column of a row group, in memory."""
+    from pyarrow.parquet import ParquetFile
+    table = ParquetFile(file, metadata=parquet_groups(file, version)[0], memory_map=True)
+    return table.read_row_group(group, columns=[column], use_threads=False)[column]
+
+
+@functools.lru_cache(maxsize=64)
+def unpacked_group(file: str, version: int, group: int, column: str):
+    """A column of a row group, mapped from an uncompressed copy that the first to need it makes.
+
+    All ranks and workers share its pages. It lies in the cache, where anything may be deleted at any time;
+    without room there the column is decoded in memory.
+    """
+    import pyarrow
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(f"{file} {version} {group} {column}".encode()).hexdigest()[:24]
+    path = cache / "nanovlr" / f"{name}.arrow"
+    try:
+        if not path.exists():
+            unpack_group(file, version, group, column, path)
+        return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()[column]
+    except OSError as error:
+        warnings.warn(f"{file}: its images are decoded in memory, which is slow: {error}")
+        return decoded_group(file, version, group, column)
+
+
+def unpack_group(file: str, version: int, group: int, column: str, path: Path) -> None:
+    """Write a column of a row group to an Arrow file; of several processes one does. Raises OSError."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+    metadata, _, sizes = parquet_groups(file, version)
+    rows = metadata.row_group(group).num_rows
+    table = ParquetFile(file, metadata=metadata, memory_map=True)
+    batches = table.iter_batches(max(1, rows * PIECE // sizes[group, column]), row_groups=[group],
+                                 columns=[column], use_threads=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("ab") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)
+        try:
+            if path.exists():  # another process made it meanwhile
+                return
+            out.truncate(0)  # what a killed one left
+            schema = pyarrow.schema([table.schema_arrow.field(column)])
+            with pyarrow.ipc.new_file(out, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            out.flush()
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+            fcntl.flock(out, fcntl.LOCK_UN)  # a worker forked meanwhile would hold it
+    del batches, table
+    pyarrow.default_memory_pool().release_unused()  # a page may be 200 MB, and the pool would keep it
+
+
 # ----- reading and writing -----
-FILES = (".jsonl", ".json", ".parquet", ".arrow", ".tsv")
+FILES = (".jsonl", ".json", ".parquet", ".arrow", ".tsv", ".csv")
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::(.+))?")
 
 
@@ -786,37 +1174,82 @@ def read_records(source: str | Path, split: str = "train", need: tuple = ("answe
     """All records (the first `limit`; 0 for all) of a file, folder or Hub id in a format named at the top.
 
     A folder comes from save_to_disk or is a copy of a Hub repository; `split` is for folders and Hub ids.
-    Images are not decoded: paths come back absolute, embedded images as their compressed bytes. `need` is
+    Images are not decoded, those in a parquet or Arrow file not read; paths come back absolute. `need` is
     ("answer",) for RL and evaluation, ("response",) for SFT. Paths are relative to `image_root`, else to the
-    file.
-    Raises ValueError: unreadable source, unknown format, or a row that check_record refuses.
+    file. Rows that cannot be used are left out, which rank 0 says on stderr.
+    Raises ValueError: unreadable source, unknown format, no usable row, or one that check_record refuses.
     """
     try:
-        rows = list(itertools.islice(stored_rows(str(source), split), limit or None))
-        from_format = detect_format(list(rows[0]), need) if rows else from_record
-    except (OSError, ValueError) as error:
+        rows = [lifted(row) for row in itertools.islice(stored_rows(str(source), split), limit or None)]
+        columns = dict.fromkeys(itertools.chain.from_iterable(rows))  # some rows may lack some
+        from_format = detect_format([*columns], need) if rows else from_record
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
     path = Path(source).absolute()
     folder = Path(image_root).absolute() if image_root else path if path.is_dir() else path.parent
     records, left_out = [], Counter()
-    for index, row in ((index, part) for index, row in enumerate(rows) for part in questions(row)):
+    for index, row in enumerate(rows):
         try:
-            record = {field: value for field, value in from_format(row, index).items() if value is not None}
+            for part in questions(usable(row), index):
+                records.append(to_record(part, index, from_format, need, folder))
         except KeyError as column:
             raise ValueError(f"{source} row {index + 1}: no column {column}") from column
         except LeftOut as reason:
             left_out[str(reason)] += 1
-            continue
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{source} row {index + 1}: {error}") from error
-        if isinstance(record.get("images"), list):
-            record["images"] = [locate(ref, folder) for ref in record["images"]]
-        kind = "choice" if record.get("choices") else infer_type(str(record.get("answer", "")))
-        record.setdefault("answer_type", kind)
-        records.append(record)
-    for reason, count in left_out.items():
-        print(f"{source}: left out {count} of {len(rows)} rows: {reason}", file=sys.stderr)
+        rows[index] = None  # what the record does not hold is no longer needed
+    lines = [f"left out {count} of {len(rows)} rows: {reason}" for reason, count in left_out.items()]
+    if lines and not records:
+        raise ValueError(f"{source}: no records: {'; '.join(lines)}")
+    for line in lines if os.environ.get("RANK", "0") == "0" else []:
+        print(f"{source}: {line}", file=sys.stderr)
     return check_records(records, str(source), need)
+
+
+def lifted(row: dict) -> dict:
+    """The row with names in lower case too, NaN as nothing, and the gold that verl keeps a level deeper."""
+    row = {name.lower(): value for name, value in row.items() if len(name) > 1} | row  # A, B, .. are options
+    for nested, column in (("reward_model", "ground_truth"), ("extra_info", "answer")):
+        inner = row.get(nested)
+        if isinstance(inner, dict) and inner.get(column) is not None and pick(row, "answer") is None:
+            row["answer"] = inner[column]
+    golds = ROLES["answer"]  # of these NaN is a reason to leave the row out
+    return {name: None if value != value and name not in golds else value for name, value in row.items()}
+
+
+def usable(row: dict) -> dict:
+    """The row as it is. Raises LeftOut if it is empty, or shows what is no image."""
+    cells = [value for column, value in row.items() if column not in ROLES["id"]]
+    if cells and all(cell in (None, "", []) for cell in cells):
+        raise LeftOut("it is empty")
+    for column, reason in (("video", "it shows a video"), ("audio", "it plays a sound")):
+        if row.get(column) or row.get(f"{column}s"):
+            raise LeftOut(reason)
+    return row
+
+
+def to_record(row: dict, index: int, from_format: Callable, need: tuple, folder: Path) -> dict:
+    """A row in the schema at the top, paths absolute. Raises LeftOut and what `from_format` does."""
+    fields = from_format(row, index)
+    said = fields.get("response") or ""
+    if from_format is from_sharegpt and "answer" in need and fields.get("answer") is None:
+        if len(said) > LONGEST_GOLD or "\n" in said:
+            raise LeftOut("its response names no answer")
+        fields = from_format(row | {"answer": said}, index)  # VLM-R1: the assistant's turn is the bare gold
+        if "response" not in need:
+            fields |= {"response": None, "task": None}
+    record = {field: value for field, value in fields.items() if value is not None}
+    if "<video>" in str(record.get("question")):
+        raise LeftOut("it shows a video")
+    if "answer" in need and "answer" not in record and from_format in (from_generic, from_sharegpt):
+        raise LeftOut("it has no answer")
+    images = record.setdefault("images", [])
+    if isinstance(images, list):
+        record["images"] = [locate(ref, folder) for ref in images]
+    kind = "choice" if record.get("choices") else infer_type(str(record.get("answer", "")))
+    record.setdefault("answer_type", kind)
+    return record
 
 
 def stored_rows(source: str, split: str) -> Iterator[dict]:
@@ -833,46 +1266,41 @@ def stored_rows(source: str, split: str) -> Iterator[dict]:
             yield from stored_rows(str(file), split)
     elif problems := sorted(path.glob("*/data.json")):  # Geometry3K
         yield from (json.loads(problem.read_text(encoding="utf-8")) for problem in problems)
-    elif path.suffix == ".tsv":
+    elif path.suffix in (".tsv", ".csv"):
         yield from tsv_rows(path)
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             yield from (json_row(line, number) for number, line in enumerate(lines, 1) if line.strip())
     elif path.suffix == ".json":
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if "annotations" in table:
-            yield from coco_rows(table)
-            return
-        rows = list(table.values()) if isinstance(table, dict) else table
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("expected a list of rows, or an object that holds rows under their ids")
-        yield from ({"id": key, **row} for key, row in table.items()) if isinstance(table, dict) else rows
+        yield from json_rows(path)
     elif path.suffix == ".parquet":
-        from pyarrow.parquet import ParquetFile  # as `datasets` does, after it has copied the file to a cache
-        for batch in ParquetFile(path).iter_batches(batch_size=64):
-            yield from batch.to_pylist()
+        yield from parquet_rows(str(path.absolute()))
     elif path.is_dir() and (folders := class_folders(path)):
         yield from class_rows(folders)
     else:
-        # arrow format gives images as stored, {"bytes", "path"}: memory holds compressed bytes, not pixels
-        for batch in open_dataset(source, split).with_format("arrow").iter(batch_size=64):
-            yield from batch.to_pylist()
+        yield from dataset_rows(source, split)
 
 
 def split_files(path: Path, split: str) -> list[Path]:
     """A folder's files that are named after a split (test.jsonl, Art/test-00000-of-00001.parquet)."""
-    named = re.compile(rf"{re.escape(split)}(-\d+-of-\d+.*)?\.(jsonl|json|parquet|tsv)")
+    named = re.compile(rf"{re.escape(split)}(-\d+-of-\d+.*)?\.(jsonl|json|parquet|tsv|csv)")
     return [file for file in sorted(path.rglob(f"{split}*")) if named.fullmatch(file.name)]
 
 
 def tsv_rows(path: Path) -> Iterator[dict]:
-    """Rows of VLMEvalKit's TSV: an image is base64, a list of that, or short: the row that holds it."""
+    """Rows of VLMEvalKit's TSV, or a CSV: an image is base64, a list of that, a path, or another row's index.
+
+    Raises ValueError.
+    """
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines, delimiter="\t"))
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="," if path.suffix == ".csv" else "\t"))
     held = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
-    for row in rows:
-        if stored := row.get("image"):
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"row {number} has more cells than there are columns")
+        stored = row.get("image")
+        if stored and Path(stored[-9:]).suffix.lower() not in IMAGES:
             try:
                 row["image"] = [{"bytes": base64.b64decode(data), "path": None}
                                 for data in as_list(held[stored] if len(stored) <= 64 else stored)]
@@ -880,6 +1308,34 @@ def tsv_rows(path: Path) -> Iterator[dict]:
                 raise ValueError(f"index {row.get('index')}: image is neither base64 nor a row's index"
                                  ) from error
         yield {column: value or None for column, value in row.items()}
+
+
+def json_rows(path: Path) -> Iterator[dict]:
+    """Rows of a .json: a list, alone or among facts, JSON lines, rows under their ids, or COCO's instances.
+
+    Raises ValueError.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise
+        table = [json_row(line, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if isinstance(table, dict):
+        if "annotations" in table:
+            yield from coco_rows(table)
+            return
+        if not {*CHATS, *ROLES["question"]}.isdisjoint(table):  # a single line
+            table = [table]
+    rows = table
+    if isinstance(table, dict):
+        lists = [part for part in table.values() if isinstance(part, list)]
+        rows = lists[0] if len(lists) == 1 else [*table.values()]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or not rows and table:
+        raise ValueError("expected a list of rows, or an object that holds rows under their ids")
+    under_ids = isinstance(table, dict) and len(rows) == len(table)
+    yield from ({"id": key, **row} for key, row in table.items()) if under_ids else rows
 
 
 def coco_rows(table: dict) -> Iterator[dict]:
@@ -965,11 +1421,39 @@ def open_dataset(source: str, split: str):
     return table[split]
 
 
+# how PNG, JPEG, GIF and WebP start, or what is too long to be a path without a dot
+BASE64 = re.compile(r"(?:(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[\w+/\s]{40,}|[\w+/\s]{200,})={0,2}\s*", re.ASCII)
+
+
 def locate(ref, folder: Path):
-    """Make an image path absolute; an image that is held in memory stays as it is."""
-    if isinstance(ref, dict) and not ref.get("bytes"):
-        ref = ref["path"]
-    return str(folder / ref) if isinstance(ref, str) else ref
+    """Make an image path absolute; what holds an image in any other form becomes {"bytes", "path"}.
+
+    Raises LeftOut if it is neither here nor an image, ValueError on broken base64.
+    """
+    if isinstance(ref, Embedded):
+        if ref["path"]:  # is read where the table holds no bytes
+            ref["path"] = os.path.join(folder, ref["path"])
+        return ref
+    if isinstance(ref, dict) and isinstance(ref.get("bytes"), bytes) and ref["bytes"]:
+        return {"path": None} | ref
+    if isinstance(ref, dict) and isinstance(ref.get("bytes"), str):
+        return locate("data:," + ref["bytes"], folder)
+    if isinstance(ref, dict):
+        held = [ref[name] for name in ("path", "url", "image_url", "image", "data") if ref.get(name)]
+        if not held:
+            raise LeftOut("its image has neither bytes nor a path")
+        return locate(held[0], folder)
+    if not isinstance(ref, str):
+        return ref
+    if re.match("https?://", ref):
+        raise LeftOut("its image is on the web, and nothing is downloaded")
+    if ref.lower().endswith((".mp4", ".avi", ".mov", ".mkv", ".webm")):
+        raise LeftOut("it shows a video")
+    if ref.startswith("data:") or BASE64.fullmatch(ref):
+        return {"bytes": base64.b64decode(ref.rpartition(",")[2]), "path": None}
+    if ref.startswith("file:"):
+        ref = urllib.parse.unquote(urllib.parse.urlsplit(ref).path)
+    return str(folder / ref)
 
 
 def write_records(path: str | Path, records: list[dict], layout: str = "") -> None:

@@ -1449,7 +1449,7 @@ def embed_images(cases, room):
     for case in tqdm(cases, desc="images", dynamic_ncols=True):
         found = []
         for ref in case["images"]:
-            key = ref["bytes"] if isinstance(ref, dict) else ref
+            key = ref.get("bytes") or str(ref) if isinstance(ref, dict) else ref
             if key not in places and room > 0:
                 image = thumbnail(ref)
                 places[key] = len(images) if image else None

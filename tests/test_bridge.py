@@ -568,7 +568,7 @@ def test_both_variants_become_the_same_record(tmp_path, row, expected):
     (ROW | {"conversations": TURNS + TURNS[::-1]}, "row 1: conversations are by assistant, user, not by"),
     (ROW | {"conversations": TURNS * 2 + TURNS[:1]}, "row 1: conversations are by user, assistant, user, n"),
     (ROW | {"conversations": []}, "row 1: conversations are by , not by user, assistant"),
-    (ROW | {"conversations": [{"role": "user", "content": "Q?"}]}, "row 1: no column 'from'"),
+    (ROW | {"conversations": [{"from": "human", "text": "Q?"}]}, "row 1: no column 'content'"),
     (ROW | {"image": ["a.png"] * 2, "conversations": [{"from": "human", "value": "<image>?"}, TURNS[1]]},
      "field 'images' has 2 entries for 1 <image>"),
 ])

@@ -306,12 +306,12 @@ def test_unreadable_files_are_one_line(tmp_path, text, message):
 @pytest.mark.parametrize("name, message", [
     ("none.jsonl", "no such file or folder"), ("none.parquet", "no such file or folder"),
     ("no/such/folder", "no such file or folder"),
-    ("x.csv", "not a .jsonl, .json, .parquet, .arrow, .tsv file"),
+    ("x.txt", "not a .jsonl, .json, .parquet, .arrow, .tsv, .csv file"),
     ("x.parquet", "Parquet"), ("x.arrow", ""), ("x.json", "Expecting"),
     ("data.json", "expected a list of rows"), ("empty", "The directory"),
 ])
 def test_missing_and_foreign_files(tmp_path, name, message):
-    (tmp_path / "x.csv").write_text("index\tquestion\n")
+    (tmp_path / "x.txt").write_text("index\tquestion\n")
     (tmp_path / "data.json").write_text('{"version": 1, "data": []}')
     (tmp_path / "empty").mkdir()
     for junk in "x.parquet", "x.arrow", "x.json":

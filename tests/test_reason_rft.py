@@ -320,7 +320,7 @@ def test_sharegpt_files_of_others(tmp_path, fields, expected):
 @pytest.mark.parametrize("fields, message", [
     ({"messages": TURNS[:1]}, "row 1: messages are by user, not by user, assistant"),
     ({"messages": TURNS * 2}, "row 1: messages are by user, assistant, user, assistant, not"),
-    ({"messages": [{"from": "human", "value": "Q?"}]}, "row 1: no column 'role'"),
+    ({"messages": [{"by": "human", "value": "Q?"}]}, "row 1: no column 'role'"),
     ({"image": ["a.png", "b.png"]}, "row 1 (id 'q'): field 'images' has 2 entries for 1 <image>"),
 ])
 def test_sharegpt_rows_that_cannot_be_read(tmp_path, fields, message):
