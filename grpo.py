@@ -59,11 +59,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
-from sft import (TOLERANCE, RunLog, Stopwatch, Watchdog, Workers, blank_prompt, catch_signals, check_rows,
-                 collate, data_order, describe, encode_prompt, end_on_signals, full_weights, global_max,
-                 global_sum, host_memory, init_distributed, is_over_tokens, load_policy, lr_at, mean_gap,
-                 micro_batches, one_line_errors, open_run, optimizer_step, peak_memory, readable, refusing,
-                 rehearse, save_checkpoint, self_check)
+from sft import (TOLERANCE, Group, RunLog, Stopwatch, Watchdog, Workers, attention_scale, blank_prompt,
+                 catch_signals, check_rows, computed, data_order, describe, encode_prompt, end_on_signals,
+                 full_weights, global_max, global_sum, group_batches, host_memory, init_distributed,
+                 is_over_tokens, load_policy, lr_at, mean_gap, one_line_errors, open_run, optimizer_step,
+                 peak_memory, readable, refusing, rehearse, save_checkpoint, self_check)
 from eval import Server, VLLM, build_engine, generate
 
 
@@ -372,15 +372,42 @@ def which_update(place, total, updates):
     return place * updates // total
 
 
-def padded_batches(rollouts, prompts, dummy, device, cfg):
-    """Yield micro-batches, a row for each rollout: (their indices, forward kwargs, mask (B, T-1)).
+def question_groups(rollouts, prompts, policy, budget):
+    """Groups of one question each, and the indices of their rollouts.
 
-    The mask is of response tokens. A batch may hold no rollout but the dummy, so that all ranks run as many.
+    Rollouts of a question share a group, so that its image and prompt are computed once, as long as that is
+    less to compute than a row for each: a long group's tokens have many to look at, if only to be masked.
     """
-    rows = [(prompts[r.question], r.response) for r in rollouts]
-    lengths = [prompt["input_ids"].shape[1] + len(response) for prompt, response in rows]
-    for indices in micro_batches(lengths, cfg.token_budget):
-        inputs, mask = collate([rows[i] for i in indices], dummy, 0, device)
+    scale = attention_scale(policy.config)
+    groups, members = [], []
+    of_question = {}  # its last group, by index
+    for i, r in enumerate(rollouts):
+        alone = Group(prompts[r.question], [r.response])
+        place = of_question.get(r.question)
+        if place is not None and policy.packs:
+            before = groups[place]
+            joined = Group(before.prompt, [*before.responses, r.response])
+            apart = computed(len(before), scale) + computed(len(alone), scale)
+            together = computed(len(joined), scale)
+            if together <= min(apart, budget):
+                groups[place] = joined
+                members[place].append(i)
+                continue
+        of_question[r.question] = len(groups)
+        groups.append(alone)
+        members.append([i])
+    return groups, members
+
+
+def padded_batches(rollouts, prompts, dummy, policy, cfg):
+    """Yield micro-batches: (indices of their rollouts, forward kwargs, mask (B, T-1)).
+
+    The mask is of response tokens, rollout after rollout. A batch may hold no rollout but the dummy, so that
+    all ranks run as many.
+    """
+    groups, members = question_groups(rollouts, prompts, policy, cfg.token_budget)
+    for places, inputs, mask in group_batches(groups, policy, dummy, cfg.token_budget):
+        indices = [i for place in places for i in members[place]]
         yield indices, inputs, mask
 
 
@@ -400,7 +427,7 @@ def over_tokens(values, mask):
 def all_logprobs(policy, rollouts, prompts, dummy, cfg):
     """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
     out = [None] * len(rollouts)
-    for indices, inputs, mask in padded_batches(rollouts, prompts, dummy, policy.banned.device, cfg):
+    for indices, inputs, mask in padded_batches(rollouts, prompts, dummy, policy, cfg):
         logps = policy.token_logprobs(inputs, mask, cfg.temperature)
         rows = [rollouts[i] for i in indices]
         for i, own in zip(indices, by_rollout(logps, mask, rows)):
@@ -444,7 +471,7 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
     """
     totals = Counter()
     largest_gap = 0.0
-    for indices, inputs, mask in padded_batches(rollouts, prompts, dummy, policy.banned.device, cfg):
+    for indices, inputs, mask in padded_batches(rollouts, prompts, dummy, policy, cfg):
         rows = [rollouts[i] for i in indices]
         logps, entropy = policy.token_logprobs(inputs, mask, cfg.temperature, with_entropy=True)  # (B, T-1)
 
@@ -931,9 +958,11 @@ def check_run(policy, optimizer, engine, prompts, processor, dummy, log, cfg):
     sleep_engine(engine)  # as in the loop: its memory is the trainer's until the next sync
     rows = [(prompts[r.question], r.response) for r in rollouts[::2]]  # one of each prompt
     self_check(policy, rows, dummy, log)
-    prompt, response = max(rows, key=lambda row: row[0]["input_ids"].shape[1])
-    response = (response * cfg.max_new_tokens)[:cfg.max_new_tokens]  # as long as one may be
-    rehearse(policy, optimizer, (prompt, response), dummy, cfg, log)
+    longest = max(rollouts, key=lambda r: prompts[r.question]["input_ids"].shape[1])
+    response = (longest.response * cfg.max_new_tokens)[:cfg.max_new_tokens]  # as long as one may be
+    group = [dataclasses.replace(longest, response=response)] * cfg.group_size
+    groups, _ = question_groups(group, prompts, policy, cfg.token_budget)
+    rehearse(policy, optimizer, groups[0], dummy, cfg, log)
 
     gap = compare(rollouts, "the sampler's log-probabilities differ from the trainer's",
                   "it reads images or positions otherwise, or holds another model")
@@ -1036,6 +1065,8 @@ def main(cfg):
     with refusing(policy.config.model_type, log):
         longest = dataclasses.replace(cfg, max_new_tokens=longest)
         worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, longest)
+    if reference:
+        reference.packs = policy.packs
     held_out, share = encode_share(run, workers)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, held_out, share, processor, staged(cfg, stages, 1)[1])

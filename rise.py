@@ -444,6 +444,8 @@ def main(cfg):
     few = check_rows(records, encode_record, log)
     with refusing(policy.config.model_type, log):
         worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, cfg)
+    if reference:
+        reference.packs = policy.packs
     held_out, share = encode_share(run, workers)
     if run.held_out and not run.done:
         before = evaluate(engine, run.held_out, held_out, share, processor, cfg)

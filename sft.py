@@ -27,6 +27,7 @@ import dataclasses
 import faulthandler
 import fcntl
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -329,6 +330,7 @@ def load_policy(path, cfg, device, trainable=True):
 
     policy.banned = vision_ids(policy.config, device)
     policy.head = head_of(policy.config)
+    policy.packs = False  # whether responses may share a row; self_check finds out
     policy.token_logprobs = MethodType(token_logprobs, policy)
     register_fsdp_forward_method(policy, "token_logprobs")  # it needs the root's parameters, as forward does
     return policy, processor
@@ -620,52 +622,175 @@ def readable(drawn, records, strict, log):
 # ----- micro-batches ---------------------------------------------------------------------------------------
 
 
-def micro_batches(lengths, budget):
-    """Group row indices, long with long: rows x longest row <= budget tokens, equally many groups per rank.
+@dataclass
+class Group:
+    """A prompt (of encode_prompt) and its responses' token ids. What they share is computed once.
 
-    FSDP's collectives run per forward pass, so a rank with fewer groups gets empty ones (collate fills in the
-    dummy).
+    The responses stand behind the prompt one after the other, each as if it were the only one. The prompt's
+    last token, which predicts a response's first, is repeated before each but the first.
+    """
+    prompt: dict
+    responses: list
+
+    def __len__(self):
+        """Tokens, repeated ones included."""
+        repeated = max(0, len(self.responses) - 1)
+        return self.prompt["input_ids"].shape[1] + sum(map(len, self.responses)) + repeated
+
+    def layout(self):
+        """(places, owners), each (len,): where a token would be in a row of its own, prompt and one response;
+        and the number of the response it belongs to, 0 for what all see."""
+        last = self.prompt["input_ids"].shape[1] - 1
+        places, owners = [torch.arange(last)], [torch.zeros(last, dtype=torch.long)]
+        for number, response in enumerate(self.responses or [[]], 1):
+            count = 1 + len(response)  # the prompt's last token sees no repetition of itself
+            places.append(last + torch.arange(count))
+            owners.append(torch.full((count,), number))
+        return torch.cat(places), torch.cat(owners)
+
+    def written(self):
+        """(len,): whether a token is of a response."""
+        return self.layout()[0] >= self.prompt["input_ids"].shape[1]
+
+    def over_tokens(self, name):
+        """The values of an input over tokens, (len,); 0 at each if the prompt has none."""
+        own = self.prompt.get(name, torch.zeros_like(self.prompt["input_ids"]))[0]
+        parts = [own]
+        for number, response in enumerate(self.responses):
+            if number:
+                parts.append(own[-1:])
+            if name == "input_ids":
+                parts.append(torch.tensor(response, dtype=torch.long))
+            # PaliGemma's types: 0 is what each token sees, 1 what is written one by one.
+            elif name == "attention_mask" or name == "token_type_ids" and "labels" in self.prompt:
+                parts.append(torch.ones(len(response), dtype=torch.long))
+            else:
+                parts.append(torch.zeros(len(response), dtype=torch.long))
+        return torch.cat(parts)
+
+
+def computed(length, scale):
+    """What a row of that length costs, in tokens of a short row: each token also looks at the others."""
+    return length * (1 + length / scale)
+
+
+def attention_scale(config):
+    """How many tokens cost as much to look at as a token's own weights do.
+
+    In a block of hidden size H a token is multiplied with about 12 H^2 weights, and twice with H numbers of
+    each token that it looks at.
+    """
+    return 6 * config.get_text_config().hidden_size
+
+
+def micro_batches(lengths, budget, packs=False, scale=math.inf):
+    """Lists of rows, long with long; a row is a list of group indices. Equally many for each rank.
+
+    The rows of a micro-batch cost the budget at most, each as much as its longest; with `packs` short groups
+    stand side by side in a row as far as that adds no width. FSDP's collectives run per forward pass, so a
+    rank with fewer batches gets empty ones (collate fills in the dummy).
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    groups = []
+    batches, rooms = [], []  # rooms: (tokens that are free, row)
     for i in longest_first:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(i)
+        for place, (room, row) in enumerate(rooms):
+            if packs and lengths[i] <= room:
+                row.append(i)
+                rooms[place] = room - lengths[i], row
+                break
         else:
-            groups.append([i])
-    missing = int(global_max(len(groups))) - len(groups)
-    return groups + [[]] * missing
+            row = [i]
+            longest = lengths[batches[-1][0][0]] if batches else math.inf
+            if batches and (len(batches[-1]) + 1) * computed(longest, scale) <= budget:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+                longest = lengths[i]
+            rooms.append((longest - lengths[i], row))
+    missing = int(global_max(len(batches))) - len(batches)
+    return batches + [[]] * missing
 
 
 def collate(rows, dummy, pad_id, device):
-    """Right-pad (prompt, response ids) rows into forward kwargs and the mask (B, T-1) of response tokens.
+    """Right-pad rows into forward kwargs and the mask (B, T-1) of response tokens.
+
+    A row is (prompt, response ids), a Group or a list of them. Where one has several responses, the inputs
+    also say what a token sees and where it is: "seen", "places", "starts" (placed_inputs).
 
     A batch without images gets `dummy`, an image prompt, with an empty response: all ranks must run the
     vision tower, or FSDP waits for ever for those that do not.
     """
-    if dummy and not any("pixel_values" in prompt for prompt, _ in rows):
-        rows = rows + [(dummy, [])]
-    width = max(prompt["input_ids"].shape[1] + len(response) for prompt, response in rows)
+    rows = [as_groups(row) for row in rows]
+    prompts = [group.prompt for group in itertools.chain.from_iterable(rows)]
+    if dummy and not any("pixel_values" in prompt for prompt in prompts):
+        rows.append([Group(dummy, [])])
+        prompts.append(dummy)
     inputs = {}
-    for name in input_names(rows):
-        having = [prompt for prompt, _ in rows if name in prompt]
+    for name in input_names(prompts):
+        having = [prompt for prompt in prompts if name in prompt]
         if is_over_tokens(having[0], name):
-            inputs[name] = padded_tokens(rows, name, width, pad_id).to(device)  # (B, T)
+            filler = pad_id if name == "input_ids" else 0
+            inputs[name] = padded(rows, lambda group: group.over_tokens(name), filler).to(device)  # (B, T)
         else:
             # MiniCPM-V lays all patches side by side in a batch of one; target_sizes has where images end.
             axis = -1 if name == "pixel_values" and "target_sizes" in having[0] else 0
             inputs[name] = joined_images([prompt[name] for prompt in having], axis).to(device)
-    mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)  # (B, T-1)
-    for row, (prompt, response) in zip(mask, rows):
-        start = prompt["input_ids"].shape[1] - 1  # column t belongs to token t+1
-        row[start:start + len(response)] = True
-    return inputs, mask.to(device)
+    written = padded(rows, Group.written, False).to(device)
+    mask = written[:, 1:]  # (B, T-1); column t belongs to token t+1
+    if any(len(row) > 1 or len(row[0].responses) > 1 for row in rows):
+        inputs["places"] = padded(rows, lambda group: group.layout()[0], 0).to(device)
+        inputs |= sight(rows, device)
+    return inputs, mask
 
 
-def input_names(rows):
+def sight(rows, device):
+    """What a token of rows of several responses sees: its group's prompt and its own response, so far.
+
+    seen: (B, 1, T, T), query and key. starts: (B, T), the index in its row of the group's first token.
+    """
+    owners = padded(rows, lambda group: group.layout()[1], 0).to(device)  # (B, T)
+    starts = torch.full_like(owners, -1)  # padding sees padding: a token that sees nothing would be nan
+    for b, row in enumerate(rows):
+        start = 0
+        for group in row:
+            end = start + len(group)
+            starts[b, start:end] = start
+            start = end
+    same_group = starts[:, :, None] == starts[:, None, :]  # (B, T, T)
+    same_owner = owners[:, :, None] == owners[:, None, :]
+    seen = same_group & (same_owner | (owners == 0)[:, None, :])
+    return {"seen": seen.tril()[:, None], "starts": starts.clamp(min=0)}
+
+
+def group_batches(groups, policy, dummy, budget):
+    """Yield micro-batches of Groups: (their indices, row by row, forward kwargs, mask (B, T-1))."""
+    lengths = [len(group) for group in groups]
+    for rows in micro_batches(lengths, budget, policy.packs, attention_scale(policy.config)):
+        indices = list(itertools.chain.from_iterable(rows))
+        batch = [[groups[i] for i in row] for row in rows]
+        yield indices, *collate(batch, dummy, 0, policy.banned.device)
+
+
+def as_groups(row):
+    """The Groups of a row that may be one group, or a prompt with the ids of one response."""
+    if isinstance(row, Group):
+        return [row]
+    if isinstance(row, tuple):
+        prompt, response = row
+        return [Group(prompt, [response])]
+    return row
+
+
+def padded(rows, of_group, filler):
+    """A number for each token: of_group(group), (len,), side by side in each row, right-padded. (B, T)"""
+    joined = [torch.cat(list(map(of_group, row))) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=filler)
+
+
+def input_names(prompts):
     """Names of the model inputs that any of the prompts has, in order."""
     names = {}
-    for prompt, _ in rows:
+    for prompt in prompts:
         names |= dict.fromkeys(prompt)
     names.pop("request", None)  # for engines that process images themselves
     names.pop("labels", None)  # PaliGemma's; losses are computed here
@@ -675,22 +800,6 @@ def input_names(rows):
 def is_over_tokens(prompt, name):
     """Whether an input has a value for each token, as masks and token types have, unlike pixels and grids."""
     return prompt[name].shape == prompt["input_ids"].shape
-
-
-def padded_tokens(rows, name, width, pad_id):
-    """An input over tokens for prompts with their responses, right-padded to `width`. (B, T)"""
-    out = torch.full((len(rows), width), pad_id if name == "input_ids" else 0)
-    for row, (prompt, response) in zip(out, rows):
-        start = prompt["input_ids"].shape[1]
-        end = start + len(response)
-        row[:start] = prompt[name][0] if name in prompt else 0
-        if name == "input_ids":
-            row[start:end] = torch.tensor(response, dtype=torch.long)
-        elif name == "attention_mask":
-            row[start:end] = 1
-        elif name == "token_type_ids" and "labels" in prompt:
-            row[start:end] = 1  # PaliGemma: 0 is what each token sees, 1 what is written one by one
-    return out
 
 
 def joined_images(tensors, axis=0):
@@ -761,11 +870,31 @@ class ResponseLogprob(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None
 
 
+def placed_inputs(model, seen, places, starts, **inputs):
+    """Forward kwargs of rows with several responses: mask and positions, which a model else makes itself.
+
+    seen: (B, 1, T, T), whether a token (first T) sees another. places: (B, T), a token's index if prompt and
+    response were a row of their own. starts: (B, T), the index of its group's first token in this row.
+    Models with image positions (Qwen's, GLM's) number the row; behind a prompt they count on one by one, so a
+    token's position is the number at its place, counted from its group's start.
+    """
+    position_ids = places
+    if "image_grid_thw" in inputs and hasattr(model, "get_rope_index"):
+        takes = inspect.signature(model.get_rope_index).parameters
+        known = {name: value for name, value in inputs.items() if name in takes}
+        numbers, _ = model.get_rope_index(**known)  # (3, B, T)
+        first = numbers.gather(2, starts.expand_as(numbers))
+        position_ids = numbers.gather(2, (starts + places).expand_as(numbers)) - first
+    return inputs | {"attention_mask": seen, "position_ids": position_ids}
+
+
 def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
     """Log-probability of each response token under the policy, (B, T-1), 0 outside `mask`; also the entropy.
 
     The output head runs at response positions only and in chunks, so a (B, T, V) tensor never exists.
     """
+    if "seen" in inputs:
+        inputs = placed_inputs(policy.model, **inputs)
     hidden = policy.model(**inputs, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
     targets = inputs["input_ids"][:, 1:][mask]  # (N,)
     weight = policy.get_output_embeddings().weight  # (V, H)
@@ -889,6 +1018,30 @@ def self_check(policy, rows, dummy, log):
     compare("a later token changes the log-probability of an earlier one", *ends,
             "its mask is not causal over the response; try another --attn")
 
+    against = why_not_packed(policy, rows, dummy, alone, allowed)
+    policy.packs = not against
+    log.note("a row holds " + (f"one response: {against}" if against else "a prompt with all its responses"))
+
+
+def why_not_packed(policy, rows, dummy, alone, allowed):
+    """Why each response needs a row of its own, "" if log-probabilities stay as they are in a common one."""
+    text = policy.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    if set(kinds) - {"full_attention"} or not kinds and getattr(text, "sliding_window", None):
+        return "not all layers look at all tokens"
+    groups = [Group(prompt, [response * 2, response]) for prompt, response in rows]
+    try:
+        inputs, mask = collate([groups], dummy, 0, policy.banned.device)
+        with torch.no_grad():
+            logps = policy.token_logprobs(inputs, mask)[mask]
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        if hasattr(policy, "reset_iter_state"):  # from torch 2.14 on
+            policy.reset_iter_state()
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    sizes = [size for _, response in rows for size in (2 * len(response), len(response))]
+    gap = mean_gap(alone, logps.split(sizes)[1::2])
+    return "" if gap <= allowed else f"in a common one log-probabilities change by {gap:.2g} nats a token"
+
 
 # ----- optimizer -------------------------------------------------------------------------------------------
 
@@ -933,14 +1086,14 @@ def optimizer_step(policy, optimizer, lr, max_norm, log):
     return norm
 
 
-def rehearse(policy, optimizer, row, dummy, cfg, log):
+def rehearse(policy, optimizer, group, dummy, cfg, log):
     """Run a micro-batch as large as --token_budget allows forward and backward: out of memory shows now.
 
-    row: the longest (prompt, response ids) that this run can tell before it starts. All ranks alike.
+    group: the longest row that this run can tell before it starts. All ranks alike.
     """
-    prompt, response = row
-    length = prompt["input_ids"].shape[1] + len(response)
-    rows = [row] * max(1, cfg.token_budget // length)  # a row longer than the budget runs alone
+    length = len(group)
+    cost = computed(length, attention_scale(policy.config))
+    rows = [group] * max(1, int(cfg.token_budget / cost))  # a row beyond the budget runs alone
     size = f"{len(rows)} row(s) of {length} tokens"
     try:
         inputs, mask = collate(rows, dummy, 0, policy.banned.device)
@@ -1344,9 +1497,8 @@ class RunLog:
 
 def losses(policy, rows, dummy, cfg):
     """Yield the summed negative log-likelihood of each micro-batch of `rows`."""
-    lengths = [prompt["input_ids"].shape[1] + len(response) for prompt, response in rows]
-    for group in micro_batches(lengths, cfg.token_budget):
-        inputs, mask = collate([rows[i] for i in group], dummy, 0, policy.banned.device)
+    groups = [Group(prompt, [response]) for prompt, response in rows]
+    for _, inputs, mask in group_batches(groups, policy, dummy, cfg.token_budget):
         yield -policy.token_logprobs(inputs, mask).sum()
 
 
@@ -1385,7 +1537,7 @@ def main(cfg):
     rows = check_rows(records, encode, log)
     with refusing(policy.config.model_type, log):
         self_check(policy, rows, dummy, log)
-        longest = max(rows, key=lambda row: row[0]["input_ids"].shape[1] + len(row[1]))
+        longest = max([Group(prompt, [response]) for prompt, response in rows], key=len)
         rehearse(policy, optimizer, longest, dummy, cfg, log)
     log.note("self-check passed")
 

@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +164,8 @@ class Stub(torch.nn.Module):
     def __init__(self, logps):
         super().__init__()
         self.logps, self.banned = torch.nn.Parameter(torch.tensor(logps)), torch.tensor([])
+        self.packs = False
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=64))
 
     def token_logprobs(self, inputs, mask, temperature, with_entropy):
         logps = torch.zeros(mask.shape).masked_scatter(mask, self.logps)

@@ -318,14 +318,38 @@ def test_data_order_resumes_anywhere_and_depends_on_the_seed_alone(total, per_st
     ([2, 2, 2, 2, 2, 2], 4, [[0, 1], [2, 3], [4, 5]]),
 ])
 def test_micro_batches_table(group, lengths, budget, expected):
-    assert sft.micro_batches(lengths, budget) == expected
+    """A row each."""
+    of_rows = [[[i] for i in batch] for batch in expected]
+    assert sft.micro_batches(lengths, budget) == of_rows
 
 
+@pytest.mark.parametrize("lengths, budget, expected", [
+    ([5, 5, 1], 10, [[[0], [1]], [[2]]]), ([1, 9, 2], 10, [[[1]], [[2], [0]]]), ([9, 4, 5], 18, [[[0], [2, 1]]]),
+    ([10, 4, 3, 3, 2], 10, [[[0]], [[1], [2]], [[3], [4]]]), ([10, 4, 3, 3, 2], 20, [[[0], [1, 2, 3]], [[4]]]),
+    ([8, 3, 3, 3, 2], 16, [[[0], [1, 2, 4]], [[3]]]),
+])
+def test_short_groups_share_a_row_without_making_it_longer(group, lengths, budget, expected):
+    """A row is as long as the longest of its micro-batch; what is left over starts the next one."""
+    assert sft.micro_batches(lengths, budget, packs=True) == expected
+
+
+@pytest.mark.parametrize("scale, expected", [(1e9, 2), (8, 1), (4, 1), (16, 1)])
+def test_the_budget_counts_attention(group, scale, expected):
+    """Two rows of 8 tokens cost 16, with attention 16 * (1 + 8 / scale)."""
+    assert len(sft.micro_batches([8, 8], 17, scale=scale)[0]) == expected
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("scale", [1e9, 100])
 @pytest.mark.parametrize("budget", [1, 50, 256, 10**6])
-def test_micro_batches_keep_the_budget_and_every_row(group, budget):
+def test_micro_batches_keep_the_budget_and_every_row(group, budget, scale, packs):
     lengths = [random.Random(budget + i).randint(1, 60) for i in range(200)]
-    groups = sft.micro_batches(lengths, budget)
-    assert sorted(sum(groups, [])) == list(range(200))
-    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= budget for g in groups)
-    longest = [max(lengths[i] for i in g) for g in groups]
-    assert longest == sorted(longest, reverse=True)
+    batches = sft.micro_batches(lengths, budget, packs, scale)
+    everyone = [i for rows in batches for row in rows for i in row]
+    assert sorted(everyone) == list(range(200)) and (packs or all(len(row) == 1 for row in sum(batches, [])))
+    before = 61
+    for rows in batches:
+        width = max(sum(lengths[i] for i in row) for row in rows)
+        assert width == max(lengths[i] for i in sum(rows, [])) <= before
+        assert len(rows) == 1 or len(rows) * width * (1 + width / scale) <= budget
+        before = width
