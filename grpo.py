@@ -176,11 +176,11 @@ def rollout_seed(cfg, step, question, sample):
 def sample_rollouts(engine, questions, prompts, seeds, tokenizer, cfg):
     """One rollout for each of `questions`, keys of `prompts`; one that comes G times makes a group."""
     asked = [prompts[q] for q in questions]
+    samples = generate(engine, asked, seeds, cfg)
+    texts = tokenizer.batch_decode([sample.ids for sample in samples], skip_special_tokens=True)
     rollouts = []
-    for q, sample in zip(questions, generate(engine, asked, seeds, cfg)):
-        ids, logps, truncated = sample
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        rollouts.append(Rollout(q, ids, logps, truncated, text))
+    for q, sample, text in zip(questions, samples, texts):
+        rollouts.append(Rollout(q, sample.ids, sample.logprobs, sample.truncated, text))
     return rollouts
 
 
@@ -467,20 +467,18 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
     """One optimizer step on this rank's rollouts; returns sums for the log.
 
     denominator: the global count of tokens (or rollouts) in the policy loss; imitated_tokens: that of
-    tokens in the NLL on forced responses.
+    tokens in the NLL on forced responses. Nothing is read back before the last micro-batch is on its way: a
+    GPU would wait for the host each time.
     """
-    totals = Counter()
-    largest_gap = 0.0
+    totals, gaps, scored = Counter(), [], []
     for indices, inputs, mask in padded_batches(rollouts, prompts, dummy, policy, cfg):
         rows = [rollouts[i] for i in indices]
         logps, entropy = policy.token_logprobs(inputs, mask, cfg.temperature, with_entropy=True)  # (B, T-1)
 
-        # Rollouts that have no old log-probabilities yet were sampled by this very policy. They keep these:
-        # what is replayed later is compared with the policy that it came from.
-        for r, own in zip(rows, by_rollout(logps.detach(), mask, rows)):
-            if r.old_logps is None:
-                r.old_logps = own
-        old = over_tokens([r.old_logps for r in rows], mask)
+        # Rollouts that have no old log-probabilities yet were sampled by this very policy.
+        old = over_tokens([r.at_every_token(math.nan) if r.old_logps is None else r.old_logps for r in rows],
+                          mask)
+        old = torch.where(old.isnan(), logps.detach(), old)
         sampler = over_tokens([r.sampler_logps for r in rows], mask)
         sampled = mask & ~sampler.isnan()
         sampler = torch.where(sampled, sampler, old)  # nobody sampled a trigger: there is nothing to correct
@@ -498,14 +496,19 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
         # FSDP averages gradients over ranks; the weights already sum to 1 over all ranks together.
         (loss * dist.get_world_size()).backward()
 
-        gap = (old - sampler)[sampled].abs()
+        gap = torch.where(sampled, (old - sampler).abs(), 0.0)
+        gaps.append(gap.max())
         sums |= {"gap": gap.sum(), "sampled": sampled.sum(), "entropy": entropy.sum(), "tokens": mask.sum()}
-        for name, value in sums.items():
-            totals[name] += value.item()
-        if len(gap):
-            largest_gap = max(largest_gap, gap.max().item())
+        totals.update(sums)
+        scored.append((rows, old, mask))
     norm = optimizer_step(policy, optimizer, lr_at(step, cfg), cfg.max_grad_norm, log)
-    return {**totals, "largest gap": largest_gap, "norm": norm}
+
+    # They keep their old ones: what is replayed later is compared with the policy that it came from.
+    for rows, old, mask in scored:
+        for r, own in zip(rows, by_rollout(old, mask, rows)):
+            r.old_logps = own
+    totals = {name: float(total) for name, total in totals.items()}
+    return {**totals, "largest gap": float(max(gaps)), "norm": norm}
 
 
 # ----- selective sample replay (VL-Rethinker, arXiv 2504.08837) --------------------------------------------

@@ -1060,7 +1060,8 @@ def make_optimizer(policy, cfg):
     trained = [p for p in policy.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": cfg.weight_decay}
     vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, vectors], lr=cfg.lr, betas=(0.9, 0.95))
+    # One kernel for all tensors: one after the other they take 5 times as long here.
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     optimizer.skipped = 0  # updates in a row, see optimizer_step
     return optimizer
 
@@ -1574,12 +1575,12 @@ def main(cfg):
         for loss in losses(policy, rows, dummy, cfg):
             # FSDP averages gradients over ranks; here their sum is divided by the common token count instead.
             (loss * world / max(1, tokens)).backward()
-            total += loss.item()
+            total += loss.detach()
         norm = optimizer_step(policy, optimizer, lr_at(step, cfg), cfg.max_grad_norm, log)
         watch.lap("time/train")
 
         # 3. log
-        nll = global_sum([total])[0] / max(1, tokens)
+        nll = global_sum([float(total)])[0] / max(1, tokens)
         metrics = {"loss/nll": nll, "optim/lr": lr_at(step, cfg), "optim/grad_norm": norm,
                    "tokens/train": tokens, "data/left_out": left_out,
                    **watch.laps, "time/step": watch.total(),
