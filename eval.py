@@ -455,6 +455,8 @@ def decode_batch(engine, prompts, seeds, cfg):
     tokens = torch.full(draws.shape, engine.stop[0], device=device)  # (B, max_new_tokens)
     logprobs = torch.zeros(draws.shape, device=device)  # (B, max_new_tokens)
     live = torch.arange(len(prompts), device=device)  # (b,)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # (b,)
+    looks = 16 if device.type == "cuda" else 1  # a GPU waits for the host that looks which rows have ended
     for t in range(cfg.max_new_tokens):
         logprob = sampler_logprobs(logits, engine.banned, cfg)  # (b, V)
         if cfg.temperature:
@@ -466,15 +468,16 @@ def decode_batch(engine, prompts, seeds, cfg):
             token = logprob.argmax(1, keepdim=True)
         tokens[live, t] = token[:, 0]
         logprobs[live, t] = logprob.gather(1, token)[:, 0]
-        so_far = tokens[live, :t + 1]  # also before t: a row that ended goes on until it leaves the batch
-        ended = torch.isin(so_far, stop).any(1)  # (b,)
-        if ended.all() or t + 1 == cfg.max_new_tokens:
+        ended |= torch.isin(token[:, 0], stop)
+        if t + 1 == cfg.max_new_tokens:
             break
         # Ended rows ride along until they are half of the batch: only then is copying the cache worth it.
-        if 2 * ended.sum() >= len(live):
+        if t % looks == 0 and 2 * ended.sum() >= len(live):
             keep = (~ended).nonzero()[:, 0]
+            if not len(keep):
+                break
             cache.reorder_cache(keep)
-            live, token, mask = live[keep], token[keep], mask[keep]
+            live, token, mask, ended = live[keep], token[keep], mask[keep], ended[keep]
             shift = shift[keep] if shift is not None else None
         # Positions count a row's own tokens, not the padding on its left.
         mask = torch.cat([mask, torch.ones_like(token)], 1)
@@ -836,9 +839,10 @@ def majority(samples, record):
     """The first of the samples whose answer most agree on, as the grader sees it; of equals the first."""
     # Answers are compared by the grader, so that 0.5 and 1/2 are one vote.
     votes = []  # lists of samples that agree
+    meta = dict(record.get("meta") or {}, accepted=[])  # further golds are no vote's
     for sample in samples:
         for agreeing in votes:
-            if accuracy(sample["response"], record | {"answer": agreeing[0]["extracted"], "meta": {}}):
+            if accuracy(sample["response"], record | {"answer": agreeing[0]["extracted"], "meta": meta}):
                 agreeing.append(sample)
                 break
         else:  # an answer that is new

@@ -6,12 +6,14 @@
     448 long     about 280        128 to 256
 
 8 questions with 8 rollouts each, of the tiny model, fp32, one thread. The rewards are drawn at random, so that
-every group counts. Each round trains the same rollouts once with a row for each response (the baseline) and
-once with a row for each question, in turns; printed are medians, the ratio of each round's two and its spread.
-`else` is what a step takes beside sampling, forward and backward: AdamW, weight sync, collation, the log.
+every group counts. Each round trains the same invented rollouts once with a row for each response (the
+baseline) and once with a row for each question, in turns; printed are medians, the ratio of each round's two and
+its spread. Then it does a whole step, sampling, update and weight sync, on what the random model samples: nearly
+always the longest that is allowed. `else` is what is neither sampling nor forward nor backward: AdamW, sync,
+collation.
 
-With --trl PYTHON, an interpreter that has `trl` and `accelerate`, TRL's GRPOTrainer does a step of the same
-shape beside them (tests/trl_step.py); a GPU adds tokens/s and the share of its peak FLOPs.
+With --trl PYTHON, an interpreter that has `trl` and `accelerate`, TRL's GRPOTrainer does whole steps of the same
+shape in a process of its own, after ours (bench_step_trl.py).
 """
 import argparse
 import dataclasses
@@ -90,7 +92,7 @@ class Clock:
 
 
 def measured(run, shape, rounds):
-    """Seconds by arm and part, a list over rounds: {"apart": {"update": [...]}, "shared": {...}}."""
+    """(prompt tokens, seconds over rounds by what was done): updates of both arms, and a whole step's parts."""
     pixels, least, most = SHAPES[shape]
     cfg = dataclasses.replace(run.cfg, max_new_tokens=most, max_pixels=max(run.cfg.max_pixels, pixels ** 2))
     records = at_size(run.records, pixels)
@@ -98,32 +100,42 @@ def measured(run, shape, rounds):
     banned = set(run.policy.banned.tolist())
     tokens = [i for i in range(10, 300) if i not in banned]
     asked = [q for q in prompts for _ in range(GROUP)]
-    found = {"apart": {"update": [], "sample": [], "else": []}, "shared": {"update": [], "sample": [], "else": []}}
-    for number in range(rounds + 1):  # the first warms up
-        rollouts = invented(least, most, tokens, random.Random(number))
+    found = {"apart": [], "shared": [], "sampling": [], "step": [], "else": []}
+
+    def update(rollouts, number):
+        began = time.perf_counter()
+        grpo.train_on([rollouts], run.policy, None, run.optimizer, prompts, run.dummy, number, run.log, cfg)
+        return time.perf_counter() - began
+
+    for number in range(rounds + 1):
+        chance = random.Random(number)
+        rollouts = invented(least, most, tokens, chance)
         for arm in ("apart", "shared"):
             run.policy.packs = arm == "shared"
-            run.forward.seconds = run.backward.seconds = 0.0
             copies = [dataclasses.replace(r) for r in rollouts]
-            began = time.perf_counter()
-            grpo.sample_rollouts(run.engine, asked, prompts, list(range(len(asked))), run.processor.tokenizer, cfg)
-            sampled = time.perf_counter()
-            grpo.train_on([copies], run.policy, None, run.optimizer, prompts, run.dummy, number + 1, run.log, cfg)
-            updated = time.perf_counter()
-            grpo.sync_weights(run.policy, run.engine)
-            ended = time.perf_counter()
-            if number:
-                parts = found[arm]
-                parts["sample"].append(sampled - began)
-                parts["update"].append(updated - sampled)
-                parts["else"].append(ended - sampled - run.forward.seconds - run.backward.seconds)
+            found[arm].append(update(copies, number + 1))
+
+        run.forward.seconds = run.backward.seconds = 0.0
+        began = time.perf_counter()
+        sampled = grpo.sample_rollouts(run.engine, asked, prompts, range(len(asked)), run.processor.tokenizer, cfg)
+        found["sampling"].append(time.perf_counter() - began)
+        drawn = torch.tensor([[chance.random() for _ in range(GROUP)] for _ in range(QUESTIONS)])
+        for r, advantage in zip(sampled, grpo.group_advantages(drawn).flatten().tolist()):
+            r.advantage = advantage
+        update(sampled, number + 1)
+        grpo.sync_weights(run.policy, run.engine)
+        found["step"].append(time.perf_counter() - began)
+        known = found["sampling"][-1] + run.forward.seconds + run.backward.seconds
+        found["else"].append(found["step"][-1] - known)
     length = prompts[0]["input_ids"].shape[1]
-    return length, found
+    return length, {name: seconds[1:] for name, seconds in found.items()}  # the first round warms up
 
 
 def trl_seconds(python, room, shape, rounds):
     """Seconds of TRL's steps of that shape."""
-    done = subprocess.run([python, str(ROOT / "tests/trl_step.py"), str(room), shape, str(rounds)], check=True,
+    pixels, _, most = SHAPES[shape]
+    script = ROOT / "tests/bench_step_trl.py"
+    done = subprocess.run([python, script, room, str(pixels), str(most), str(rounds)], check=True,
                           capture_output=True, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -149,17 +161,17 @@ def main():
                           optimizer=sft.make_optimizer(policy, cfg),
                           dummy=sft.blank_prompt(processor, cfg.max_pixels))
     run.forward, run.backward = Clock(policy, "token_logprobs"), Clock(torch.Tensor, "backward")
-    print("| shape | prompt | sampling, s | update, a row a response, s | a row a question, s | times faster | else |\n"
-          "|---|---|---|---|---|---|---|", flush=True)
+    print("| shape | prompt | update, a row a response, s | a row a question, s | times faster | step, s | of it "
+          "sampling, s | else |\n|---|---|---|---|---|---|---|---|", flush=True)
     for shape in SHAPES:
         if args.only not in shape:
             continue
         length, found = measured(run, shape, args.rounds)
-        apart, shared = found["apart"], found["shared"]
-        ratios = [a / b for a, b in zip(apart["update"], shared["update"])]
-        step = median(shared["sample"]) + median(shared["update"])
-        cells = [shape, length, f"{median(shared['sample']):.3f}", f"{median(apart['update']):.3f}",
-                 f"{median(shared['update']):.3f}", spread(ratios), f"{100 * median(shared['else']) / step:.0f} %"]
+        ratios = [a / b for a, b in zip(found["apart"], found["shared"])]
+        seconds = {name: median(values) for name, values in found.items()}
+        step = seconds["step"]
+        cells = [shape, length, f"{seconds['apart']:.3f}", f"{seconds['shared']:.3f}", spread(ratios), f"{step:.3f}",
+                 f"{seconds['sampling']:.3f}", f"{100 * seconds['else'] / step:.0f} %"]
         print("|", " | ".join(map(str, cells)), "|", flush=True)
         if args.trl:
             theirs = trl_seconds(args.trl, room, shape, args.rounds)
