@@ -18,7 +18,8 @@ What differs from the papers, and why:
   2. The denominator is counted over all ranks and micro-batches before the first backward, so 1 GPU and
      64 GPUs, small and large micro-batches give the same update.
   3. Groups whose rewards are all equal have no gradient (when kl_beta = 0), so they cost no forward pass;
-     they still count in the denominator.
+     they still count in the denominator. Of the others, a question's prompt and image are computed once for
+     all its rollouts (Group in sft.py).
   4. No KL term and no reference model unless --kl_beta > 0.
   5. Each rollout has its own random stream, a function of (seed, step, question, sample): batches, ranks and
      restarts do not change what is sampled.
@@ -124,7 +125,7 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     lr_floor: float = 0.1  # final learning rate as a share of the peak (cosine, linear)
     weight_decay: float = 0.0  # AdamW
     max_grad_norm: float = 1.0  # gradient clipping
-    token_budget: int = 16384  # padded tokens in a micro-batch
+    token_budget: int = 16384  # padded tokens in a micro-batch; those of long rows count more
     # memory and model
     workers: int = 1  # processes that prepare images, per rank
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels

@@ -117,7 +117,7 @@ class Config:
     lr_floor: float = 0.1  # final learning rate as a share of the peak (cosine, linear)
     weight_decay: float = 0.0  # AdamW
     max_grad_norm: float = 1.0  # gradient clipping
-    token_budget: int = 16384  # padded tokens in a micro-batch
+    token_budget: int = 16384  # padded tokens in a micro-batch; those of long rows count more
     # memory and model
     workers: int = 1  # processes that prepare images, per rank
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels

@@ -92,7 +92,7 @@ class Config:
     lr_floor: float = 0.02  # final learning rate as a share of the peak (cosine, linear)
     weight_decay: float = 0.0  # AdamW
     max_grad_norm: float = 1.0  # gradient clipping
-    token_budget: int = 16384  # padded tokens in a micro-batch
+    token_budget: int = 16384  # padded tokens in a micro-batch; those of long rows count more
     max_tokens: int = 8192  # rows with more tokens, prompt and response, are left out
     # memory and model
     workers: int = 1  # processes that prepare images, per rank
@@ -1497,16 +1497,16 @@ class RunLog:
 
 
 def losses(policy, rows, dummy, cfg):
-    """Yield the summed negative log-likelihood of each micro-batch of `rows`."""
+    """Yield the summed negative log-likelihood of each micro-batch of `rows`, and which of its tokens are real."""
     groups = [Group(prompt, [response]) for prompt, response in rows]
     for _, inputs, mask in group_batches(groups, policy, dummy, cfg.token_budget):
-        yield -policy.token_logprobs(inputs, mask).sum()
+        yield -policy.token_logprobs(inputs, mask).sum(), inputs["attention_mask"]
 
 
 @torch.no_grad()
 def evaluate(policy, rows, dummy, cfg):
     """Mean negative log-likelihood per response token of held-out rows; each rank holds its share."""
-    total = sum(loss.item() for loss in losses(policy, rows, dummy, cfg))
+    total = sum(loss.item() for loss, _ in losses(policy, rows, dummy, cfg))
     tokens = sum(len(response) for _, response in rows)
     total, tokens = global_sum([total, tokens])
     return {"eval/loss": total / max(1, tokens)}
@@ -1571,18 +1571,21 @@ def main(cfg):
         if not tokens:
             log.fail(f"step {step}: none of its rows can be used (--max_tokens {cfg.max_tokens}, images, "
                      f"placeholders); see the lines above, or python data_prep.py --source records")
-        total = 0.0
-        for loss in losses(policy, rows, dummy, cfg):
+        total, real, padded_to = 0.0, 0, 0
+        for loss, attention in losses(policy, rows, dummy, cfg):
             # FSDP averages gradients over ranks; here their sum is divided by the common token count instead.
             (loss * world / max(1, tokens)).backward()
             total += loss.detach()
+            real += attention.sum()
+            padded_to += attention.numel()
         norm = optimizer_step(policy, optimizer, lr_at(step, cfg), cfg.max_grad_norm, log)
         watch.lap("time/train")
 
         # 3. log
-        nll = global_sum([float(total)])[0] / max(1, tokens)
+        total, real, padded_to = global_sum([float(total), int(real), padded_to])
+        nll = total / max(1, tokens)
         metrics = {"loss/nll": nll, "optim/lr": lr_at(step, cfg), "optim/grad_norm": norm,
-                   "tokens/train": tokens, "data/left_out": left_out,
+                   "tokens/train": tokens, "mem/padding": 1 - real / padded_to, "data/left_out": left_out,
                    **watch.laps, "time/step": watch.total(),
                    "mem/peak_gb": peak_memory(device), "mem/host_gb": host_memory()}
 

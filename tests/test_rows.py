@@ -243,7 +243,7 @@ def test_sft_loss_is_the_same_packed(run):  # noqa: F811
         run.policy.packs = packs
         cfg = dataclasses.replace(config(), token_budget=budget)
         with torch.no_grad():
-            found.append(sum(loss.item() for loss in sft.losses(run.policy, rows, run.dummy, cfg)))
+            found.append(sum(loss.item() for loss, _ in sft.losses(run.policy, rows, run.dummy, cfg)))
         groups = [sft.Group(prompt, [response]) for prompt, response in rows]
         sizes = [i["input_ids"].numel() for _, i, _ in sft.group_batches(groups, run.policy, run.dummy, budget)]
         widths.append(sum(sizes))
