@@ -1497,7 +1497,7 @@ class RunLog:
 
 
 def losses(policy, rows, dummy, cfg):
-    """Yield the summed negative log-likelihood of each micro-batch of `rows`, and which of its tokens are real."""
+    """Yield of each micro-batch of `rows` the summed negative log-likelihood and which tokens are real."""
     groups = [Group(prompt, [response]) for prompt, response in rows]
     for _, inputs, mask in group_batches(groups, policy, dummy, cfg.token_budget):
         yield -policy.token_logprobs(inputs, mask).sum(), inputs["attention_mask"]

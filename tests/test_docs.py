@@ -19,7 +19,7 @@ STAGES = ("data_prep", "sft", "eval", "grpo", "rise")
 FOREIGN = {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint",  # torchrun
            "--generation-config", "--logprobs-mode",  # vllm serve
            "--no-build-isolation",  # pip
-           "--curve",  # tests/bench_quickstart.py
+           "--curve", "--trl",  # tests/bench_quickstart.py, bench_step.py
            "--help"}
 
 
