@@ -62,7 +62,7 @@ from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflecti
 from data_prep import check_at_least, parse_config
 from sft import (TOLERANCE, Group, RunLog, Stopwatch, Watchdog, Workers, attention_scale, blank_prompt,
                  catch_signals, check_rows, computed, data_order, describe, encode_prompt, end_on_signals,
-                 full_weights, global_max, global_sum, group_batches, host_memory, init_distributed,
+                 full_weights, gather, global_max, global_sum, group_batches, host_memory, init_distributed,
                  is_over_tokens, load_policy, lr_at, mean_gap, one_line_errors, open_run, optimizer_step,
                  peak_memory, readable, refusing, rehearse, save_checkpoint, self_check)
 from eval import Server, VLLM, build_engine, generate
@@ -510,6 +510,89 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
             r.old_logps = own
     totals = {name: float(total) for name, total in totals.items()}
     return {**totals, "largest gap": float(max(gaps)), "norm": norm}
+
+
+# ----- balance over ranks ----------------------------------------------------------------------------------
+
+
+def assigned(costs, world):
+    """Which rank trains what: {item: rank} for {item: cost}, an item being (update, rank that has it, question).
+
+    Of each update the costliest item comes first. It stays where it is, unless that rank would have more than
+    the mean and another one has less so far: then it goes to the one that has least.
+    """
+    total = Counter()
+    for (update_number, _, _), cost in costs.items():
+        total[update_number] += cost
+    loads = {number: [0.0] * world for number in total}
+    ranks = {}
+    for item, cost in sorted(costs.items(), key=lambda pair: (-pair[1], pair[0])):
+        number, own, _ = item
+        load = loads[number]
+        stays = load[own] + cost <= total[number] / world or load[own] == min(load)
+        ranks[item] = own if stays else load.index(min(load))
+        load[ranks[item]] += cost
+    return ranks
+
+
+def evenness(costs, ranks, world):
+    """Mean load of a rank over the largest, 1 if all are alike: what is left of so many GPUs."""
+    loads = Counter()
+    for item, cost in costs.items():
+        loads[item[0], ranks[item]] += cost
+    largest = Counter()
+    for (number, _), load in loads.items():
+        largest[number] = max(largest[number], load)
+    return sum(loads.values()) / world / sum(largest.values()) if costs else 1.0
+
+
+def balance(per_update, prompts, cfg):
+    """Hand questions to other ranks, so that all have about as much to train on. Collective.
+
+    Groups without an advantage cost nothing: a rank may be left with none, and waits for one that kept all.
+    Rollouts travel (ids and log-probabilities); an image is encoded again where it is needed, as for replay.
+    Returns this rank's lists, metrics, and (lent, borrowed) for `settle`: {item: rollouts}.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = {}
+    for number, rollouts in enumerate(per_update):
+        for r in rollouts:
+            if has_gradient(r, cfg):
+                own.setdefault((number, rank, r.question), []).append(r)
+    costs = {}
+    for item, rollouts in own.items():
+        prompt = prompts.get(item[2])  # of a replayed one only its rank that sampled it knows the prompt
+        costs[item] = sum(map(len, rollouts)) + (prompt["input_ids"].shape[1] if prompt else 0)
+    everyone = {}
+    for shares in gather(costs):
+        everyone |= shares
+    ranks = assigned(everyone, world)
+    before = {item: item[1] for item in everyone}
+    metrics = {"balance/before": evenness(everyone, before, world),
+               "balance/after": evenness(everyone, ranks, world)}
+
+    lent = {item: rollouts for item, rollouts in own.items() if ranks[item] != rank}
+    lists = []
+    for number, rollouts in enumerate(per_update):
+        lists.append([r for r in rollouts if (number, rank, r.question) not in lent or not has_gradient(r, cfg)])
+    borrowed = {}
+    for offered in gather(lent):
+        for item, rollouts in offered.items():
+            if ranks[item] == rank:
+                borrowed[item] = rollouts
+                lists[item[0]] += rollouts
+    return lists, metrics, (lent, borrowed)
+
+
+def settle(lent, borrowed):
+    """Give back what training found out of borrowed rollouts: their owner may replay them. Collective."""
+    found = {}
+    for item, rollouts in borrowed.items():
+        found[item] = [(r.old_logps, r.ref_logps) for r in rollouts]
+    for shares in gather(found):
+        for item in shares.keys() & lent.keys():
+            for r, (old_logps, ref_logps) in zip(lent[item], shares[item]):
+                r.old_logps, r.ref_logps = old_logps, ref_logps
 
 
 # ----- selective sample replay (VL-Rethinker, arXiv 2504.08837) --------------------------------------------
@@ -1120,10 +1203,11 @@ def main(cfg):
         for r, advantage in zip(rollouts, advantages.flatten().tolist()):
             r.advantage = advantage
 
-        # 5. select what counts; a replayed rollout's question is encoded again
+        # 5. select what counts, as much for each rank; a question from elsewhere or before is encoded again
         per_update, replayed = select(rollouts, questions, buffer, step, stage_cfg)
         batch = list(itertools.chain.from_iterable(per_update))
-        trained = [r for r in batch if has_gradient(r, cfg)]
+        per_update, loads, loans = balance(per_update, prompts, stage_cfg)
+        trained = [r for r in itertools.chain.from_iterable(per_update) if has_gradient(r, cfg)]
         older = dict.fromkeys(r.question for r in trained if r.question not in prompts)
         encoded = dict(prompts)
         [again] = workers.prepared([list(older)], first_step=step)
@@ -1131,6 +1215,8 @@ def main(cfg):
 
         # 6. update
         totals = train_on(per_update, policy, reference, optimizer, encoded, dummy, step, log, cfg)
+        if cfg.ssr == "replay":
+            settle(*loans)
         watch.lap("time/train")
 
         # 7. hand the new weights to the sampler
@@ -1149,7 +1235,7 @@ def main(cfg):
         rethought = global_sum([rethought[name] for name in RETHINK])
         for name, count in zip(RETHINK, rethought):
             metrics[f"rethink/{name}"] = count / total
-        metrics |= {"ptst/stage": stage, "optim/lr": lr_at(step, cfg), **watch.laps,
+        metrics |= {"ptst/stage": stage, **loads, "optim/lr": lr_at(step, cfg), **watch.laps,
                     "time/step": watch.total(), "mem/peak_gb": peak_memory(device),
                     "mem/host_gb": host_memory()}
         end_if_mismatched(step, metrics, worst_mismatch, log)

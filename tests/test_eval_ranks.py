@@ -83,7 +83,7 @@ def test_what_no_rank_can_do_is_one_line(work):  # noqa: F811
     shutil.copytree(work / "tiny", work / "broken")
     weights = next((work / "broken").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    (work / "tiny/eval").mkdir()
+    (work / "tiny/eval").mkdir(exist_ok=True)  # another test may have evaluated what this is a copy of
     (work / "tiny/eval/counting-id.jsonl").write_text('{"id": "0"}\n')
     for argv, named in ((["--model", "tiny"], "a row without 'question' is no answer"),
                         (["--model", "gone"], "gone: no such model")):

@@ -108,7 +108,7 @@ def run(work, *argv, torchrun=(), code=0):
 def metrics(folder):
     """metrics.jsonl without what depends on the clock and the machine."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "mem/"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "mem/", "balance/"))} for row in rows]
 
 
 def weights(folder):
