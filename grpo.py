@@ -516,7 +516,7 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
 
 
 def assigned(costs, world):
-    """Which rank trains what: {item: rank} for {item: cost}, an item being (update, rank that has it, question).
+    """Which rank trains what: {item: rank} for {item: cost}. An item is (update, rank that has it, question).
 
     Of each update the costliest item comes first. It stays where it is, unless that rank would have more than
     the mean and another one has less so far: then it goes to the one that has least.
@@ -562,7 +562,8 @@ def balance(per_update, prompts, cfg):
     costs = {}
     for item, rollouts in own.items():
         prompt = prompts.get(item[2])  # of a replayed one only its rank that sampled it knows the prompt
-        costs[item] = sum(map(len, rollouts)) + (prompt["input_ids"].shape[1] if prompt else 0)
+        before_them = prompt["input_ids"].shape[1] if prompt else 0
+        costs[item] = before_them + sum(map(len, rollouts))
     everyone = {}
     for shares in gather(costs):
         everyone |= shares
@@ -574,7 +575,8 @@ def balance(per_update, prompts, cfg):
     lent = {item: rollouts for item, rollouts in own.items() if ranks[item] != rank}
     lists = []
     for number, rollouts in enumerate(per_update):
-        lists.append([r for r in rollouts if (number, rank, r.question) not in lent or not has_gradient(r, cfg)])
+        away = {id(r) for item in lent if item[0] == number for r in lent[item]}
+        lists.append([r for r in rollouts if id(r) not in away])
     borrowed = {}
     for offered in gather(lent):
         for item, rollouts in offered.items():
