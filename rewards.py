@@ -611,19 +611,19 @@ class Judge:
     What takes over a second, or too much memory, is unequal. A policy that writes nothing but bombs must not
     stop training, so they share 5 seconds, to which a tenth of the time that passes is added. When these are
     used up, a question gets a tenth of a second: n bombs cost 5 + n/10 seconds at most, and a tenth of the
-    run. Threads take turns.
+    run. Threads take turns. Tests shorten the second.
     """
-    def __init__(self):
-        self.lock, self.process = threading.Lock(), None
-        self.budget, self.asked = 5.0, time.monotonic()
+    def __init__(self, second: float = 1.0):
+        self.lock, self.process, self.cut_short = threading.Lock(), None, 0
+        self.second, self.budget, self.asked = second, 5 * second, time.monotonic()
 
     def equal(self, answer: str, gold: str) -> bool:
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self.start()
-            now, before = time.monotonic(), self.asked
-            self.budget, self.asked = min(self.budget + (now - before) / 10, 5.0), now
-            seconds, verdict = min(max(self.budget, 0.1), 1.0), b""
+            before, self.asked = self.asked, time.monotonic()
+            self.budget = min(self.budget + (self.asked - before) / 10, 5 * self.second)
+            seconds, verdict = min(max(self.budget, self.second / 10), self.second), b""
             try:
                 self.process.stdin.write(json.dumps([answer, gold, seconds]).encode() + b"\n")
                 verdict = self.process.stdout.read(1)  # the child's timer ends the wait
@@ -633,47 +633,41 @@ class Judge:
                 if not verdict:  # also at Ctrl-C: a verdict that comes late must not answer the next question
                     with self.process:
                         self.process.kill()
-            if verdict not in (b"0", b"1"):
+            if verdict == b"?":
                 self.budget = max(self.budget - seconds, 0.0)
+                if seconds < self.second and not self.cut_short:
+                    print("formulas have used up their time: each now gets a tenth of a second until there is"
+                          " more, and a right one may be graded wrong", file=sys.stderr)
+                self.cut_short += seconds < self.second
             return verdict == b"1"
 
     def start(self):
-        """A session of its own, so that no signal to our group reaches it: it ends when its input does."""
-        self.process = subprocess.Popen([sys.executable, __file__], bufsize=0, start_new_session=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        if self.process.stdout.read(1) != b"+":
+        """In a session of its own, so that no signal to our group reaches it: it ends when its input does."""
+        process = subprocess.Popen([sys.executable, __file__], bufsize=0, start_new_session=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if process.stdout.read(1) != b"+":
             raise RuntimeError(f"{__file__}: the process that compares formulas did not start")
-
-    def forget(self):
-        """In a fork, where the process is the parent's, who alone may hold its input open."""
-        if self.process:
-            self.process.returncode = 0
-            self.process.stdin.close()
-            self.process.stdout.close()
-        self.__init__()
+        self.process = process
 
 
 JUDGE = Judge()
-os.register_at_fork(after_in_child=JUDGE.forget)
+os.register_at_fork(after_in_child=JUDGE.__init__)  # the parent's ends with the parent: this drops its pipes
 
 
 def _judge():
     """The child: says + when it has imported, then 1, 0 or ? (gave up) to each line [answer, gold, seconds].
 
-    It forks a worker that answers. The kernel ends that when its time is up, whatever it is doing; the next
-    one, with everything imported, is there within milliseconds.
+    It forks a worker that answers, until the kernel ends it because its time is up. Then it forks the next.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    signal.alarm(120)  # for the import, which takes a second
     from math_verify import parse, verify
     logging.disable()
     parsed = functools.lru_cache(256)(lambda text: parse(_marked(text), parsing_timeout=None))
     for answer, gold in WARM_UP:
         verify(parsed(gold), parsed(answer), timeout_seconds=None)
-    signal.alarm(0)
     gc.freeze()  # a worker then copies fewer pages
     os.write(1, b"+")
     sys.stdout = sys.stderr = open(os.devnull, "w")
