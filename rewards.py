@@ -144,14 +144,9 @@ def build_prompt(record: dict) -> str:
     if choices and not listed:
         question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
     task = record.get("task")
-    variant = f"{task}_choice" if asks_for_choice(question) else task
+    variant = f"{task}_choice" if HAS_OPTIONS.search(question) else task
     template = PROMPTS.get(variant) or PROMPTS.get(task) or PROMPTS[record["answer_type"]]
     return template.replace("{question}", question)  # not str.format: questions are full of braces
-
-
-def asks_for_choice(question: str) -> bool:
-    """Whether a question shows options. Reason-RFT goes by the gold answer, which gives itself away so."""
-    return bool(HAS_OPTIONS.search(question))
 
 
 # ----- extraction: which part of a response is its answer
@@ -622,10 +617,9 @@ class Judge:
             self.budget = min(self.budget + (self.asked - before) / 10, 5 * self.second)
             seconds, verdict = min(max(self.budget, self.second / 10), self.second), b""
             try:
-                self.process.stdin.write(json.dumps([answer, gold, seconds]).encode() + b"\n")
-                verdict = self.process.stdout.read(1)  # the child's timer ends the wait
-            except BrokenPipeError:
-                pass
+                with contextlib.suppress(BrokenPipeError):
+                    self.process.stdin.write(json.dumps([answer, gold, seconds]).encode() + b"\n")
+                    verdict = self.process.stdout.read(1)  # the child's timer ends the wait
             finally:
                 if not verdict:  # also at Ctrl-C: a verdict that comes late must not answer the next question
                     with self.process:
@@ -633,8 +627,7 @@ class Judge:
             if verdict == b"?":
                 self.budget = max(self.budget - seconds, 0.0)
                 if seconds < self.second and not self.cut_short:
-                    print("formulas have used up their time: each now gets a tenth of a second until there is"
-                          " more, and a right one may be graded wrong", file=sys.stderr)
+                    print("formulas used up their time: a slow one may now be graded wrong", file=sys.stderr)
                 self.cut_short += seconds < self.second
             return verdict == b"1"
 
@@ -708,19 +701,15 @@ def _is_blocks(response: str, *names: str) -> float:
 
 
 def hfrrf(response: str, record: dict) -> float:
-    """Vision-R1's reward (arXiv 2503.06749): 1.0 for format and accuracy at once, unless truncated, else 0.0."""
+    """Vision-R1's reward (arXiv 2503.06749): 1.0 for format and accuracy at once, truncated 0.0."""
     whole = not record.get("truncated") and format_think_answer(response, record)
     return accuracy(response, record) if whole else 0.0
 
 
 def boxed(response: str, record: dict) -> float:
     r"""VL-Rethinker's reward (arXiv 2504.08837): 1.0 if the last \boxed{} is right and nothing truncated."""
-    return float(not record.get("truncated") and _box_is_right(response, record))
-
-
-def _box_is_right(response: str, record: dict) -> bool:
-    box = _last_box(response[-TAIL:])
-    return bool(box) and accuracy(rf"\boxed{{{box}}}", record) == 1
+    box = not record.get("truncated") and _last_box(response[-TAIL:])
+    return accuracy(rf"\boxed{{{box}}}", record) if box else 0.0
 
 
 def vl_rethinker(response: str, record: dict) -> float:
@@ -729,9 +718,9 @@ def vl_rethinker(response: str, record: dict) -> float:
     Truncated, or with six "wait", a response starts at -0.1. A right one that was not forced to rethink gets
     1.1 for one or two reflections of its own, even so, and else loses 0.2 for each, down to -0.1.
     """
-    right = _box_is_right(response, record)
+    right = boxed(response, record | {"truncated": False})
     valid = not record.get("truncated") and response.casefold().count("wait") < 6
-    base = float(right) if valid else -0.1
+    base = right if valid else -0.1
     if not right or record.get("forced"):
         return base
     n = reflections(response)
@@ -771,16 +760,9 @@ def numeric(response: str, record: dict) -> float:
     got, want = _number(*_find_answer(response)), _value(_plain(_gold(record)))
     if right or not got or not want:
         return right
-    return max(_closeness(x, y) for x, y in _readings(got, want))
-
-
-def _closeness(x: Fraction, gold: Fraction) -> float:
-    if not gold:
-        return float(abs(x) <= Fraction(1, 10**9))
-    off = abs(x - gold) / abs(gold)
-    if Fraction(1, 20) < off < Fraction(1, 5):
-        return 0.5 * (1 + math.cos(math.pi * (float(off) - 0.05) / 0.15))
-    return float(off <= Fraction(1, 20))
+    off = min(abs(x - y) / (abs(y) or Fraction(1, 5 * 10**7)) for x, y in _readings(got, want))
+    part = min(max((off - Fraction(1, 20)) / Fraction(3, 20), 0), 1)  # of the way from 5% to 20%
+    return 0.5 * (1 + math.cos(math.pi * part))
 
 
 def functions(response: str, record: dict) -> float:
@@ -813,14 +795,10 @@ def _paired_calls(response: str, record: dict, near: float, far: float) -> float
     exact = (wanted & Counter(got)).total()
     rest, missed = [[*(Counter(a) - Counter(b)).elements()] for a, b in ((got, gold), (gold, got))]
     same_function = (Counter(c[0] for c in rest) & Counter(c[0] for c in missed)).total()
-    close = sum(matched(rest, missed, _close))  # any pairing can be completed within its function
+    # same object or value: any such pairing can be completed within its function, so the most is the best
+    close = sum(matched(rest, missed, lambda a, b: a[0] == b[0] and (a[1] == b[1] or a[2] == b[2])))
     score = exact + near * close + far * (same_function - close)
     return score / max(len(got), len(gold)) * len(got) / len(said)
-
-
-def _close(call: tuple, other: tuple) -> bool:
-    """Whether two calls share function and object, or function and value."""
-    return call[0] == other[0] and (call[1] == other[1] or call[2] == other[2])
 
 
 STEP = re.compile(r"Step \d+:|^\d+\.|^[-*]|(?:First|Second|Next|Finally),", re.MULTILINE)
@@ -900,29 +878,28 @@ def _area(box: tuple) -> float:
 def matched(some: list, others: list, worth: Callable = iou) -> list[float]:
     """worth(a, b), symmetric, of each pair of the one-to-one assignment with the largest sum.
 
-    The Hungarian method: rows join one by one along a shortest augmenting path, O(n^2 m). Index 0 of the
-    potentials and of `owner` (row of a column) is a free place outside the matrix.
+    The Hungarian method: rows join one by one along a shortest augmenting path, O(n^2 m). Index 0 of prices
+    and of `owner` (row of a column) is a free place outside the matrix.
     """
     rows, columns = sorted((some, others), key=len)
     cost = [[-worth(a, b) for b in columns] for a in rows]
     row_price, price, owner = [0.0] * (len(rows) + 1), [0.0] * (len(columns) + 1), [0] * (len(columns) + 1)
     for row in range(1, len(rows) + 1):
         at, owner[0] = 0, row
-        slack, came_from, done = [math.inf] * len(owner), [0] * len(owner), set()
+        far, came_from = [0.0] + [math.inf] * len(columns), [0] * len(owner)
+        done, free = [], set(range(len(owner)))
         while owner[at]:
-            done.add(at)
+            done.append(at)
+            free.remove(at)
             here = owner[at]
-            for j in range(1, len(owner)):
-                if j not in done and (gap := cost[here - 1][j - 1] - row_price[here] - price[j]) < slack[j]:
-                    slack[j], came_from[j] = gap, at
-            step, nearest = min((slack[j], j) for j in range(1, len(owner)) if j not in done)
-            for j in range(len(owner)):
-                if j in done:
-                    row_price[owner[j]] += step
-                    price[j] -= step
-                else:
-                    slack[j] -= step
-            at = nearest
+            for j in free:
+                gap = far[at] + cost[here - 1][j - 1] - row_price[here] - price[j]
+                if gap < far[j]:
+                    far[j], came_from[j] = gap, at
+            at = min(free, key=far.__getitem__)
+        for j in done:
+            row_price[owner[j]] += far[at] - far[j]
+            price[j] -= far[at] - far[j]
         while at:
             owner[at], at = owner[came_from[at]], came_from[at]
     return [-cost[owner[j] - 1][j - 1] for j in range(1, len(owner)) if owner[j]]
@@ -994,8 +971,8 @@ def rationale_of(response: str) -> str:
 
 LONGEST_RATIONALE = 8000  # characters that scrub keeps, and that leaks reads at a time
 COUNTING = " ".join(map(str, range(20)))
-NUMERALS = dict(zip([*WORDS, *"""eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
-    nineteen""".split()], COUNTING.split()))
+TEENS = "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+NUMERALS = dict(zip([*WORDS, *TEENS], COUNTING.split()))
 NUMERALS |= {f"{ten}ty": f"{i}0" for i, ten in enumerate("twen thir for fif six seven eigh nine".split(), 2)}
 NUMERALS |= {"hundred": "h", "thousand": "1000", "point": ".", "percent": "%"}
 SHARES = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fifth": 5, "tenth": 10, "hundredth": 100}
@@ -1047,16 +1024,16 @@ def _in_digits(run: re.Match) -> str:
     if f" {said} " in f" {COUNTING} ":
         return run[0]
     said = re.sub(r"\b([2-9])0 ([1-9])\b(?! h)", r"\1\2", said)
-    said = re.sub(r"\b([1-9] )?h\b( \d\d?\b(?! h))?", lambda m: str(100 * int(m[1] or 1) + int(m[2] or 0)), said)
+    said = re.sub(r"\b([1-9] )?h\b( \d\d?\b(?! h))?",
+                  lambda number: str(100 * int(number[1] or 1) + int(number[2] or 0)), said)
     return re.sub(r" ?\. ?", ".", said)
 
 
 def scrub(text: str, record: dict) -> str:
     """A rationale without anything that states the annotation; "" if nothing is left. Idempotent.
 
-    Sentences that name a class or the gold answer go as a whole. Of the numbers go lists of four, and for
-    boxes and distributions fractions and spelled-out ones; for boxes also all from 10 to 1000, since near
-    misses would do as coordinates, and digits that stand close.
+    Sentences that name it go as a whole. Of the numbers go lists of four; for boxes and distributions
+    fractions and spelled-out ones; for boxes also all from 10 to 1000 (near misses would do) and close digits.
     """
     text = _visible(text[:LONGEST_RATIONALE])[:LONGEST_RATIONALE]
     for _ in range(8):  # what is cut out can bring the parts of a name or list together
@@ -1121,7 +1098,7 @@ def reconstruct_prompt(record: dict, rationale: str) -> str:
 # ----- rewards of RISE as released, and of Visual-RFT, which it descends from
 
 def detection_legacy(response: str, record: dict) -> float:
-    """RISE's box reward as released, 0.0 to 1.0: a missing box is free, a think block of numbers alone costs."""
+    """RISE's box reward as released, 0.0 to 1.0: missing ones are free, thinking in numbers alone costs."""
     boxes = parse_boxes(response)
     listed = re.fullmatch(r"\s*\[[\d\s.,\[\]-]*\]\s*", _legacy_think(response))
     score = sum(matched(gold_boxes(record), boxes)) / max(len(boxes), 1)
@@ -1198,7 +1175,7 @@ def visual_rft_conf(response: str, record: dict) -> float:
 
 
 def _hits(response: str, record: dict) -> list[tuple[float, float]]:
-    """(IoU or 0 for a miss, confidence) of each {"Position": box, "Confidence": number} in the answer, once.
+    """(IoU or 0 for a miss, confidence) of each {"Position": box, "Confidence": number} in the answer.
 
     The surest goes first and takes the free gold box it overlaps most, if by more than half.
     """
