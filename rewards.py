@@ -144,6 +144,7 @@ def build_prompt(record: dict) -> str:
     if choices and not listed:
         question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
     task = record.get("task")
+    # the gold answer, by which Reason-RFT decides how to ask, would give itself away
     variant = f"{task}_choice" if HAS_OPTIONS.search(question) else task
     template = PROMPTS.get(variant) or PROMPTS.get(task) or PROMPTS[record["answer_type"]]
     return template.replace("{question}", question)  # not str.format: questions are full of braces
@@ -645,10 +646,7 @@ os.register_at_fork(after_in_child=JUDGE.__init__)  # the parent's ends with the
 
 
 def _judge():
-    """The child: says + when it has imported, then 1, 0 or ? (gave up) to each line [answer, gold, seconds].
-
-    It forks a worker that answers, until the kernel ends it because its time is up. Then it forks the next.
-    """
+    """The child: says + when it is ready, then 1, 0 or ? (gave up) to each line [answer, gold, seconds]."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -662,13 +660,13 @@ def _judge():
     gc.freeze()  # a worker then copies fewer pages
     os.write(1, b"+")
     sys.stdout = sys.stderr = open(os.devnull, "w")
+    # a worker answers until the kernel ends it because its time is up, whatever it is doing; then the next
     while (worker := os.fork()) and os.waitpid(worker, 0)[1]:
-        os.write(1, b"?")  # the worker died of its question
+        os.write(1, b"?")
     if worker:
         return  # it has no more questions
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-    parsed.cache_clear()
-    equal(*WARM_UP[0])  # copies the pages that any question needs, before time counts
+    equal("(x-2)(x+2)", "x^2-4")  # copies the pages that any question needs, before time counts
     for line in sys.stdin.buffer:
         answer, gold, seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -743,11 +741,8 @@ def format_legacy(response: str, record: dict) -> float:
 
 
 def discrete(response: str, record: dict) -> float:
-    """Reason-RFT's reward for counts and letters (arXiv 2503.20752): 1.0 for the gold, else 0.0.
-
-    In a tag (the last, in the released code the first) character by character: "3.0" is no 3.
-    """
-    tags = ANSWER_TAG.findall(response[-TAIL:])
+    """Reason-RFT's reward for counts and letters (arXiv 2503.20752): 1.0 for the gold, in a tag exactly."""
+    tags = ANSWER_TAG.findall(response[-TAIL:])  # the released code reads the first one
     return float(tags[-1].strip() == _gold(record).strip() != "") if tags else accuracy(response, record)
 
 
@@ -768,9 +763,8 @@ def numeric(response: str, record: dict) -> float:
 def functions(response: str, record: dict) -> float:
     """Reason-RFT's function-based reward (arXiv 2503.20752) for calls, partial credit: from 0.0 to 1.0.
 
-    Calls of answer and gold are paired the best way there is (released: as Python's hash seed has it). Equal
-    ones count 1, those with function and object or value in common 0.5, with the function alone 0.25: of the
-    longer list's length, times the share of the answer's calls that repeat no other.
+    Paired the best way there is, equal calls count 1, those with function and object or value in common 0.5,
+    with the function alone 0.25: of the longer list's length, times the share of calls that repeat no other.
     """
     return _paired_calls(response, record, near=0.5, far=0.25)
 
@@ -841,10 +835,7 @@ def _boxes(text: str) -> list[tuple]:
 
 
 def parse_distribution(response: str, classes: Iterable[str]) -> dict | None:
-    """Probability of each class by the `name: number` pairs in the answer, 0 for those not mentioned.
-
-    None if a value is no number in [0, 1] or no class has a positive one. Other names are ignored.
-    """
+    """Probability of each class by the `name: number` pairs in the answer (0 if not there); None without."""
     return _distribution(_slot(response) or "", classes)
 
 
@@ -891,9 +882,8 @@ def matched(some: list, others: list, worth: Callable = iou) -> list[float]:
         while owner[at]:
             done.append(at)
             free.remove(at)
-            here = owner[at]
             for j in free:
-                gap = far[at] + cost[here - 1][j - 1] - row_price[here] - price[j]
+                gap = far[at] + cost[owner[at] - 1][j - 1] - row_price[owner[at]] - price[j]
                 if gap < far[j]:
                     far[j], came_from[j] = gap, at
             at = min(free, key=far.__getitem__)
@@ -935,7 +925,7 @@ def _boxes_are_right(response: str, record: dict) -> bool:
 def _likeliest_is_right(response: str, record: dict) -> bool:
     gold = gold_distribution(record)
     said = parse_distribution(response, gold) or {"": 1}
-    got, right = ({name for name, p in values.items() if p == max(values.values())} for values in (said, gold))
+    got, right = ({name for name, p in pairs.items() if p == max(pairs.values())} for pairs in (said, gold))
     return got <= right
 
 
@@ -1033,7 +1023,7 @@ def scrub(text: str, record: dict) -> str:
     """A rationale without anything that states the annotation; "" if nothing is left. Idempotent.
 
     Sentences that name it go as a whole. Of the numbers go lists of four; for boxes and distributions
-    fractions and spelled-out ones; for boxes also all from 10 to 1000 (near misses would do) and close digits.
+    fractions and spelled-out ones; for boxes also close digits and all from 10 to 1000: near misses would do.
     """
     text = _visible(text[:LONGEST_RATIONALE])[:LONGEST_RATIONALE]
     for _ in range(8):  # what is cut out can bring the parts of a name or list together
@@ -1114,8 +1104,8 @@ def grounding_legacy(response: str, record: dict) -> float:
 def distribution_legacy(response: str, record: dict) -> float:
     """RISE's distribution reward as released, 0.0 to 1.0; a missing answer earns what all zeros would.
 
-    Only lower-case one-word names are found, exponents and ".5" are misread, values above 1 are zeros. A
-    decimal in the think block (the whole response, if that has a newline) costs.
+    Only lower-case one-word names are found, exponents and ".5" misread, values above 1 zeros. A decimal in
+    the think block (the whole response, if that has a newline) costs.
     """
     tags = re.findall("<answer>(.*?)</answer>", response[-TAIL:])
     classes = dict.fromkeys(record.get("meta", {}).get("classes") or gold_distribution(record), 0.0)
@@ -1166,10 +1156,7 @@ def visual_rft_iou(response: str, record: dict) -> float:
 
 
 def visual_rft_conf(response: str, record: dict) -> float:
-    """Visual-RFT's confidence reward: mean confidence of hits, 1 - confidence of misses, from 0.0 to 1.0.
-
-    By this definition any miss at confidence 0 earns all: it only makes sense beside `visual_rft_iou`.
-    """
+    """Visual-RFT's confidence reward, 0.0 to 1.0: mean of hits and of 1 - misses: a miss at 0 earns 1."""
     hits = _hits(response, record)
     return sum(sure if overlap else 1 - sure for overlap, sure in hits) / max(len(hits), 1)
 
@@ -1194,10 +1181,7 @@ def _hits(response: str, record: dict) -> list[tuple[float, float]]:
 
 
 def contains(response: str, record: dict) -> float:
-    """Visual-RFT's classification reward: 1.0 if answer or gold contains the other, else 0.0.
-
-    By this definition "a" is right for each gold with an a, and a list of all classes for every gold.
-    """
+    """Visual-RFT's classification reward: 1.0 if answer or gold contains the other, even an "a"."""
     said, gold = (_joined(text) for text in (_slot(response) or "", _gold(record)))
     return float(bool(said and gold) and (said in gold or gold in said))
 
