@@ -1014,7 +1014,7 @@ def _in_digits(run: re.Match) -> str:
     if f" {said} " in f" {COUNTING} ":
         return run[0]
     said = re.sub(r"\b([2-9])0 ([1-9])\b(?! h)", r"\1\2", said)
-    said = re.sub(r"\b([1-9] )?h\b( \d\d?\b(?! h))?",
+    said = re.sub(r"\b(\d*[1-9] )?h\b( \d\d?\b(?! h))?",
                   lambda number: str(100 * int(number[1] or 1) + int(number[2] or 0)), said)
     return re.sub(r" ?\. ?", ".", said)
 
