@@ -90,7 +90,7 @@ from transformers import AutoProcessor, DynamicCache, TopKLogitsWarper, TopPLogi
 from transformers.utils.logging import disable_progress_bar
 
 from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
-                     gold_distribution, leaks, matched_ious, parse_boxes, parse_distribution, rationale_of)
+                     gold_distribution, leaks, matched, parse_boxes, parse_distribution, rationale_of)
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
                        resolve_model, send, served_model, write_json, write_rows, write_text)
@@ -805,7 +805,7 @@ def box_scores(response, record):
     """
     gold = gold_boxes(record)
     said = parse_boxes(response)
-    ious = matched_ious(gold, said)
+    ious = matched(gold, said)
     hits = sum(iou >= 0.5 for iou in ious)
     return {"iou": sum(ious) / len(gold),
             "precision": hits / max(len(said), 1),

@@ -144,17 +144,10 @@ def build_prompt(record: dict) -> str:
     if choices and not listed:
         question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
     task = record.get("task")
-    variant = f"{task}_choice" if asks_for_choice(question) else task
+    # the gold answer, by which Reason-RFT decides how to ask, would give itself away
+    variant = f"{task}_choice" if HAS_OPTIONS.search(question) else task
     template = PROMPTS.get(variant) or PROMPTS.get(task) or PROMPTS[record["answer_type"]]
     return template.replace("{question}", question)  # not str.format: questions are full of braces
-
-
-def asks_for_choice(question: str) -> bool:
-    """Whether a question shows options: it decides how to ask, since the gold answer would give itself away.
-
-    Reason-RFT (arXiv 2503.20752) asks for a letter if the gold answer is one, in training and evaluation.
-    """
-    return bool(HAS_OPTIONS.search(question))
 
 
 # ----- extraction: which part of a response is its answer
@@ -611,81 +604,73 @@ class Judge:
     What takes over a second, or too much memory, is unequal. A policy that writes nothing but bombs must not
     stop training, so they share 5 seconds, to which a tenth of the time that passes is added. When these are
     used up, a question gets a tenth of a second: n bombs cost 5 + n/10 seconds at most, and a tenth of the
-    run. Threads take turns.
+    run. Threads take turns. Tests shorten the second.
     """
-    def __init__(self):
-        self.lock, self.process = threading.Lock(), None
-        self.budget, self.asked = 5.0, time.monotonic()
+    def __init__(self, second: float = 1.0):
+        self.lock, self.process, self.cut_short = threading.Lock(), None, 0
+        self.second, self.budget, self.asked = second, 5 * second, time.monotonic()
 
     def equal(self, answer: str, gold: str) -> bool:
         with self.lock:
             if self.process is None or self.process.poll() is not None:
                 self.start()
-            now, before = time.monotonic(), self.asked
-            self.budget, self.asked = min(self.budget + (now - before) / 10, 5.0), now
-            seconds, verdict = min(max(self.budget, 0.1), 1.0), b""
+            before, self.asked = self.asked, time.monotonic()
+            self.budget = min(self.budget + (self.asked - before) / 10, 5 * self.second)
+            seconds, verdict = min(max(self.budget, self.second / 10), self.second), b""
             try:
-                self.process.stdin.write(json.dumps([answer, gold, seconds]).encode() + b"\n")
-                verdict = self.process.stdout.read(1)  # the child's timer ends the wait
-            except BrokenPipeError:
-                pass
+                with contextlib.suppress(BrokenPipeError):
+                    self.process.stdin.write(json.dumps([answer, gold, seconds]).encode() + b"\n")
+                    verdict = self.process.stdout.read(1)  # the child's timer ends the wait
             finally:
                 if not verdict:  # also at Ctrl-C: a verdict that comes late must not answer the next question
                     with self.process:
                         self.process.kill()
-            if verdict not in (b"0", b"1"):
+            if verdict == b"?":
                 self.budget = max(self.budget - seconds, 0.0)
+                if seconds < self.second and not self.cut_short:
+                    print("formulas used up their time: a slow one may now be graded wrong", file=sys.stderr)
+                self.cut_short += seconds < self.second
             return verdict == b"1"
 
     def start(self):
-        """A session of its own, so that no signal to our group reaches it: it ends when its input does."""
-        self.process = subprocess.Popen([sys.executable, __file__], bufsize=0, start_new_session=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        if self.process.stdout.read(1) != b"+":
+        """In a session of its own, so that no signal to our group reaches it: it ends when its input does."""
+        process = subprocess.Popen([sys.executable, __file__], bufsize=0, start_new_session=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if process.stdout.read(1) != b"+":
             raise RuntimeError(f"{__file__}: the process that compares formulas did not start")
-
-    def forget(self):
-        """In a fork, where the process is the parent's, who alone may hold its input open."""
-        if self.process:
-            self.process.returncode = 0
-            self.process.stdin.close()
-            self.process.stdout.close()
-        self.__init__()
+        self.process = process
 
 
 JUDGE = Judge()
-os.register_at_fork(after_in_child=JUDGE.forget)
+os.register_at_fork(after_in_child=JUDGE.__init__)  # the parent's ends with the parent: this drops its pipes
 
 
 def _judge():
-    """The child: says + when it has imported, then 1, 0 or ? (gave up) to each line [answer, gold, seconds].
-
-    It forks a worker that answers. The kernel ends that when its time is up, whatever it is doing; the next
-    one, with everything imported, is there within milliseconds.
-    """
+    """The child: says + when it is ready, then 1, 0 or ? (gave up) to each line [answer, gold, seconds]."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    signal.alarm(120)  # for the import, which takes a second
     from math_verify import parse, verify
     logging.disable()
     parsed = functools.lru_cache(256)(lambda text: parse(_marked(text), parsing_timeout=None))
-    for answer, gold in WARM_UP:
-        verify(parsed(gold), parsed(answer), timeout_seconds=None)
-    signal.alarm(0)
+    equal = lambda answer, gold: verify(parsed(gold), parsed(answer), timeout_seconds=None)
+    for pair in WARM_UP:
+        equal(*pair)
     gc.freeze()  # a worker then copies fewer pages
     os.write(1, b"+")
     sys.stdout = sys.stderr = open(os.devnull, "w")
+    # a worker answers until the kernel ends it because its time is up, whatever it is doing; then the next
     while (worker := os.fork()) and os.waitpid(worker, 0)[1]:
-        os.write(1, b"?")  # the worker died of its question
+        os.write(1, b"?")
     if worker:
         return  # it has no more questions
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    equal("(x-2)(x+2)", "x^2-4")  # copies the pages that any question needs, before time counts
     for line in sys.stdin.buffer:
         answer, gold, seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        verdict = verify(parsed(gold), parsed(answer), timeout_seconds=None)
+        verdict = equal(answer, gold)
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(1, b"1" if verdict else b"0")
 
@@ -714,38 +699,26 @@ def _is_blocks(response: str, *names: str) -> float:
 
 
 def hfrrf(response: str, record: dict) -> float:
-    """Vision-R1's hard formatting result reward (arXiv 2503.06749): 1.0 for format and accuracy at once.
-
-    Either alone earns nothing, and so does a truncated response, however complete it looks.
-    """
-    if record.get("truncated") or not format_think_answer(response, record):
-        return 0.0
-    return accuracy(response, record)
+    """Vision-R1's reward (arXiv 2503.06749): 1.0 for format and accuracy at once, truncated 0.0."""
+    whole = not record.get("truncated") and format_think_answer(response, record)
+    return accuracy(response, record) if whole else 0.0
 
 
 def boxed(response: str, record: dict) -> float:
-    r"""VL-Rethinker's reward (arXiv 2504.08837): 1.0 if the last \boxed{} holds the answer, else 0.0.
-
-    Unlike accuracy it reads nothing but the box: a right answer in prose, or a truncated response, is 0.0.
-    """
-    return float(not record.get("truncated") and _box_is_right(response, record))
-
-
-def _box_is_right(response: str, record: dict) -> bool:
-    box = _last_box(response[-TAIL:])
-    return bool(box) and accuracy(rf"\boxed{{{box}}}", record) == 1
+    r"""VL-Rethinker's reward (arXiv 2504.08837): 1.0 if the last \boxed{} is right and nothing truncated."""
+    box = not record.get("truncated") and _last_box(response[-TAIL:])
+    return accuracy(rf"\boxed{{{box}}}", record) if box else 0.0
 
 
 def vl_rethinker(response: str, record: dict) -> float:
     """What VL-Rethinker's released code pays, from -0.1 to 1.1; its paper's reward is plainly `boxed`.
 
-    A valid response, neither truncated nor with six "wait", scores 1 or 0, an invalid one -0.1. Then a right
-    one that was not forced to rethink gets 1.1 for one or two reflections of its own, even if invalid, and
-    else loses 0.2 for each, down to -0.1.
+    Truncated, or with six "wait", a response starts at -0.1. A right one that was not forced to rethink gets
+    1.1 for one or two reflections of its own, even so, and else loses 0.2 for each, down to -0.1.
     """
-    right = _box_is_right(response, record)
+    right = boxed(response, record | {"truncated": False})
     valid = not record.get("truncated") and response.casefold().count("wait") < 6
-    base = float(right) if valid else -0.1
+    base = right if valid else -0.1
     if not right or record.get("forced"):
         return base
     n = reflections(response)
@@ -761,55 +734,37 @@ def reflections(response: str) -> int:
 # ----- Reason-RFT's rewards
 
 def format_legacy(response: str, record: dict) -> float:
-    """Reason-RFT's format reward (arXiv 2503.20752) as released, which its published runs were paid.
-
-    1.0 from <think> to </answer> with </think> <answer> on the way: empty and repeated blocks pass, a newline
-    around it all does not.
-    """
+    """Reason-RFT's format reward (arXiv 2503.20752) as its published runs were paid: blocks may be empty."""
     inner = response.removeprefix("<think>").removesuffix("</answer>")
     whole = len(response) - len(inner) == len("<think></answer>")
     return float(whole and bool(re.search(r"</think>\s*<answer>", inner)))
 
 
 def discrete(response: str, record: dict) -> float:
-    """Reason-RFT's reward for counts and letters (arXiv 2503.20752): 1.0 for the gold, else 0.0.
-
-    In an answer tag the gold is wanted character by character, so that "3.0" is no 3. Without a tag it is
-    `accuracy`; its released code reads the first tag, here as everywhere the last one counts.
-    """
-    tags = ANSWER_TAG.findall(response[-TAIL:])
+    """Reason-RFT's reward for counts and letters (arXiv 2503.20752): 1.0 for the gold, in a tag exactly."""
+    tags = ANSWER_TAG.findall(response[-TAIL:])  # the released code reads the first one
     return float(tags[-1].strip() == _gold(record).strip() != "") if tags else accuracy(response, record)
 
 
 def numeric(response: str, record: dict) -> float:
     """Reason-RFT's mathematical reward (arXiv 2503.20752): `accuracy`, and nearly right numbers earn a part.
 
-    1.0 up to 5% off the gold, 0.0 from 20% on, half a cosine wave between. For a gold of zero only zero
-    itself counts, to 1e-9.
+    1.0 up to 5% off the gold, 0.0 from 20% on, half a cosine wave between. For a zero only zero counts.
     """
     right = accuracy(response, record)
     got, want = _number(*_find_answer(response)), _value(_plain(_gold(record)))
     if right or not got or not want:
         return right
-    return max(_closeness(x, y) for x, y in _readings(got, want))
-
-
-def _closeness(x: Fraction, gold: Fraction) -> float:
-    if not gold:
-        return float(abs(x) <= Fraction(1, 10**9))
-    off = abs(x - gold) / abs(gold)
-    if Fraction(1, 20) < off < Fraction(1, 5):
-        return 0.5 * (1 + math.cos(math.pi * (float(off) - 0.05) / 0.15))
-    return float(off <= Fraction(1, 20))
+    off = min(abs(x - y) / (abs(y) or Fraction(1, 5 * 10**7)) for x, y in _readings(got, want))
+    part = min(max((off - Fraction(1, 20)) / Fraction(3, 20), 0), 1)  # of the way from 5% to 20%
+    return 0.5 * (1 + math.cos(math.pi * part))
 
 
 def functions(response: str, record: dict) -> float:
     """Reason-RFT's function-based reward (arXiv 2503.20752) for calls, partial credit: from 0.0 to 1.0.
 
-    The calls of answer and gold are paired, each at most once, equal ones first, then the best way there is
-    (the released code's pairs depend on Python's hash seed). Equal calls count 1, the same function with the
-    same object or value 0.5, the same function alone 0.25. The sum is divided by the longer list's length
-    and multiplied by the share of the answer's calls that do not repeat another.
+    Paired the best way there is, equal calls count 1, those with function and object or value in common 0.5,
+    with the function alone 0.25: of the longer list's length, times the share of calls that repeat no other.
     """
     return _paired_calls(response, record, near=0.5, far=0.25)
 
@@ -820,10 +775,7 @@ def functions_full(response: str, record: dict) -> float:
 
 
 def functions_penalty(response: str, record: dict) -> float:
-    """`functions` with -0.25 and -0.5 for its two kinds of unequal pairs (arXiv 2503.20752): -0.5 to 1.0.
-
-    Pairs are made as long as a function is left on both sides, so that no answer (0.0) beats a wrong one.
-    """
+    """`functions` with -0.25 and -0.5 for unequal pairs (arXiv 2503.20752): -0.5 to 1.0, no answer 0.0."""
     return _paired_calls(response, record, near=-0.25, far=-0.5)
 
 
@@ -837,35 +789,24 @@ def _paired_calls(response: str, record: dict, near: float, far: float) -> float
     exact = (wanted & Counter(got)).total()
     rest, missed = [[*(Counter(a) - Counter(b)).elements()] for a, b in ((got, gold), (gold, got))]
     same_function = (Counter(c[0] for c in rest) & Counter(c[0] for c in missed)).total()
-    close = sum(_matched(rest, missed, _close))
+    # same object or value: any such pairing can be completed within its function, so the most is the best
+    close = sum(matched(rest, missed, lambda a, b: a[0] == b[0] and (a[1] == b[1] or a[2] == b[2])))
     score = exact + near * close + far * (same_function - close)
     return score / max(len(got), len(gold)) * len(got) / len(said)
-
-
-def _close(call: tuple, other: tuple) -> bool:
-    """Whether two calls share function and object, or function and value: they weigh `near`, not `far`.
-
-    Any pairing can be completed within its function, so that with most close pairs is the best assignment.
-    """
-    return call[0] == other[0] and (call[1] == other[1] or call[2] == other[2])
 
 
 STEP = re.compile(r"Step \d+:|^\d+\.|^[-*]|(?:First|Second|Next|Finally),", re.MULTILINE)
 
 
 def steps(response: str, record: dict) -> float:
-    """Reason-RFT's optional step reward (arXiv 2503.20752): a third for each mark of a step, up to 1.0.
-
-    Marks are "Step 2:", a numbered or bulleted line, and First, Second, Next or Finally with a comma.
-    """
+    """Reason-RFT's optional step reward (arXiv 2503.20752): a third for each mark of a step, up to 1.0."""
     return min(len(STEP.findall(response)), 3) / 3
 
 
 def length_bonus(lengths: list[int], right: list[bool]) -> list[float]:
-    """Reason-RFT's optional length reward (arXiv 2503.20752) for one group of responses: from -0.5 to 0.5.
+    """Reason-RFT's optional length reward (arXiv 2503.20752): 0.5 for the shortest of a group to -0.5.
 
-    From 0.5 for the shortest to -0.5 for the longest, linear between; a wrong response never gains. All 0.0
-    if the lengths (the released code: characters) are equal. No entry of REWARDS, since it needs the group.
+    A wrong response never gains; equal lengths earn 0.0. No entry of REWARDS, since it needs the group.
     """
     short, long = min(lengths), max(lengths)
     if short == long:
@@ -894,11 +835,7 @@ def _boxes(text: str) -> list[tuple]:
 
 
 def parse_distribution(response: str, classes: Iterable[str]) -> dict | None:
-    """Probability of each class by the `name: number` pairs in the answer, 0 for those not mentioned.
-
-    Names quoted or not, in any case, with blanks, hyphens or underscores. None if a value is no number in
-    [0, 1] or no class has a positive one. Other names are ignored.
-    """
+    """Probability of each class by the `name: number` pairs in the answer (0 if not there); None without."""
     return _distribution(_slot(response) or "", classes)
 
 
@@ -929,37 +866,30 @@ def _area(box: tuple) -> float:
     return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
 
 
-def matched_ious(gold: list, boxes: list) -> list[float]:
-    """IoU of each pair of the one-to-one assignment with the largest sum, as many as the shorter list has."""
-    return _matched(gold, boxes, iou)
+def matched(some: list, others: list, worth: Callable = iou) -> list[float]:
+    """worth(a, b), symmetric, of each pair of the one-to-one assignment with the largest sum.
 
-
-def _matched(some: list, others: list, worth: Callable) -> list[float]:
-    """The same of any symmetric worth(one, other).
-
-    The Hungarian method: rows join one by one along a shortest augmenting path, O(n^2 m). Index 0 of the
-    potentials and of `owner` (row of a column) is a free place outside the matrix.
+    The Hungarian method: rows join one by one along a shortest augmenting path, O(n^2 m). Index 0 of prices
+    and of `owner` (row of a column) is a free place outside the matrix.
     """
     rows, columns = sorted((some, others), key=len)
     cost = [[-worth(a, b) for b in columns] for a in rows]
     row_price, price, owner = [0.0] * (len(rows) + 1), [0.0] * (len(columns) + 1), [0] * (len(columns) + 1)
     for row in range(1, len(rows) + 1):
         at, owner[0] = 0, row
-        slack, came_from, done = [math.inf] * len(owner), [0] * len(owner), set()
+        far, came_from = [0.0] + [math.inf] * len(columns), [0] * len(owner)
+        done, free = [], set(range(len(owner)))
         while owner[at]:
-            done.add(at)
-            here = owner[at]
-            for j in range(1, len(owner)):
-                if j not in done and (gap := cost[here - 1][j - 1] - row_price[here] - price[j]) < slack[j]:
-                    slack[j], came_from[j] = gap, at
-            step, nearest = min((slack[j], j) for j in range(1, len(owner)) if j not in done)
-            for j in range(len(owner)):
-                if j in done:
-                    row_price[owner[j]] += step
-                    price[j] -= step
-                else:
-                    slack[j] -= step
-            at = nearest
+            done.append(at)
+            free.remove(at)
+            for j in free:
+                gap = far[at] + cost[owner[at] - 1][j - 1] - row_price[owner[at]] - price[j]
+                if gap < far[j]:
+                    far[j], came_from[j] = gap, at
+            at = min(free, key=far.__getitem__)
+        for j in done:
+            row_price[owner[j]] += far[at] - far[j]
+            price[j] -= far[at] - far[j]
         while at:
             owner[at], at = owner[came_from[at]], came_from[at]
     return [-cost[owner[j] - 1][j - 1] for j in range(1, len(owner)) if owner[j]]
@@ -981,28 +911,22 @@ def gold_distribution(record: dict) -> dict:
 
 def divergence(gold: dict, said: dict) -> tuple[float, float]:
     """(KL(gold || said), both clipped at 1e-10 and normalised, mean squared error of the values as given)."""
-    def normal(values):
-        clipped = {name: max(value, 1e-10) for name, value in values.items()}
-        return {name: value / sum(clipped.values()) for name, value in clipped.items()}
-
-    p, q = normal(gold), normal(said)
+    clipped = [{name: max(value, 1e-10) for name, value in values.items()} for values in (gold, said)]
+    p, q = ({name: value / sum(values.values()) for name, value in values.items()} for values in clipped)
     kl = sum(p[name] * math.log(p[name] / q[name]) for name in gold)
     return max(kl, 0.0), sum((gold[name] - said[name]) ** 2 for name in gold) / len(gold)
 
 
 def _boxes_are_right(response: str, record: dict) -> bool:
     gold, boxes = gold_boxes(record), parse_boxes(response)
-    return len(gold) == len(boxes) and min(matched_ious(gold, boxes), default=0) >= 0.5
+    return len(gold) == len(boxes) and min(matched(gold, boxes), default=0) >= 0.5
 
 
 def _likeliest_is_right(response: str, record: dict) -> bool:
     gold = gold_distribution(record)
-    said = parse_distribution(response, gold)
-    return bool(said) and _likeliest(said) <= _likeliest(gold)
-
-
-def _likeliest(distribution: dict) -> set[str]:
-    return {name for name, p in distribution.items() if p == max(distribution.values())}
+    said = parse_distribution(response, gold) or {"": 1}
+    got, right = ({name for name, p in pairs.items() if p == max(pairs.values())} for pairs in (said, gold))
+    return got <= right
 
 
 ANNOTATIONS = {"boxes": _boxes_are_right, "distribution": _likeliest_is_right}
@@ -1011,13 +935,11 @@ ANNOTATIONS = {"boxes": _boxes_are_right, "distribution": _likeliest_is_right}
 def agreement(response: str, record: dict) -> float:
     """How well an answer reconstructs the annotation (RISE, arXiv 2508.13229), from 0.0 to 1.0.
 
-    Boxes: IoUs of the best assignment, summed, / the longer list's length, so that a missing box costs as
-    much as a spurious one; a single pair's IoU. Distributions: exp(-KL/2 - MSE/2). Else `accuracy`. An answer
-    that cannot be read earns nothing.
+    Boxes: IoUs of the best assignment / the longer list's length. Distributions: exp(-KL/2 - MSE/2).
     """
     if record["answer_type"] == "boxes":
         gold, boxes = gold_boxes(record), parse_boxes(response)
-        return sum(matched_ious(gold, boxes)) / max(len(gold), len(boxes), 1)
+        return sum(matched(gold, boxes)) / max(len(gold), len(boxes), 1)
     if record["answer_type"] == "distribution":
         gold = gold_distribution(record)
         said = parse_distribution(response, gold)
@@ -1039,20 +961,12 @@ def rationale_of(response: str) -> str:
 
 LONGEST_RATIONALE = 8000  # characters that scrub keeps, and that leaks reads at a time
 COUNTING = " ".join(map(str, range(20)))
-NUMERALS = dict(zip([*WORDS, *"""eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
-    nineteen""".split()], COUNTING.split()))
+TEENS = "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+NUMERALS = dict(zip([*WORDS, *TEENS], COUNTING.split()))
 NUMERALS |= {f"{ten}ty": f"{i}0" for i, ten in enumerate("twen thir for fif six seven eigh nine".split(), 2)}
 NUMERALS |= {"hundred": "h", "thousand": "1000", "point": ".", "percent": "%"}
 SHARES = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fifth": 5, "tenth": 10, "hundredth": 100}
 SHARES = {share + s: f"/{parts}" for share, parts in SHARES.items() for s in ("", "s")}
-COMPOUNDS = [(re.compile(pattern), repl) for pattern, repl in (
-    (r"\b([2-9])0 ([1-9])\b(?! h)", r"\1\2"),
-    (r"(?<![1-9] )h", "1 h"),
-    (r"\b(\d) h (\d\d)\b", r"\1\2"),
-    (r"\b(\d) h (\d)\b(?! h)", r"\g<1>0\2"),
-    (r" h", "00"),
-    (r" ?\. ?", "."),
-)]
 SPELLINGS = NUMERALS | SHARES
 NUMERAL, SPELLING = ("|".join(sorted(words, key=len, reverse=True)) for words in (NUMERALS, SPELLINGS))
 SPELLED = re.compile(rf"(?<![^\W_])(?:{NUMERAL})(?:(?:[\W_]|(?<![^\W_])and(?![^\W_])){{,8}}(?:{SPELLING}))*"
@@ -1068,6 +982,7 @@ PROBABILITY = re.compile(r"(?<!\d)(?:\d*\.\d+(?:e[-+]?\d+)?(?:\s?%)?|\d+e[-+]?\d
                          r"|(?!(?:1?\d|2[0-3]):[0-5]\d(?!\d))\d+(?:\s?:\s?\d+)+"  # "7:3", no time of day
                          rf"|\d+[\s-](?:{'|'.join(SHARES)})\b)", re.IGNORECASE)
 APART = [re.compile(rf"(?<!\d)(?=(\d(?:[^\d\n]{{,3}}\d){{{n}}})(?!\d))") for n in (1, 2, 3)]  # "1a 2b 0c"
+ON_SCALE = re.compile(r"\b\w*(?<!\d)(?:0{,2}[1-9]\d|0?[1-9]\d\d|1000)(?!\d)\w*")
 MARKUP = re.compile(r"<[^<>\s]{1,40}>")  # <image>, <|im_end|> or <answer> would act in the next prompt
 SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 
@@ -1075,10 +990,8 @@ SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 def leaks(text: str, record: dict) -> list[str]:
     """What in a rationale gives the annotation away, as written there or in digits; [] if nothing does.
 
-    Lists of four numbers in any notation, always. For boxes also two coordinates of one of them, from 10 up,
-    with their digits together or apart. For distributions also class names and numbers that can be
-    probabilities, else the gold answer. Names count as whole words in any case ("Joy", not "enjoy"), spaced
-    out or not.
+    Lists of four numbers, always. For boxes also two coordinates of one of them, from 10 up; for
+    distributions names of classes ("Joy", not "enjoy") and probabilities, else the gold answer.
     """
     text, names, found, said = _visible(text), _names(record), [], set()
     for start in range(0, len(text), LONGEST_RATIONALE - LONGEST):
@@ -1100,17 +1013,17 @@ def _in_digits(run: re.Match) -> str:
     said = " ".join(SPELLINGS[word] for word in re.findall(SPELLING, run[0].lower()))
     if f" {said} " in f" {COUNTING} ":
         return run[0]
-    for pattern, repl in COMPOUNDS:
-        said = pattern.sub(repl, said)
-    return said
+    said = re.sub(r"\b([2-9])0 ([1-9])\b(?! h)", r"\1\2", said)
+    said = re.sub(r"\b(\d*[1-9] )?h\b( \d\d?\b(?! h))?",
+                  lambda number: str(100 * int(number[1] or 1) + int(number[2] or 0)), said)
+    return re.sub(r" ?\. ?", ".", said)
 
 
 def scrub(text: str, record: dict) -> str:
     """A rationale without anything that states the annotation; "" if nothing is left. Idempotent.
 
-    Sentences that name a class or the gold answer go as a whole. Of the numbers go lists of four, and for
-    boxes and distributions fractions and spelled-out ones; for boxes also all from 10 to 1000, and digits
-    that stand close, since near misses would do as coordinates. "2020." stays, markup does not.
+    Sentences that name it go as a whole. Of the numbers go lists of four; for boxes and distributions
+    fractions and spelled-out ones; for boxes also close digits and all from 10 to 1000: near misses would do.
     """
     text = _visible(text[:LONGEST_RATIONALE])[:LONGEST_RATIONALE]
     for _ in range(8):  # what is cut out can bring the parts of a name or list together
@@ -1127,13 +1040,9 @@ def _scrub_once(text: str, record: dict) -> str:
         text = PROBABILITY.sub(" ", text)
         text = SPELLED.sub(lambda run: run[0] if _in_digits(run) == run[0] else " ", text)
     if record["answer_type"] == "boxes":
-        text = re.sub(r"\w+", lambda word: " " if _on_scale(word[0]) else word[0], text)
+        text = ON_SCALE.sub(" ", text)
         text = re.sub(r"(?<!\d)\d(?:[^\d\n]{1,3}\d)+(?!\d)", " ", text)
     return " ".join(text.split()) if re.search(r"\w", text) else ""
-
-
-def _on_scale(word: str) -> bool:
-    return any(10 <= int(number) <= 1000 for number in re.findall(r"(?<!\d)\d{2,4}(?!\d)", word))
 
 
 def _visible(text: str) -> str:
@@ -1161,10 +1070,7 @@ def _names(record: dict) -> re.Pattern:
 
 
 def cot_prompt(record: dict) -> str:
-    """RISE's first hop: shows the annotation and asks for a rationale that does not state it.
-
-    A data set's own wording, in meta["cot_prompt"], comes first.
-    """
+    """RISE's first hop: asks for a rationale of the annotation, in a data set's words (meta) or our own."""
     answer = record["answer"]
     if record["answer_type"] == "choice":
         answer = f"({answer}) {record['choices'][ord(answer) - 65]}"
@@ -1182,27 +1088,24 @@ def reconstruct_prompt(record: dict, rationale: str) -> str:
 # ----- rewards of RISE as released, and of Visual-RFT, which it descends from
 
 def detection_legacy(response: str, record: dict) -> float:
-    """RISE's box reward as released, 0.0 to 1.0: divided by the boxes given, so that a missing one is free.
-
-    Times 0.1 if the think block is a list of numbers and nothing else: a box within prose goes unpunished.
-    """
+    """RISE's box reward as released, 0.0 to 1.0: missing ones are free, thinking in numbers alone costs."""
     boxes = parse_boxes(response)
     listed = re.fullmatch(r"\s*\[[\d\s.,\[\]-]*\]\s*", _legacy_think(response))
-    score = sum(matched_ious(gold_boxes(record), boxes)) / max(len(boxes), 1)
+    score = sum(matched(gold_boxes(record), boxes)) / max(len(boxes), 1)
     return score * (0.1 if listed else 1)
 
 
 def grounding_legacy(response: str, record: dict) -> float:
     """RISE-R1's reward of single boxes as released, 0.0 to 1.0: those in the thoughts are answers, too."""
     gold, boxes = gold_boxes(record), _boxes(response[-TAIL:])[:MOST_BOXES]
-    return sum(matched_ious(gold, boxes)) / max(len(gold), len(boxes), 1)
+    return sum(matched(gold, boxes)) / max(len(gold), len(boxes), 1)
 
 
 def distribution_legacy(response: str, record: dict) -> float:
     """RISE's distribution reward as released, 0.0 to 1.0; a missing answer earns what all zeros would.
 
-    Only lower-case one-word names are found, exponents and ".5" are misread, values above 1 are zeros. Times
-    0.1 for a decimal in the think block, which is the whole response if that has a newline.
+    Only lower-case one-word names are found, exponents and ".5" misread, values above 1 zeros. A decimal in
+    the think block (the whole response, if that has a newline) costs.
     """
     tags = re.findall("<answer>(.*?)</answer>", response[-TAIL:])
     classes = dict.fromkeys(record.get("meta", {}).get("classes") or gold_distribution(record), 0.0)
@@ -1253,10 +1156,7 @@ def visual_rft_iou(response: str, record: dict) -> float:
 
 
 def visual_rft_conf(response: str, record: dict) -> float:
-    """Visual-RFT's confidence reward: mean confidence of hits, 1 - confidence of misses, from 0.0 to 1.0.
-
-    By this definition any miss at confidence 0 earns all: it only makes sense beside `visual_rft_iou`.
-    """
+    """Visual-RFT's confidence reward, 0.0 to 1.0: mean of hits and of 1 - misses: a miss at 0 earns 1."""
     hits = _hits(response, record)
     return sum(sure if overlap else 1 - sure for overlap, sure in hits) / max(len(hits), 1)
 
@@ -1264,8 +1164,7 @@ def visual_rft_conf(response: str, record: dict) -> float:
 def _hits(response: str, record: dict) -> list[tuple[float, float]]:
     """(IoU or 0 for a miss, confidence) of each {"Position": box, "Confidence": number} in the answer.
 
-    The surest goes first and takes the free gold box it overlaps most, if by more than half. Repeated boxes
-    count once, objects that were cut off not at all.
+    The surest goes first and takes the free gold box it overlaps most, if by more than half.
     """
     said = {}
     for part in re.findall(r"\{[^{}]*\}", _slot(response) or "")[:MOST_BOXES]:
@@ -1282,40 +1181,31 @@ def _hits(response: str, record: dict) -> list[tuple[float, float]]:
 
 
 def contains(response: str, record: dict) -> float:
-    """Visual-RFT's classification reward: 1.0 if answer or gold contains the other, else 0.0.
-
-    By this definition "a" is right for each gold with an a, and a list of all classes for every gold.
-    """
+    """Visual-RFT's classification reward: 1.0 if answer or gold contains the other, even an "a"."""
     said, gold = (_joined(text) for text in (_slot(response) or "", _gold(record)))
     return float(bool(said and gold) and (said in gold or gold in said))
 
 
-REWARDS = {"accuracy": accuracy, "format": format_think_answer, "hfrrf": hfrrf, "boxed": boxed,
-           "vl_rethinker": vl_rethinker, "format_legacy": format_legacy, "format_caption": format_caption,
-           "discrete": discrete, "numeric": numeric, "functions": functions, "functions_full": functions_full,
-           "functions_penalty": functions_penalty, "steps": steps, "agreement": agreement, "rise": rise,
-           "detection_legacy": detection_legacy, "grounding_legacy": grounding_legacy,
-           "distribution_legacy": distribution_legacy, "distribution_format": distribution_format,
-           "grounding_format": grounding_format, "grounding_giou": grounding_giou,
-           "visual_rft_iou": visual_rft_iou, "visual_rft_conf": visual_rft_conf, "contains": contains}
+REWARDS = {"format": format_think_answer} | {reward.__name__: reward for reward in (
+    accuracy, hfrrf, boxed, vl_rethinker, format_legacy, format_caption, discrete, numeric, functions,
+    functions_full, functions_penalty, steps, agreement, rise, detection_legacy, grounding_legacy,
+    distribution_legacy, distribution_format, grounding_format, grounding_giou, visual_rft_iou,
+    visual_rft_conf, contains)}
 
 
 def parse_reward_spec(spec: str) -> dict[str, float]:
     """Weights by name from "accuracy=1,format=0.5" (a bare name weighs 1); ValueError names what is wrong."""
     weights = {}
     for part in spec.split(","):
-        name, _, weight = (piece.strip() for piece in part.partition("="))
+        name, given, weight = (piece.strip() for piece in part.partition("="))
         if name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown reward {name!r} in {spec!r}: did you mean {near!r}?")
         if name in weights:
             raise ValueError(f"reward {name!r} is given twice in {spec!r}")
-        try:
-            weights[name] = float(weight or ("nan" if "=" in part else 1))
-        except ValueError:
-            weights[name] = math.nan
-        if not math.isfinite(weights[name]):
+        if given and not re.fullmatch(REAL, weight):
             raise ValueError(f"bad weight {weight!r} for reward {name!r} in {spec!r}: not a finite number")
+        weights[name] = float(weight) if given else 1.0
     return weights
 
 

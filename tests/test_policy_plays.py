@@ -18,9 +18,11 @@ BY_DEFINITION = {
 
 
 @pytest.fixture(autouse=True)
-def fewer_frames(monkeypatch):
-    """One response in form, one that is only a box and one in prose; the bench has more."""
+def fewer_plays(monkeypatch):
+    """One response in form, one that is only a box and one in prose, and half the records; the bench has more."""
     monkeypatch.setattr(bench_blind, "FRAMES", [bench_blind.FRAMES[k] for k in (0, 2, 3)])
+    for kind in ("math", "boxes", "distribution"):
+        monkeypatch.setitem(bench_blind.RECORDS, kind, bench_blind.RECORDS[kind][::2])
 
 
 def test_every_reward_is_played():
@@ -30,6 +32,8 @@ def test_every_reward_is_played():
 @pytest.mark.parametrize("name", list(bench_blind.KINDS))
 def test_no_play_beats_an_honest_guess(name):
     for kind in bench_blind.KINDS[name]:
+        if name in ("agreement", "rise") and kind not in rewards.ANNOTATIONS:
+            continue  # accuracy, which is played
         (pay, play), (honest, _) = bench_blind.best(name, kind)
         assert pay <= max(honest, BY_DEFINITION.get(name, 0)) + 1e-9, (kind, pay, honest, play)
 

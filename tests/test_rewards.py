@@ -65,7 +65,7 @@ SHOWN = "Find x.\nChoices:\nA: 30\nB: 45"
     ("The circle with centre A. Find its radius, a choice of yours.", False), ("", False),
 ])
 def test_the_question_decides_whether_a_letter_is_asked_for(question, choice):
-    assert rewards.asks_for_choice(question) is choice
+    assert bool(rewards.HAS_OPTIONS.search(question)) is choice
     for task in ("structure", "structure_answer"):
         asked = {rewards.build_prompt(record(gold, kind, task=task) | {"question": question})
                  for gold, kind in (("A", "text"), ("30", "number"), ("12 AB", "text"))}

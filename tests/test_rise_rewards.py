@@ -200,10 +200,10 @@ def test_assignment_is_the_best_one():
                        for _ in range(rng.randrange(6))] for _ in range(2))
         short, long = sorted((gold, pred), key=len)
         best = max(sum(map(rewards.iou, short, some)) for some in itertools.permutations(long, len(short)))
-        ious = rewards.matched_ious(gold, pred)
+        ious = rewards.matched(gold, pred)
         assert sum(ious) == pytest.approx(best, abs=1e-9) and len(ious) == len(short)
         rng.shuffle(gold)
-        assert sum(rewards.matched_ious(pred, gold)) == pytest.approx(best, abs=1e-9)
+        assert sum(rewards.matched(pred, gold)) == pytest.approx(best, abs=1e-9)
 
 
 @pytest.mark.parametrize("n, m", [(100, 100), (90, 1000), (1, 1000)])
