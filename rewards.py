@@ -162,13 +162,13 @@ def asks_for_choice(question: str) -> bool:
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 BOX_GLUE = re.compile(r"(?:[\s$]|\\[()]|\\q?quad)*"
                       r"(?:[,;]|\\text\{[^{}]{,40}\}|and\b)(?:[\s$,]|and\b|\\[()]|\\q?quad)*")
-CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
+CUE = re.compile(r"\b(?:final answer|answers?|(?:correct )?(?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
                  r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*"
                  r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n", re.IGNORECASE + re.MULTILINE)
+SAID = re.compile(r"\b(?:is|are|was|were|choose|wait)\b", re.IGNORECASE)
 CORRECTION = re.compile(r"\b(?:wait|actually|correction|on second thought)\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<!\b[A-K])[.!?](?=\s|$)|[。；]|，(?!-?\d)|\n")
-LABEL = re.compile(r"^\W*(?:the )?(?:(?:final|correct|best) )*(?:answer|option|choice)\s*(?:is\b|:)[\s:]*"
-                   r"|^【?(?:答案|选项|结果|选)[】\s]*[是为:：]*", re.IGNORECASE)
+UNFINISHED = re.compile(r"<think>|\b(?:an|the|that|this|to|of|in|with|and|or|we|is|are)\s*$")
 
 
 def extract_answer(response: str) -> str | None:
@@ -177,11 +177,13 @@ def extract_answer(response: str) -> str | None:
 
 
 def _find_answer(response: str) -> tuple[str, str]:
-    """(answer, the prose it is from). Prose is "" for a slot; an unclosed last box is a slot left empty."""
-    text, slot = response[-TAIL:], _slot(response)
-    if slot is not None and len(slot) <= LONGEST:
-        return LABEL.sub("", slot.strip()).strip(), ""
-    prose = (slot or text.rpartition("</think>")[2]).replace("</s>", "").strip()
+    """(answer, the prose it is from). Prose is "" for a slot, unless that holds a sentence."""
+    slot = _slot(response)
+    if slot is not None and len(slot) <= LONGEST and not (CUE.search(slot) or SAID.search(slot)):
+        return slot.strip(), ""
+    prose = (slot or response.rpartition("</think>")[2][-TAIL:]).replace("</s>", "").strip()
+    if UNFINISHED.search(prose):
+        return "", ""
     corrected = [part for part in CORRECTION.split(prose)[1:] if re.search(r"\d|\b[A-K]\b", part)]
     prose = corrected[-1].strip(" ,:") if corrected else prose
     cues = [m.end() for m in CUE.finditer(prose) if m.end() < len(prose)]
@@ -200,69 +202,55 @@ def _slot(response: str) -> str | None:
 
 def _last_box(text: str) -> str | None:
     r"""Content of the last \boxed{}, or of the list it ends; "" if it is never closed; None without box."""
-    if r"\boxed" not in text:
-        return None
-    opened, boxes = [], []
-    for brace in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
-        if brace[0] in (r"\{", r"\}"):
-            continue
-        if brace[0] != "}":
-            opened.append(brace)
-        elif opened:
-            start = opened.pop()
-            if len(start[0]) > 1 and not (boxes and boxes[-1][0] > start.start()):  # innermost
-                boxes.append((start.start(), brace.end(), text[start.end():brace.start()].strip()))
-    if any(len(o[0]) > 1 and o.start() > (boxes[-1][0] if boxes else -1) for o in opened):
-        return ""
-    run = boxes[-1:]
-    for box in reversed(boxes[:-1]):
-        if not BOX_GLUE.fullmatch(text[box[1]:run[0][0]]):
+    run = []
+    for opened in reversed(re.split(r"\\boxed\s*\{", text)[1:]):
+        depth, end = 1, None
+        for brace in re.finditer(r"(?<!\\)[{}]", opened):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                end = brace.start()
+                break
+        if end is None or run and not BOX_GLUE.fullmatch(opened, end + 1):
             break
-        run.insert(0, box)
-    return ", ".join(dict.fromkeys(content for _, _, content in run)) if run else None
+        run.insert(0, opened[:end].strip())
+    return ", ".join(dict.fromkeys(run)) if run or r"\boxed" in text else None
 
 
 # ----- notation: one spelling for what can be written in many ways
 
-RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"
-LOWERED = str.maketrans(RAISED, "0123456789+-")
-SYMBOLS = str.maketrans({  # what Unicode's own compatibility forms leave as it is, or would spoil
-    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "⁄": "/", "º": "°", "掳": "°", "≈": "=", "≃": "=",
-    "≤": r"\le ", "≥": r"\ge ", "π": r"\pi ", "±": r"\pm ", "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in ",
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+SYMBOLS = str.maketrans({  # what Unicode's own compatibility forms leave as it is
+    "−": "-", "–": "-", "—": "-", "‐": "-", "⁄": "/", "∶": ":", "掳": "°", "≈": "=", "≃": "=",
+    "≤": r"\le ", "≥": r"\ge ", "≠": "not ", "π": r"\pi ", "±": r"\pm ", "∞": r"\infty ", "∪": r"\cup ",
+    "∈": r"\in ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot "})
 LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"(?:√|(?<![\\a-z])sqrt)\s*(?:(\d+|[a-z]\b)|\(([^()]*)\))?",
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}" if m[1] or m[2] else r"\sqrt"),
-    (r"\\sqrt\s*(\d)(?!\d)", r"\\sqrt{\1}"),
     (r"(?<![\\A-Za-z])pi\b", r"\\pi"),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\frac\s*(\d)", r"\\frac{\1}"),
-    (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"\\[dtc]?frac\s*(\{[^{}]*\}|\d)?\s*(\d)?",
+     lambda m: r"\frac" + "".join(f"{{{part.strip('{}')}}}" for part in m.groups("") if part)),
     (r"\\mathrm\s*\{([a-zA-Z])\}", r"\1"),  # e, i, d: no units
 )]
 WORDS = {word: i for i, word in enumerate("""zero one two three four five six seven eight nine ten eleven
     twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
 COUNTS = re.compile(r"(?<!\d )\b(?:" + "|".join(WORDS) + r")\b")
-SCIENTIFIC = re.compile(r"(?:(?<=\d)\s*(?:\\times|\\cdot|[x*])\s*|(?<![\w.^}\\]))"
-                        r"10\s?\^\s?(?:\{\s?([-+]?\d{1,3})\s?\}|([-+]?\d{1,3}))(?!\d|\.\d)")
 NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
-    (SCIENTIFIC.pattern, lambda m: ("" if m[0][0] != "1" else "1") + "e" + (m[1] or m[2])),
-    (r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
+    (r"(?:(?<=\d)\s*(?:\\,)?(?:\\times|\\cdot|[x*])\s*(?:\\,)?|(?<![\w.^}\\]))"
+     r"10\s?\^\s?(?:[{(]\s?([-+]?\d{1,3})\s?[})]|([-+]?\d{1,3}))(?!\d|\.\d)",
+     lambda m: ("" if m[0][0] != "1" else "1") + "e" + (m[1] or m[2])),
+    (r"\\(?:text|mathrm|(?:math|text)bf|boldsymbol|mbox|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"(\d)\s*(?=\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})", r"\1 "),
     (r"(?<![\w})^/])\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
     (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|\{?\bdegrees?\b\}?", ""),
     (r"(\d)(?:\\[,;:! ]|,\\!|\{,\})(?=\d{3}(?!\d))", r"\1,"),
     (r"([-+]\s?)\\?\$(?=\d)", r"\1"),
-    (r"\\(?:left|right|[,!;:()\[\] $])|[$*`~]|\\q?quad", " "),
+    (r"\\(?:left|right|[,!;:()\[\] $])|[$*`~]|__|\\q?quad", " "),
     (r"\s?\\?%|\s(?:percent|per cent|pct)\b", "%"),
-    (r"\\approx", "="),
-    (r"\\mu\s*", "μ"),
-    (r"\\Omega", "Ω"),
+    (r"\\(approx|mu|Omega)\b\s*", lambda m: {"a": "=", "m": "μ", "O": "Ω"}[m[1][0]]),
     (r"\b(?:negative|minus)\s(?=\.?\d|" + COUNTS.pattern + ")", "-"),
     (r"\s\^", "^"),
     (r"(?<![\d.,])([1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+)(?!,?\d)",
      lambda m: re.sub(r"\D", "", m[1])),
-    (r"(?<![\w./^])(\d{1,6}) (\d{1,6})/(\d{1,6})(?![\d/])",
+    (r"(?<![\w./^])(\d{1,6}) (?:and )?(\d{1,6})/(\d{1,6})(?![\d/])",
      lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),
 )]
 # what SYMBOLS, LATEX and NOTATION rewrite, in brief
@@ -300,8 +288,8 @@ ASSIGNED = re.compile(r"^(?:(?:[^=\d+*/<>^!-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
 
 def _spelled(text: str) -> str:
     """Text with one sign for each thing, as ASCII and LaTeX: powers, full-width forms, roots, fractions."""
-    text = re.sub(rf"[{RAISED}]+", lambda m: "^{" + m[0].translate(LOWERED) + "}", text)
-    text = unicodedata.normalize("NFKC", text.translate(SYMBOLS))
+    text = re.sub(r"[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", re.sub(r"[¼-¾⅐-⅞]", r" \g<0>", text.replace("º", "°")))
+    text = unicodedata.normalize("NFKC", text).translate(SYMBOLS)
     for pattern, repl in LATEX:
         text = pattern.sub(repl, text)
     return text
