@@ -162,13 +162,13 @@ def asks_for_choice(question: str) -> bool:
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 BOX_GLUE = re.compile(r"(?:[\s$]|\\[()]|\\q?quad)*"
                       r"(?:[,;]|\\text\{[^{}]{,40}\}|and\b)(?:[\s$,]|and\b|\\[()]|\\q?quad)*")
-CUE = re.compile(r"\b(?:final answer|answers?|(?:correct )?(?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
+CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
                  r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*"
                  r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n", re.IGNORECASE + re.MULTILINE)
 SAID = re.compile(r"\b(?:is|are|was|were|choose|wait)\b", re.IGNORECASE)
 CORRECTION = re.compile(r"\b(?:wait|actually|correction|on second thought)\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<!\b[A-K])[.!?](?=\s|$)|[。；]|，(?!-?\d)|\n")
-UNFINISHED = re.compile(r"<think>|\b(?:an|the|that|this|to|of|in|with|and|or|we|is|are)\s*$")
+UNFINISHED = re.compile(r"<think>|\b(?:an|the|that|this|need to|of|in|with|and|or|we|is|are)\s*$")
 
 
 def extract_answer(response: str) -> str | None:
@@ -182,11 +182,11 @@ def _find_answer(response: str) -> tuple[str, str]:
     if slot is not None and len(slot) <= LONGEST and not (CUE.search(slot) or SAID.search(slot)):
         return slot.strip(), ""
     prose = (slot or response.rpartition("</think>")[2][-TAIL:]).replace("</s>", "").strip()
-    if UNFINISHED.search(prose):
-        return "", ""
     corrected = [part for part in CORRECTION.split(prose)[1:] if re.search(r"\d|\b[A-K]\b", part)]
     prose = corrected[-1].strip(" ,:") if corrected else prose
     cues = [m.end() for m in CUE.finditer(prose) if m.end() < len(prose)]
+    if UNFINISHED.search(prose) and not cues:
+        return "", ""
     tail = prose[cues[-1]:] if cues else prose
     end = SENTENCE_END.search(tail, 1) if cues else None
     return tail[:end.start() if end else None].strip(), prose
@@ -258,23 +258,27 @@ DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cen
 # a number that no longer number or formula goes on from, such as 2\sqrt{3}, 2x, 2+3i or 10:30
 DIGITS = (r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?"
           r"(?![\d/]|[.:]\d|\^|[xyzie]\b|\s?\\(?:sqrt|pi|frac)|\s?[-+]\s?(?:\\|\d*[a-z]\b))")
-SIGN = r"(?:[-+]|(?<![\w)%] )[-+]\s)?"  # there is none in "7 - 2"
-NUMBER = re.compile(rf"(?<![\w.{{^])(?<!\d:){SIGN}[€£¥]?{DIGITS}", re.ASCII)
+NUMBER = r"(?<![\w.{^])(?<!\d:)(?:[-+]|(?<![\w)%] )[-+]\s)?[€£¥]?" + DIGITS  # no sign in "7 - 2"
 SCALES = {"%": Fraction(1, 100), "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
           "万": 10**4, "亿": 10**8}
-SCALE = re.compile(r"\s?(" + "|".join(SCALES) + r")(?![a-z])")
-UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|hr?|in|ft|sq|yd|mi|lbs?|oz"
-             r"|ha|atm|rad|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|plus\b|minus\b|times\b)[A-Za-z]{3,})"
+PREFIXES = {"n": -9, "μ": -6, "m": -3, "c": -2, "": 0, "k": 3}
+# each kind of unit has a factor of its own: kg convert to g, yet to no number and to no m
+SCALES |= {prefix + unit: 7**(20 + i) * Fraction(10)**power
+           for i, unit in enumerate("mgLJVAW") for prefix, power in PREFIXES.items()}
+SCALE = rf"(?:\s?({'|'.join(SCALES)})(?![A-Za-z/^]|\s?\\cdot))?"
+UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmhACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|in|ft|lbs?"
+             r"|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|or\b|plus\b|minus\b|times\b)[A-Za-z]{2,})"
              r"(?:\^?\{?-?[1-4]\}?)?(?![A-Za-z])")
-UNIT = re.compile(rf"(?:\s?{UNIT_NAME}(?:(?:\s?(?:/|\\cdot)\s?\(?|\.?\s){UNIT_NAME}){{,3}}\)?)?")
+MEASURE = re.compile(rf"({NUMBER}){SCALE}"
+                     rf"(?:\s?{UNIT_NAME}(?:(?:\s?(?:/|\\cdot)\s?\(?|\.?\s){UNIT_NAME}){{,3}}\)?)?", re.ASCII)
 STATED = re.compile(r"\b(?:is|are|was|were|be|equals?)[:\s]+"
                     r"(?:an? |total |of |about |approximately |only |[^\w.+-])*"
-                    rf"((?:[-+]\s?)?[€£¥]?{DIGITS})")
+                    rf"((?:[-+]\s?)?[€£¥]?{DIGITS}){SCALE}", re.ASCII)
 # what makes a formula or a hedge of the words around a number
 FORMULA = re.compile(r"[\\^*+=<>/|\d]|^#!|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#"
                      r"|\b(?:not?|minus|plus)\b")
-REFUTED = re.compile(r"(?i:\bnot|\brather than|\binstead of|n't)\s(?i:option |choice )?"
-                     r"(?:-?\d[\d,.]*\b|\(?[A-K]\b\)?)(?:,? but\b)?"
+REFUTED = re.compile(r"(?:(?i:\b(?:can)?not(?: be| equal to)?|\b(?:than|instead of|at least|at most)|n't(?: be)?)\s|不是)"
+                     r"(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K](?![A-Za-z])\)?)(?:,? but\b)?"
                      r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
 UNDECIDED = re.compile(r"\b(?:whether|if|question|depends?|could|may|might)\b", re.IGNORECASE)
@@ -319,22 +323,17 @@ def _value(text: str, alone: bool = True) -> Value | None:
     Then the rest may be words, but no second number, formula or refusal.
     """
     text = ASSIGNED.sub("", text)
-    number = NUMBER.match(text) if alone else NUMBER.search(text)
-    if not number:
-        return None
-    end = (SCALE.match(text, number.end()) or number).end()
-    around = text[:number.start()] + "#" + text[UNIT.match(text, end).end():]
-    fits = UNIT.fullmatch(text, end) if alone else not (FORMULA.search(around) or REFUSAL.search(around))
-    return _read(number[0], text[number.end():]) if fits else None
+    number, around = MEASURE.search(text), MEASURE.sub("#", text, count=1)
+    fits = around == "#" if alone else not (FORMULA.search(around) or REFUSAL.search(around))
+    return _read(number) if number and fits else None
 
 
-def _read(number: str, rest: str) -> Value | None:
-    """The value of a number and what follows it; None if it divides by zero."""
-    top, _, bottom = re.sub(r"[^\d./eE+-]", "", number).partition("/")
+def _read(number: re.Match) -> Value | None:
+    """The value of a MEASURE; None if it divides by zero."""
+    top, _, bottom = re.sub(r"[^\d./eE+-]", "", number[1]).partition("/")
     if bottom and not int(bottom):
         return None
-    scale = SCALE.match(rest)
-    return Fraction(top) / int(bottom or 1), SCALES[scale[1]] if scale else 1
+    return Fraction(top) / int(bottom or 1), SCALES.get(number[2], 1)
 
 
 def _same_value(got: Value, gold: Value, precision: float | None) -> bool:
@@ -365,8 +364,10 @@ def _conclusion(answer: str, prose: str) -> Value | None:
         return None
     for claim in _claims(answer, prose):
         text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(claim).rpartition("=")[2].lower())
-        for number in list(STATED.finditer(text))[-1:] or list(NUMBER.finditer(text))[-1:]:
-            return _read(number[number.lastindex or 0], text[number.end():])
+        if re.search(r"\d\W{,3}or\W{1,3}\d", text):
+            return None
+        for number in list(STATED.finditer(text))[-1:] or list(MEASURE.finditer(text))[-1:]:
+            return _read(number)
     return None
 
 
@@ -406,10 +407,10 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
     return said == label
 
 
-LETTER = re.compile(r"(?:(?i:option|choice|answer)s?\s|[选项]+)?"
+LETTER = re.compile(r"(?:(?i:option|choice|answer)s?[\s:]+|[选项]+)?"
                     r"[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])((?:[\s.:?)\]}】]|-(?!\S))*)(.*)")
 ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b)\s?|(?<=[A-K)])\s?(?=\(?[A-K](?![a-z]))")
-HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|[/,;、]\s?)\(?[A-K]\)?(?![\w']| [a-z])")
+HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|[/,;、或]\s?)\(?[A-K]\)?(?![\w']| [a-z])")
 LABELLED = re.compile(r"\(([A-K])\)"
                       r"|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}?(?: is:?|:) \W*([A-K])\b"
                       r"|\b(?i:option|choice|choose|select|pick) \W*([A-K])\b"
@@ -422,7 +423,7 @@ LISTING = re.compile(r"(?:^|\n)[^\w\n]{,4}A[.):][^\n]{,200}(?:\n[^\w\n]{,4}[B-Z]
 
 def _labels(text: str, choices: list[str]) -> str:
     """Option letters a short text names ("B", "(b) 3 cm", an option's text, "A, C" -> "AC"); "" if none."""
-    plain = REFUTED.sub("", _plain(text)).strip(" ,.")
+    plain = REFUTED.sub("", _plain(text)).strip(" ,.()")
     items = [_label(item.strip(" \"'[]{}"), choices) for item in ITEMS.split(plain.strip("[]{}"))]
     several = "".join(sorted(set(items))) if all(items) else ""
     return _label(plain, choices) or several
@@ -512,7 +513,7 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
 
 
 def _number(answer: str, prose: str) -> Value | None:
-    plain = _plain(answer)
+    plain = REFUTED.sub("", _plain(answer))
     return _value(plain) or (_conclusion(answer, prose) if prose else _value(plain, alone=False))
 
 
@@ -522,7 +523,7 @@ INEQUALITY = re.compile(r"\\(?:leq?|geq?|lt|gt)(?![a-z])|[<>]")
 def _same_formula(answer: str, gold: str) -> bool:
     """Equality of formulas; of equations with the same left side, that of their right sides."""
     got, want = _spelled(answer), _spelled(gold)
-    if stated := re.match(r"(?s).*\bis ([^a-z].*|[a-z]\b.*)", got):
+    if stated := re.match(r"(?s).*\b(?:is|are) ([^a-z].*|[a-z]\b.*)", got):
         return _grade_math(stated[1], "", want, {"answer_type": "math"})
     (left, _, right), (want_left, _, want_right) = got.partition("="), want.partition("=")
     if right and want_right and "=" not in right + want_right:
@@ -537,13 +538,24 @@ def _same_formula(answer: str, gold: str) -> bool:
     return _math_equal(got, want)
 
 
+# what a sentence says: "The bar is red", "Yes, it is", "red, not blue"
+AROUND = re.compile(r"(?is)^(?!yes\b|no\b).*\b(?:is|are|was|were|shows?|at|in|by|year)\s"
+                    r"|(?<=^yes),.*|(?<=^no),.*|(?<=\w),? \(?not .*")
+
+
 def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:
-    got, want = (_squeezed(BRACKETS.sub(r"\1\2", _fold(text))) or text for text in (answer, gold))
-    values = _value(_fold(answer)), _value(_fold(gold))
-    return got == want or all(values) and _same_value(*values, record.get("precision"))
+    want = _value(_fold(gold))
+    for said in (answer, AROUND.sub("", answer)):
+        if _bare(said) == _bare(gold):
+            return True
+        if want and (got := _value(_fold(said))) and _same_value(got, want, record.get("precision")):
+            return True
+    return False
 
 
-BRACKETS = re.compile(r"^\(([^()]*)\)$|^\[([^\[\]]*)\]$")
+def _bare(text: str) -> str:
+    """Words without brackets around them; of what is no word, all."""
+    return _squeezed(re.sub(r"^\(([^()]*)\)$|^\[([^\[\]]*)\]$", r"\1\2", _fold(text))) or text
 
 
 def _grade_calls(answer: str, prose: str, gold: str, record: dict) -> bool:
