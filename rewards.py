@@ -238,12 +238,12 @@ NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
     (r"(\d)\s*(?=\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})", r"\1 "),
     (r"(?<![\w})^/])\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
     (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|\{?\bdegrees?\b\}?", ""),
-    (r"(\d)(?:\\[,;:! ]|,\\!|\{,\})(?=\d{3}(?!\d))", r"\1,"),
+    (r"(?<![\d.,])[1-9]\d{,2}([, ]|\\[,;:! ]|,\\!|\{,\})\d{3}(?:\1\d{3})*(?!,?\d)",
+     lambda m: m[0].replace(m[1], "")),
     (r"\\(?:left|right|[,!;:()\[\] $])|[$*`~]|__|\\q?quad", " "),
     (r"\s?\\?%|\s(?:percent|per cent|pct)\b", "%"),
     (r"\\(approx|mu|Omega)\b\s*", lambda m: {"a": "=", "m": "μ", "O": "Ω"}[m[1][0]]),
     (r"\b(?:negative|minus)\s(?=\.?\d|" + COUNTS.pattern + ")", "-"),
-    (r"(?<![\d.,])[1-9]\d{,2}([, ])\d{3}(?:\1\d{3})*(?!,?\d)", lambda m: re.sub(r"\D", "", m[0])),
     (r"(?<![\w./^])(\d{1,6}) (?:and )?(\d{1,6})/(\d{1,6})(?![\d/])",
      lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),
 )]
@@ -260,7 +260,8 @@ PREFIXES = {"n": -9, "μ": -6, "m": -3, "c": -2, "": 0, "k": 3}
 SCALES |= {prefix + unit: 7**(20 + i) * Fraction(10)**power
            for i, unit in enumerate("mgLJVAW") for prefix, power in PREFIXES.items()}
 SCALE = rf"(?:\s?({'|'.join(SCALES)})(?![A-Za-z/]|\s?(?:\^|\\cdot)))?"
-UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmhACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|[\u4e00-\u9fff]+|(?<=[\s/(])(?!and\b|or\b|plus\b|minus\b|times\b)[A-Za-z]{2,})"
+UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmhACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|[\u4e00-\u9fff]+"
+             r"|(?<=[\s/(])(?!and\b|or\b|plus\b|minus\b|times\b)[A-Za-z]{2,})"
              r"(?:(?:\s?\^)?\{?-?[1-4]\}?)?(?![A-Za-z])")
 MEASURE = re.compile(rf"({NUMBER}){SCALE}"
                      rf"(?:\s?{UNIT_NAME}(?:(?:\s?(?:/|\\cdot)\s?\(?|\.?\s){UNIT_NAME}){{,3}}\)?)?", re.ASCII)
@@ -269,13 +270,12 @@ STATED = re.compile(r"\b(?:is|are|was|were|be|equals?)\b(?:an?\b|total|of|about|
 INEQUALITY = r"\\(?:leq?|geq?|lt|gt)(?![a-z])|[<>]"
 # what makes a formula or a hedge of the words around a number
 FORMULA = re.compile(r"[\\^*+=<>/|\d!]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|minus|plus)\b")
-REFUTED = re.compile(r"(?:(?i:\b(?:can)?not(?: be| equal to)?|\b(?:than|instead of|at least|at most)|n't(?: be)?)\s|不是)"
-                     r"(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K](?![A-Za-z])\)?)(?:,? but\b)?"
+REFUTED = re.compile(r"(?:(?i:\b(?:can)?not(?: be| equal to)?|\b(?:than|instead of|at (?:least|most))|n't(?: be)?)\s"
+                     r"|不是)(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K](?![A-Za-z])\)?)(?:,? but\b)?"
                      r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
-REFUSAL = re.compile(r"cannot|can't|unable to|impossible"
-                     r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)|insufficient"
-                     r"|without |no (?:information|option)|none of", re.IGNORECASE)
+REFUSAL = re.compile(r"can(?:no|')t|unable to|impossible|insufficient|without |none of|no (?:info|option)"
+                     r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)", re.IGNORECASE)
 ASSIGNED = re.compile(r"^(?:(?:[^=\d+*/<>^!-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
                       r"|(?:[\d\s+*/().-]|\\times|\\cdot){3,60}=\s?(?=[-.\d]))"
                       r"|\s?=\s?[A-Za-z]$")
@@ -332,15 +332,15 @@ def _value(text: str, alone: bool = True) -> Value | None:
     if not (number and fits):
         return None
     top, _, bottom = re.sub(r"[^\d./eE+-]", "", number[1]).partition("/")
-    return None if bottom and not int(bottom) else (Fraction(top) / int(bottom or 1), SCALES.get(number[2], 1))
+    divisor = int(bottom or 1)
+    return (Fraction(top) / divisor, SCALES.get(number[2], 1)) if divisor else None
 
 
 def _same_value(got: Value, gold: Value, precision: float | None) -> bool:
     """Equal to the record's decimals, else six digits."""
+    tolerance = 0 if gold[0].denominator == 1 else max(abs(got[0]), abs(gold[0])) / 10**6
     if precision is not None:
         tolerance = Fraction(1, 2 * 10 ** int(precision))
-    else:
-        tolerance = 0 if gold[0].denominator == 1 else max(abs(got[0]), abs(gold[0])) / 10**6
     return any(abs(x - y) <= tolerance for x, y in _readings(got, gold))
 
 
@@ -357,17 +357,17 @@ def _claims(answer: str, prose: str) -> list[str]:
     return [REFUTED.sub(" ", text) for text in clause + SENTENCE_END.split(prose)[::-1]]
 
 
-def _conclusion(answer: str, prose: str) -> Value | None:
+def _conclusion(answer: str, prose: str) -> str:
     """The number that prose commits to: stated ("there are 3", "is 3"), else the last one of a sentence."""
     if answer == prose and REFUSAL.search(prose[-300:]):
-        return None
+        return ""
     for claim in _claims(answer, prose):
         text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(claim).rpartition("=")[2].lower())
         if re.search(r"\d\W{,3}or\W{1,3}\d", text):
-            return None
+            return ""
         for number in list(STATED.finditer(text))[-1:] or list(MEASURE.finditer(text))[-1:]:
-            return _value(text[number.start(1):number.end()])
-    return None
+            return text[number.start(1):number.end()]
+    return ""
 
 
 # ----- grading
@@ -416,20 +416,15 @@ def _labels(text: str, choices: list[str]) -> str:
 
 def _label(item: str, choices: list[str]) -> str:
     """The option letter that a text names, by letter, text or both, if it names one; else ""."""
-    folded = [_squeezed(choice) for choice in choices]
     if named := LETTER.fullmatch(item):
         letter, gap, rest = named.groups()
         at = ord(letter.upper()) - 65
-        beside = not rest or folded[at:at + 1] == [_squeezed(_fold(rest).strip("()"))]
+        beside = not rest or at < len(choices) and _same_words(_fold(rest).strip("()"), choices[at])
         if at < (len(choices) or 26) and (beside or gap.strip(" -")) and not HEDGE.search(rest):
             return letter.upper()
-    said = _squeezed(_fold(item))
-    return chr(65 + folded.index(said)) if said in folded else _by_value(_value(_fold(item)), choices)
-
-
-def _by_value(got: Value | None, choices: list[str]) -> str:
-    same = (got and value and _same_value(got, value, None) for value in map(_value, choices))
-    return next((chr(65 + i) for i, equal in enumerate(same) if equal), "")
+    said = _fold(item)
+    order = sorted(range(len(choices)), key=lambda i: choices[i] != said)  # as written, else by value
+    return next((chr(65 + i) for i in order if _same_words(said, choices[i])), "")
 
 
 def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
@@ -442,7 +437,7 @@ def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str
         if named and ord(named[-1]) - 65 < (len(choices) or 11):
             return named[-1]
     if all(map(_value, choices)):
-        return _by_value(_conclusion(answer, prose), choices)
+        return _label(_conclusion(answer, prose), choices)
     if REFUSAL.search(prose[-300:]):
         return next((chr(65 + i) for i, choice in enumerate(choices) if REFUSAL.search(choice)), "")
     texts = "|".join(sorted(map(re.escape, filter(None, choices)), key=len, reverse=True))
@@ -491,7 +486,7 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
 
 def _number(answer: str, prose: str) -> Value | None:
     plain = REFUTED.sub("", _plain(answer))
-    return _value(plain) or (_conclusion(answer, prose) if prose else _value(plain, alone=False))
+    return _value(plain) or (_value(_conclusion(answer, prose)) if prose else _value(plain, alone=False))
 
 
 def _same_formula(answer: str, gold: str) -> bool:
@@ -508,12 +503,13 @@ def _same_formula(answer: str, gold: str) -> bool:
 
 
 def _grade_text(answer: str, prose: str, gold: str, record: dict) -> bool:
-    want = _fold(gold)
-    for said in (_fold(answer), _fold(AROUND.sub("", answer))):
-        values = _value(said), _value(want)
-        if _squeezed(said) == _squeezed(want) or all(values) and _same_value(*values, record.get("precision")):
-            return True
-    return False
+    said = answer, AROUND.sub("", answer)
+    return any(_same_words(_fold(text), _fold(gold), record.get("precision")) for text in said)
+
+
+def _same_words(said: str, want: str, precision: float | None = None) -> bool:
+    values = _value(said), _value(want)
+    return _squeezed(said) == _squeezed(want) or bool(all(values) and _same_value(*values, precision))
 
 
 def _grade_calls(answer: str, prose: str, gold: str, record: dict) -> bool:
