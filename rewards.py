@@ -11,20 +11,20 @@ From a question to a reward:
   1. build_prompt: the template of the record's task, else of its answer type. It promises a form of answer.
   2. extract_answer: last <answer> tag, else last \boxed{}, else "the answer is ...", else the bare text.
      Tag and box are slots the model chose to fill, so they are read strictly: one answer, nothing else.
-     Prose is read for its conclusion, after its last "wait": untrained models only ever write prose.
+     Prose, or a sentence in a slot, is read for its conclusion. What breaks off in mid-sentence has none.
   3. accuracy: choice compares option letters, number compares exact values, text compares normalised words,
      calls compares function calls. What the cheap comparisons leave open goes to math-verify (Judge).
      Boxes and distributions (RISE) are read from a tag or box alone.
   4. REWARDS: accuracy, formats, and what the papers reward instead; parse_reward_spec reads their weights.
 
-Conventions, where graders disagree: the last tag wins, and so does the last box (boxes joined by a comma or
-"and" are one list); a tag beats a box outside it; units, degree signs and labels ("Area =") are ignored; a
-list of the options is no answer; prose means yes or no only in the question's words; 50% equals 50 and 0.5
-(but 50 is not 0.5), 2 million 2 and 2000000; "not 5" and "rather than B" count as not said; with `precision`
-a response within half a unit of the last decimal is right, without it integers are exact and others agree to
-six digits; sets ignore order; a hedge ("A or B", "3 or 4") is wrong; a letter beats the option text beside
-it; spelled-out counts are numbers in prose only, a slot wants a numeral; calls come in any order, and their
-case, quotes, spaces and hyphens for underscores are notation.
+Conventions, where graders disagree: the last tag wins, and so does the last box (boxes side by side are one
+list); a tag beats a box outside it; degree signs, labels ("Area =") and units are ignored, but two units of a
+kind convert (2 km, 2000 m); a list of the options is no answer; prose means yes or no only in the question's
+words; 50% equals 50 and 0.5 (but 50 is not 0.5), 2 million 2 and 2000000; "not 5", "more than 5" and "rather
+than B" do not say 5 or B; with `precision` a response within half a unit of the last decimal is right, or
+else integers are exact and others agree to six digits; sets ignore order; hedges ("A or B", "3 or 4") are
+wrong; a letter beats the option text beside it; spelled-out counts are numbers in prose only; calls come in
+any order, and their case, quotes, spaces and hyphens for underscores are notation.
 """
 import contextlib
 import difflib
@@ -164,9 +164,9 @@ ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 BOX_GLUE = re.compile(r"(?:[\s$,;()\\]|q?quad|and\b|text\{[^{}]{,40}\})+")
 CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
                  r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*"
-                 r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n", re.IGNORECASE + re.MULTILINE)
+                 r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n"
+                 r"|\b(?:wait|actually|correction|on second thought)\b[\s,:]*", re.IGNORECASE + re.MULTILINE)
 SAID = re.compile(r"\b(?:is|are|was|were|choose|wait)\b", re.IGNORECASE)
-CORRECTION = re.compile(r"\b(?:wait|actually|correction|on second thought)\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<!\b[A-K])[.!?](?=\s|$)|[。；]|，(?!-?\d)|\n")
 UNFINISHED = re.compile(r"<think>|\b(?:an|the|that|this|need to|of|in|with|and|or|we|is|are)\s*$")
 
@@ -182,14 +182,10 @@ def _find_answer(response: str) -> tuple[str, str]:
     if slot is not None and len(slot) <= LONGEST and not (CUE.search(slot) or SAID.search(slot)):
         return slot.strip(), ""
     prose = (slot or response.rpartition("</think>")[2][-TAIL:]).replace("</s>", "").strip()
-    corrected = [part for part in CORRECTION.split(prose)[1:] if re.search(r"\d|\b[A-K]\b", part)]
-    prose = corrected[-1].strip(" ,:") if corrected else prose
     cues = [m.end() for m in CUE.finditer(prose) if m.end() < len(prose)]
     if UNFINISHED.search(prose) and not cues:
         return "", ""
-    tail = prose[cues[-1]:] if cues else prose
-    end = SENTENCE_END.search(tail, 1) if cues else None
-    return tail[:end.start() if end else None].strip(), prose
+    return SENTENCE_END.split(prose[cues[-1]:], maxsplit=1)[0].strip() if cues else prose, prose
 
 
 def _slot(response: str) -> str | None:
@@ -234,7 +230,7 @@ NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
     (r"(?:(?<=\d)\s*(?:\\,)?(?:\\times|\\cdot|[x*])\s*(?:\\,)?|(?<![\w.^}\\]))"
      r"10\s?\^\s?(?:[{(]\s?([-+]?\d{1,3})\s?[})]|([-+]?\d{1,3}))(?!\d|\.\d)",
      lambda m: ("" if m[0][0] != "1" else "1") + "e" + (m[1] or m[2])),
-    (r"\\(?:text|mathrm|(?:math|text)bf|boldsymbol|mbox|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
+    (r"\\(?:text(?:bf)?|math(?:rm|bf)|boldsymbol|mbox|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 "),
     (r"(\d)\s*(?=\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})", r"\1 "),
     (r"(?<![\w})^/])\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2"),
     (r"\^\s*\{?\s*(?:\\circ|∘)\s*\}?|\\degree|°|\{?\bdegrees?\b\}?", ""),
@@ -270,7 +266,7 @@ STATED = re.compile(r"\b(?:is|are|was|were|be|equals?)\b(?:an?\b|total|of|about|
 INEQUALITY = r"\\(?:leq?|geq?|lt|gt)(?![a-z])|[<>]"
 # what makes a formula or a hedge of the words around a number
 FORMULA = re.compile(r"[\\^*+=<>/|\d!]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|minus|plus)\b")
-REFUTED = re.compile(r"(?:(?i:\b(?:can)?not(?: be| equal to)?|\b(?:than|instead of|at (?:least|most))|n't(?: be)?)\s"
+REFUTED = re.compile(r"(?:(?i:(?:\b|can)not(?: be| equal to)?|\b(?:than|instead of|at least|at most)|n't)\s"
                      r"|不是)(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K](?![A-Za-z])\)?)(?:,? but\b)?"
                      r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
@@ -284,7 +280,7 @@ FILLERS = set("a an the it they this that there its their is are was were be wil
 CALL = re.compile(r"\b(\w+)\s*\(\s*(\w+)\s*,[\s\"'`‘’“”]*([\w-]+)[\s\"'`‘’“”]*\)", re.ASCII)
 # what a sentence says: "The bar is red", "Yes, it is", "red, not blue"
 AROUND = re.compile(r"(?is)^(?!yes\b|no\b).*\b(?:is|are|was|were|shows?|at|in|by|year)\s"
-                    r"|(?<=^yes),.*|(?<=^no),.*|(?<=\w),? \(?not .*")
+                    r"|(?<=^yes),(?! no).*|(?<=^no),(?! yes).*|(?<=\w),? \(?not .*")
 LETTER = re.compile(r"(?:(?i:option|choice|answer)s?[\s:]+|[选项]+)?"
                     r"[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])((?:[\s.:?)\]}】]|-(?!\S))*)(.*)")
 ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b)\s?|(?<=[A-K)])\s?(?=\(?[A-K](?![a-z]))")
@@ -381,11 +377,10 @@ def accuracy(response: str, record: dict) -> float:
     if record["answer_type"] in ANNOTATIONS:
         return float(ANNOTATIONS[record["answer_type"]](response, record))
     answer, prose = _find_answer(response)
-    if not answer:
-        return 0.0
-    grader = GRADERS[record["answer_type"]]
+    grade = GRADERS[record["answer_type"]]
     golds = [record["answer"], *(record.get("meta") or {}).get("accepted", [])]
-    return float(any(grader(answer, prose, _gold({"answer": gold}), record) for gold in golds))
+    right = (grade(answer, prose, _gold({"answer": gold}), record) for gold in golds)
+    return float(answer != "" and any(right))
 
 
 def _gold(record: dict) -> str:
@@ -402,8 +397,8 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
         return _grade_text(answer, prose, gold, record)
     if prose:
         answer, prose = LISTING.sub("", answer), LISTING.sub("", prose)
-    said = _labels(answer, choices) or prose and _label_in(answer, prose, choices, record.get("question", ""))
-    return said == label
+    return label == (_labels(answer, choices)
+                     or prose and _label_in(answer, prose, choices, record.get("question", "")))
 
 
 def _labels(text: str, choices: list[str]) -> str:
@@ -450,9 +445,8 @@ def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str
         asked = _content(question)
         said = [negated for words, negated in told if len(asked & words) > len(asked) / 2]
         return chr(65 + choices.index("no" if said[0] else "yes")) if said else ""
-    stated = [i for i, choice in enumerate(choices)
-              if any(_content(choice) <= words for words, negated in told if not negated)]
-    return chr(65 + stated[0]) if len(stated) == 1 else ""
+    return next((chr(65 + i) for words, negated in told for i, choice in enumerate(choices)
+                 if _content(choice) <= words and not negated), "")
 
 
 def _content(text: str) -> set[str]:
@@ -479,8 +473,6 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
     got_value = want_value and _number(answer, prose)
     if got_value:
         return _same_value(got_value, want_value, record.get("precision"))
-    if prose and REFUSAL.search(prose[-300:]):
-        return False
     return bool(record["answer_type"] == "math" or re.search(r"[\\^*]", got)) and _same_formula(answer, gold)
 
 
@@ -495,8 +487,6 @@ def _same_formula(answer: str, gold: str) -> bool:
         return _grade_math(stated[1], "", want, {"answer_type": "math"})
     if "=" in got and "=" in want and re.search(r"\\frac\s*\{d|'", got + want):
         return False  # derivatives are not to be solved for
-    if (got + want).count("=") == 1:
-        got, want = ASSIGNED.sub("", got), ASSIGNED.sub("", want)
     if re.search(INEQUALITY, got) and not re.search(INEQUALITY, want):
         got, want = want, got  # math-verify takes an interval for the answer to an inequality, not vice versa
     return _math_equal(got, want)
