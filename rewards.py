@@ -473,6 +473,8 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
     got_value = want_value and _number(answer, prose)
     if got_value:
         return _same_value(got_value, want_value, record.get("precision"))
+    if prose and REFUSAL.search(prose[-300:]):
+        return False
     return bool(record["answer_type"] == "math" or re.search(r"[\\^*]", got)) and _same_formula(answer, gold)
 
 
