@@ -17,14 +17,12 @@ From a question to a reward:
      Boxes and distributions (RISE) are read from a tag or box alone.
   4. REWARDS: accuracy, formats, and what the papers reward instead; parse_reward_spec reads their weights.
 
-Conventions, where graders disagree: the last tag wins, and so does the last box (boxes side by side are one
-list); a tag beats a box outside it; degree signs, labels ("Area =") and units are ignored, but two units of a
-kind convert (2 km, 2000 m); a list of the options is no answer; prose means yes or no only in the question's
-words; 50% equals 50 and 0.5 (but 50 is not 0.5), 2 million 2 and 2000000; "not 5", "more than 5" and "rather
-than B" do not say 5 or B; with `precision` a response within half a unit of the last decimal is right, or
-else integers are exact and others agree to six digits; sets ignore order; hedges ("A or B", "3 or 4") are
-wrong; a letter beats the option text beside it; spelled-out counts are numbers in prose only; calls come in
-any order, and their case, quotes, spaces and hyphens for underscores are notation.
+Conventions, where graders disagree: the last tag wins, the last box (boxes side by side are one list), a tag
+over a box outside it, and a letter over the option text beside it; degree signs, labels ("Area =") and units
+are ignored, but two units of a kind convert (2 km, 2000 m); prose means yes or no only in the question's
+words; 50% equals 50 and 0.5 (but 50 is not 0.5), 2 million 2 and 2000000; "not 5", "more than 5" and hedges
+("A or B") say nothing; with `precision` half a unit of the last decimal is allowed, else integers are exact
+and others agree to six digits; sets and calls ignore order; spelled-out counts are numbers in prose only.
 """
 import contextlib
 import difflib
@@ -342,8 +340,8 @@ def _readings(got: Value, gold: Value) -> list:
 
 def _claims(answer: str, prose: str) -> list[str]:
     """Where prose commits itself: the clause after its last cue, then its sentences from the last one on."""
-    clause = [] if answer == prose else ["is " + answer]
-    return [REFUTED.sub(" ", text) for text in clause + SENTENCE_END.split(prose)[::-1]]
+    clauses = ["is " + answer] * (answer != prose) + SENTENCE_END.split(prose)[::-1]
+    return [REFUTED.sub(" ", clause) for clause in clauses]
 
 
 def _conclusion(answer: str, prose: str) -> str:
@@ -372,15 +370,13 @@ def accuracy(response: str, record: dict) -> float:
     answer, prose = _find_answer(response)
     grade = GRADERS[record["answer_type"]]
     golds = [record["answer"], *(record.get("meta") or {}).get("accepted", [])]
-    right = (grade(answer, prose, _gold({"answer": gold}), record) for gold in golds)
+    right = (grade(answer, prose, _gold(gold), record) for gold in golds)
     return float(answer != "" and any(right))
 
 
-def _gold(record: dict) -> str:
-    gold = record["answer"]
-    if len(gold) > LONGEST or "<answer>" in gold or gold.count(r"\boxed") == 1:
-        gold = _find_answer(gold)[0] or gold
-    return gold
+def _gold(gold: str) -> str:
+    dressed = len(gold) > LONGEST or "<answer>" in gold or gold.count(r"\boxed") == 1
+    return dressed and _find_answer(gold)[0] or gold
 
 
 def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
@@ -397,9 +393,8 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
 def _labels(text: str, choices: list[str]) -> str:
     """Option letters a short text names ("B", "(b) 3 cm", an option's text, "A, C" -> "AC"); "" if none."""
     plain = REFUTED.sub("", _plain(text)).strip(" ,.()")
-    items = [_label(item.strip(" \"'[]{}"), choices) for item in ITEMS.split(plain.strip("[]{}"))]
-    several = "".join(sorted(set(items))) if all(items) else ""
-    return _label(plain, choices) or several
+    items = {_label(item.strip(" \"'[]{}"), choices) for item in ITEMS.split(plain.strip("[]{}"))}
+    return _label(plain, choices) or ("".join(sorted(items)) if all(items) else "")
 
 
 def _label(item: str, choices: list[str]) -> str:
@@ -417,9 +412,9 @@ def _label(item: str, choices: list[str]) -> str:
 
 def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
     """The option letter that prose commits to, by letter, else by its value or text."""
-    claims = _claims(answer, prose)
     if answer != prose and HEDGE.search(answer, 1):
         return ""
+    claims = _claims(answer, prose)
     for claim in claims:
         named = [m[m.lastindex] for m in LABELLED.finditer(unicodedata.normalize("NFKC", claim))]
         if named and ord(named[-1]) - 65 < (len(choices) or 11):
@@ -427,7 +422,7 @@ def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str
     if all(map(_value, choices)):
         return _label(_conclusion(answer, prose), choices)
     if REFUSAL.search(prose[-300:]):
-        return next((chr(65 + i) for i, choice in enumerate(choices) if REFUSAL.search(choice)), "")
+        return "".join(chr(65 + i) for i, choice in enumerate(choices) if REFUSAL.search(choice))[:1]
     texts = "|".join(sorted(map(re.escape, filter(None, choices)), key=len, reverse=True))
     for claim in map(_fold, claims):
         if hits := re.findall(rf"(?<![\w.])(?:{texts})(?!\w|\.\d)", claim):
@@ -447,7 +442,6 @@ def _content(text: str) -> set[str]:
     return {word.rstrip("s")[:6] for word in re.findall(r"\w+", text.lower()) if word not in FILLERS}
 
 
-
 def _fold(text: str) -> str:
     """Text reduced to its words: case, articles, punctuation and LaTeX dressing do not matter."""
     # a capital A further in is a name: "sample A has"
@@ -462,9 +456,7 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
         return True
     if "=" in got and "=" in want and {got[0], want[0]} == {"x", "y"}:
         return False  # x = 5 and y = 5 are two lines
-    want_value = _value(want)
-    got_value = want_value and _number(answer, prose)
-    if got_value:
+    if (want_value := _value(want)) and (got_value := _number(answer, prose)):
         return _same_value(got_value, want_value, record.get("precision"))
     if prose and REFUSAL.search(prose[-300:]):
         return False
@@ -502,7 +494,6 @@ def _grade_calls(answer: str, prose: str, gold: str, record: dict) -> bool:
     return bool(want) and sorted(_calls(prose or answer)) == sorted(want)
 
 
-
 def _calls(text: str) -> list[tuple[str, str, str]]:
     """(function, object id, value) of every call in a text; a made-up function is a wrong call, not none."""
     return [(func, which, value.replace("-", "_")) for func, which, value in CALL.findall(text.lower())]
@@ -522,9 +513,7 @@ UNIT_TAIL = re.compile(
 
 def _marked(text: str) -> str:
     """Text as math-verify wants it: formulas in $..$, unless words show that it must look for them itself."""
-    text = text.translate(SYMBOLS)
-    for pattern, repl in LATEX + [(WORD_LABEL, ""), (UNIT_TAIL, "")]:
-        text = pattern.sub(repl, text)
+    text = UNIT_TAIL.sub("", WORD_LABEL.sub("", text))
     prose = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 2
     return text if prose or re.search(r"\$.*\$|\\[(\[]|\\boxed", text) else f"${text.replace('$', '')}$"
 
@@ -546,9 +535,8 @@ class Judge:
     """Asks a child process whether two formulas are equal. The first question starts it; a fork has its own.
 
     What takes over a second, or too much memory, is unequal. A policy that writes nothing but bombs must not
-    stop training, so they share 5 seconds, to which a tenth of the time that passes is added. When these are
-    used up, a question gets a tenth of a second: n bombs cost 5 + n/10 seconds at most, and a tenth of the
-    run. Threads take turns. Tests shorten the second.
+    stop training: they share 5 seconds, and a tenth of the time that passes is added. When these are used up,
+    a question gets a tenth of a second: n bombs cost 5 + n/10 seconds and a tenth of the run at most.
     """
     def __init__(self, second: float = 1.0):
         self.lock, self.process, self.cut_short = threading.Lock(), None, 0
@@ -661,8 +649,7 @@ def vl_rethinker(response: str, record: dict) -> float:
     1.1 for one or two reflections of its own, even so, and else loses 0.2 for each, down to -0.1.
     """
     right = boxed(response, record | {"truncated": False})
-    valid = not record.get("truncated") and response.casefold().count("wait") < 6
-    base = right if valid else -0.1
+    base = right if not record.get("truncated") and response.casefold().count("wait") < 6 else -0.1
     if not right or record.get("forced"):
         return base
     n = reflections(response)
@@ -687,7 +674,8 @@ def format_legacy(response: str, record: dict) -> float:
 def discrete(response: str, record: dict) -> float:
     """Reason-RFT's reward for counts and letters (arXiv 2503.20752): 1.0 for the gold, in a tag exactly."""
     tags = ANSWER_TAG.findall(response[-TAIL:])  # the released code reads the first one
-    return float(tags[-1].strip() == _gold(record).strip() != "") if tags else accuracy(response, record)
+    gold = _gold(record["answer"]).strip()
+    return float(tags[-1].strip() == gold != "") if tags else accuracy(response, record)
 
 
 def numeric(response: str, record: dict) -> float:
@@ -696,7 +684,7 @@ def numeric(response: str, record: dict) -> float:
     1.0 up to 5% off the gold, 0.0 from 20% on, half a cosine wave between. For a zero only zero counts.
     """
     right = accuracy(response, record)
-    got, want = _number(*_find_answer(response)), _value(_plain(_gold(record)))
+    got, want = _number(*_find_answer(response)), _value(_plain(_gold(record["answer"])))
     if right or not got or not want:
         return right
     off = min(abs(x - y) / (abs(y) or Fraction(1, 5 * 10**7)) for x, y in _readings(got, want))
@@ -739,12 +727,10 @@ def _paired_calls(response: str, record: dict, near: float, far: float) -> float
     return score / max(len(got), len(gold)) * len(got) / len(said)
 
 
-STEP = re.compile(r"Step \d+:|^\d+\.|^[-*]|(?:First|Second|Next|Finally),", re.MULTILINE)
-
-
 def steps(response: str, record: dict) -> float:
     """Reason-RFT's optional step reward (arXiv 2503.20752): a third for each mark of a step, up to 1.0."""
-    return min(len(STEP.findall(response)), 3) / 3
+    marks = re.findall(r"(?m)Step \d+:|^\d+\.|^[-*]|(?:First|Second|Next|Finally),", response)
+    return min(len(marks), 3) / 3
 
 
 def length_bonus(lengths: list[int], right: list[bool]) -> list[float]:
@@ -752,10 +738,8 @@ def length_bonus(lengths: list[int], right: list[bool]) -> list[float]:
 
     A wrong response never gains; equal lengths earn 0.0. No entry of REWARDS, since it needs the group.
     """
-    short, long = min(lengths), max(lengths)
-    if short == long:
-        return [0.0] * len(lengths)
-    bonus = [0.5 - (length - short) / (long - short) for length in lengths]
+    short, spread = min(lengths), max(lengths) - min(lengths)
+    bonus = [0.5 - (length - short) / spread if spread else 0.0 for length in lengths]
     return [b if ok else min(0.0, b) for b, ok in zip(bonus, right)]
 
 
@@ -905,8 +889,7 @@ def rationale_of(response: str) -> str:
 
 LONGEST_RATIONALE = 8000  # characters that scrub keeps, and that leaks reads at a time
 COUNTING = " ".join(map(str, range(20)))
-TEENS = "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-NUMERALS = dict(zip([*WORDS, *TEENS], COUNTING.split()))
+NUMERALS = {word: str(i) for word, i in WORDS.items()}
 NUMERALS |= {f"{ten}ty": f"{i}0" for i, ten in enumerate("twen thir for fif six seven eigh nine".split(), 2)}
 NUMERALS |= {"hundred": "h", "thousand": "1000", "point": ".", "percent": "%"}
 SHARES = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fifth": 5, "tenth": 10, "hundredth": 100}
@@ -1126,7 +1109,7 @@ def _hits(response: str, record: dict) -> list[tuple[float, float]]:
 
 def contains(response: str, record: dict) -> float:
     """Visual-RFT's classification reward: 1.0 if answer or gold contains the other, even an "a"."""
-    said, gold = (_joined(text) for text in (_slot(response) or "", _gold(record)))
+    said, gold = (_joined(text) for text in (_slot(response) or "", _gold(record["answer"])))
     return float(bool(said and gold) and (said in gold or gold in said))
 
 
