@@ -178,10 +178,11 @@ def sample_rollouts(engine, questions, prompts, seeds, tokenizer, cfg):
     """One rollout for each of `questions`, keys of `prompts`; one that comes G times makes a group."""
     asked = [prompts[q] for q in questions]
     samples = generate(engine, asked, seeds, cfg)
-    texts = tokenizer.batch_decode([sample.ids for sample in samples], skip_special_tokens=True)
+    texts = tokenizer.batch_decode([ids for ids, _, _ in samples], skip_special_tokens=True)
     rollouts = []
     for q, sample, text in zip(questions, samples, texts):
-        rollouts.append(Rollout(q, sample.ids, sample.logprobs, sample.truncated, text))
+        ids, logps, truncated = sample
+        rollouts.append(Rollout(q, ids, logps, truncated, text))
     return rollouts
 
 

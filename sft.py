@@ -1087,14 +1087,14 @@ def optimizer_step(policy, optimizer, lr, max_norm, log):
     return norm
 
 
-def rehearse(policy, optimizer, group, dummy, cfg, log):
+def rehearse(policy, optimizer, row, dummy, cfg, log):
     """Run a micro-batch as large as --token_budget allows forward and backward: out of memory shows now.
 
-    group: the longest row that this run can tell before it starts. All ranks alike.
+    row: the longest (for `collate`) that this run can tell before it starts. All ranks alike.
     """
-    length = len(group)
+    length = sum(map(len, as_groups(row)))
     cost = computed(length, attention_scale(policy.config))
-    rows = [group] * max(1, int(cfg.token_budget / cost))  # a row beyond the budget runs alone
+    rows = [row] * max(1, int(cfg.token_budget / cost))  # a row beyond the budget runs alone
     size = f"{len(rows)} row(s) of {length} tokens"
     try:
         inputs, mask = collate(rows, dummy, 0, policy.banned.device)
@@ -1538,7 +1538,7 @@ def main(cfg):
     rows = check_rows(records, encode, log)
     with refusing(policy.config.model_type, log):
         self_check(policy, rows, dummy, log)
-        longest = max([Group(prompt, [response]) for prompt, response in rows], key=len)
+        longest = max(rows, key=lambda row: row[0]["input_ids"].shape[1] + len(row[1]))
         rehearse(policy, optimizer, longest, dummy, cfg, log)
     log.note("self-check passed")
 
