@@ -698,23 +698,24 @@ def no_reply(error):
     return {"response": "", "tokens": 0, "truncated": False, "error": str(error)}
 
 
-def answer_rows(records, engine, processor, cfg):
-    """Yield (record, replies) in order, on every rank; each answers cfg.batch_rows of a round.
+def answer_rows(records, engine, processor, cfg, finish=lambda record, replies: replies):
+    """Yield (record, finish(record, replies)) in order, on every rank; each answers batch_rows of a round.
 
-    A record gets cfg.n replies {"response", "tokens", "truncated"}, or just one with an "error" too.
+    A record gets cfg.n replies {"response", "tokens", "truncated"}, or just one with an "error" too. What is
+    to be done with them, grading, the rank does that answered.
     """
     per_round = cfg.batch_rows * WORLD
     for start in range(0, len(records), per_round):
         batch = records[start:start + per_round]
         # Neighbours are often alike, in length too: ranks take turns. Who has no row left takes part all the
         # same, because ranks that share an engine run it together.
-        shares = gather(agree(answer_batch, batch[RANK::WORLD], engine, processor, cfg))
+        shares = gather(agree(answer_batch, batch[RANK::WORLD], engine, processor, cfg, finish))
         for place, record in enumerate(batch):
             yield record, shares[place % WORLD][place // WORLD]
 
 
-def answer_batch(batch, engine, processor, cfg):
-    """[the replies to each record of a batch], as in answer_rows."""
+def answer_batch(batch, engine, processor, cfg, finish):
+    """[what is made of the replies to each record of a batch], as in answer_rows."""
     # Prepare the prompts; one that cannot be read has its reply already.
     replies = [[] for _ in batch]
     prompts, seeds, rows = [], [], []  # of each sample; rows are places in the batch
@@ -732,7 +733,7 @@ def answer_batch(batch, engine, processor, cfg):
     for row, sample in zip(rows, generate(engine, prompts, seeds, cfg)):
         text = processor.tokenizer.decode(sample.ids, skip_special_tokens=True)
         replies[row].append({"response": text, "tokens": len(sample.ids), "truncated": sample.truncated})
-    return replies
+    return list(map(finish, batch, replies))
 
 
 def chat_request(record, model, cfg):
@@ -766,10 +767,13 @@ def ask_samples(record, model, cfg):
 
 
 def open_engine(model, cfg):
-    """A function records -> iterator of (record, replies). Raises ValueError or OSError."""
+    """A function (records, finish) -> iterator, as answer_rows is. Raises ValueError or OSError."""
     if cfg.engine == "api":
-        ask = partial(ask_samples, model=model, cfg=cfg)
-        return partial(in_parallel, ask, workers=cfg.concurrency)
+        def ask_all(records, finish):
+            ask = partial(ask_samples, model=model, cfg=cfg)
+            for record, replies in in_parallel(ask, records, workers=cfg.concurrency):
+                yield record, finish(record, replies)
+        return ask_all
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # One core stays free: threads of OpenMP that spin on a core which is busy make all 10 times slower.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))
@@ -1066,12 +1070,12 @@ def run_model(model, name, loaded, cfg):
         todo = [record for record in records if record["id"] not in known]
         if todo and answer is None:
             answer = agree(open_engine, model, cfg)
-        replies = answer(todo) if todo else []
+        answered_rows = answer(todo, finish=partial(graded, settings=settings)) if todo else []
         if RANK:
-            for _ in replies:  # the answers of all ranks are in rank 0's hands
+            for _ in answered_rows:  # those of all ranks are in rank 0's hands
                 pass
             continue
-        fresh = (graded(record, its_replies, settings) for record, its_replies in replies)
+        fresh = (row for _, row in answered_rows)
         rows = run_bench(f"{name} {key}", records, done, len(todo), fresh, path)
         if cfg.judge == "api":
             rows = judge_bench(f"{name} {key}", records, done, path, cfg)
