@@ -1026,6 +1026,8 @@ def self_check(policy, rows, dummy, log):
 def why_not_packed(policy, rows, dummy, alone, allowed):
     """Why each response needs a row of its own, "" if log-probabilities stay as they are in a common one."""
     text = policy.config.get_text_config()
+    if "flash" in (getattr(text, "_attn_implementation", None) or ""):
+        return "flash attention takes no mask of its own, --attn sdpa does"
     kinds = getattr(text, "layer_types", None) or []
     if set(kinds) - {"full_attention"} or not kinds and getattr(text, "sliding_window", None):
         return "not all layers look at all tokens"

@@ -207,6 +207,12 @@ def test_layers_that_do_not_see_all_tokens(run, monkeypatch, kinds, window, expe
     assert expected in sft.why_not_packed(run.policy, rows_of(run), run.dummy, alone, 1e-3)
 
 
+def test_flash_attention_is_not_even_tried(run):  # noqa: F811
+    """Its kernels would take the mask for another one."""
+    run.policy.config.get_text_config()._attn_implementation = "flash_attention_2"
+    assert "--attn sdpa" in sft.why_not_packed(run.policy, rows_of(run), run.dummy, None, 1e-3)
+
+
 def blind(seen, places, starts, **inputs):
     """An attention that takes no mask: a response sees its siblings."""
     return inputs | {"position_ids": places}
