@@ -45,12 +45,9 @@ def test_loads_end_within_an_item_of_the_mean(world, updates):
         assert before - 1e-9 <= after <= 1 + 1e-9 or max(costs.values()) * world > sum(costs.values())
 
 
-@pytest.mark.parametrize("flags", [
-    ["--ssr", "replay"],
-    ["--ssr", "filter", "--rethink_frac", "0.9", "--rethink_min", "1", "--rethink_max", "24", "--max_new_tokens", "48"]], ids=["replay", "rethinking"])
-def test_an_update_is_the_same_whoever_makes_it(work, flags):  # noqa: F811
+def test_an_update_is_the_same_whoever_makes_it(work):  # noqa: F811
     """Three ranks, some without a group that counts: questions move, and the weights are those of one rank."""
-    command = [*GRPO, "--steps", "3", "--lr", "1e-4", "--prompts_per_step", "15", *flags]
+    command = [*GRPO, "--steps", "3", "--lr", "1e-4", "--prompts_per_step", "15", "--ssr", "replay"]
     run(work, *command, "--out", "one")
     run(work, *command, "--out", "three", torchrun=["--standalone", "--nproc_per_node", "3"])
     for a, b in zip(metrics(work / "one"), metrics(work / "three"), strict=True):

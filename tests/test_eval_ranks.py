@@ -28,9 +28,9 @@ def answers(path):
     return rows
 
 
-@pytest.mark.parametrize("more", [[], ["--n", "3", "--temperature", "1", "--limit", "11"]], ids=["greedy", "sampled"])
-def test_two_ranks_write_what_one_process_writes(work, more):  # noqa: F811
+def test_two_ranks_write_what_one_process_writes(work):  # noqa: F811
     """In the same order, and the same table; a row that cannot be read, and fewer rows than ranks at the end."""
+    more = ["--n", "3", "--temperature", "1", "--limit", "11"]
     (work / "data/broken.png").write_bytes(b"no image")
     lines = (work / "data/counting_id.jsonl").read_text().splitlines()
     broken = json.loads(lines[4]) | {"images": ["broken.png"]}
@@ -47,15 +47,14 @@ def test_two_ranks_write_what_one_process_writes(work, more):  # noqa: F811
     assert summaries[0] == summaries[1]
     for output in (alone, shared):
         assert output.count("| benchmark | n |") == 1 and output.count("counting-id 4") <= 1
-    # Again, with more ranks than are needed: nothing is asked, nothing is loaded.
-    again = run(work, *ASK, *more, "--model", "other", torchrun=two(3))
+    # Again: nothing is asked, nothing is loaded.
+    again = run(work, *ASK, *more, "--model", "other")
     assert "| counting-id |" in again and answers(work / "other/eval/counting-id.jsonl") == rows
 
 
 @LINUX
 @pytest.mark.parametrize("number, target", [
-    (signal.SIGKILL, "second"), (signal.SIGKILL, "itself"), (signal.SIGTERM, "itself"), (signal.SIGINT, "all")],
-    ids=["kill-rank", "kill-torchrun", "SIGTERM", "SIGINT"])
+    (signal.SIGKILL, "second"), (signal.SIGINT, "all")], ids=["kill-rank", "SIGINT"])
 def test_ranks_end_together_and_any_number_goes_on(work, number, target):  # noqa: F811
     """Within seconds, at most a line of ours; every whole line is kept and no row is asked twice."""
     path = work / "tiny/eval/counting-id.jsonl"
@@ -79,18 +78,13 @@ def test_ranks_end_together_and_any_number_goes_on(work, number, target):  # noq
 
 
 def test_what_no_rank_can_do_is_one_line(work):  # noqa: F811
-    """A model that does not load, a file of rows that is no such file, an unknown benchmark."""
-    shutil.copytree(work / "tiny", work / "broken")
-    weights = next((work / "broken").glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:1000])
+    """A file of rows that is no such file: rank 0 alone reads it, and says so for all."""
     (work / "tiny/eval").mkdir(exist_ok=True)  # another test may have evaluated what this is a copy of
     (work / "tiny/eval/counting-id.jsonl").write_text('{"id": "0"}\n')
-    for argv, named in ((["--model", "tiny"], "a row without 'question' is no answer"),
-                        (["--model", "gone"], "gone: no such model")):
-        output = launch(work, *ASK, *argv, torchrun=two(), code=1)
-        told = re.findall(r"^eval.py: .*$", output, re.M)
-        assert len(told) == 1 and named in told[0], output
-        assert not stage_traceback(output)
+    output = launch(work, *ASK, "--model", "tiny", torchrun=two(), code=1)
+    told = re.findall(r"^eval.py: .*$", output, re.M)
+    assert len(told) == 1 and "a row without 'question' is no answer" in told[0], output
+    assert not stage_traceback(output)
 
 
 def test_a_server_is_asked_by_one_rank(work, serve):  # noqa: F811
@@ -102,10 +96,3 @@ def test_a_server_is_asked_by_one_rank(work, serve):  # noqa: F811
                     torchrun=two())
     assert sorted(server.asked) == [f"row-{i}" for i in range(7)]
     assert output.count("| rows | 7 |") == 1 and MODEL in output
-
-
-def test_one_question_is_answered_once(work):  # noqa: F811
-    image = next((work / "data/images").rglob("*.png"))
-    output = launch(work, "eval.py", "--image", image, "--prompt", "How many?", "--model", "tiny",
-                    "--max_new_tokens", "1", torchrun=two())
-    assert "Traceback" not in output
