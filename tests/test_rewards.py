@@ -724,7 +724,7 @@ def test_hostile_text_is_graded_in_bounded_time():
              record("[[0, 0, 9, 9], [2, 0, 500, 70.5]]", "boxes"), record('{"joy": 1}', "distribution"),
              calls("change_color(2, red), change_color(3, red), change_color(2, blue), change_size(0, x)")]
     texts = [wrap.format(bomb) for bomb in BOMBS for wrap in ("{}", "\\boxed{{{}}}")]
-    texts += [hostile(rng) for _ in range(2000)]
+    texts += [hostile(rng) for _ in range(800)]
     for i, text in enumerate(texts):
         for gold in golds if i < 2 * len(BOMBS) else [golds[i % len(golds)]]:
             for name, reward in rewards.REWARDS.items():
