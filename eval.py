@@ -769,7 +769,7 @@ def ask_samples(record, model, cfg):
 def open_engine(model, cfg):
     """A function (records, finish) -> iterator, as answer_rows is. Raises ValueError or OSError."""
     if cfg.engine == "api":
-        def ask_all(records, finish):
+        def ask_all(records, finish=lambda record, replies: replies):
             ask = partial(ask_samples, model=model, cfg=cfg)
             for record, replies in in_parallel(ask, records, workers=cfg.concurrency):
                 yield record, finish(record, replies)

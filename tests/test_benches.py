@@ -91,9 +91,13 @@ def test_task_sets_the_prompt_of_every_row(tiny, tmp_path, monkeypatch):
     """An answer to another prompt is another answer; the rows that were not asked with it do not count."""
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(evaluation, "open_engine", lambda *_: lambda records: (
-        (record, [{"response": asked.append(rewards.build_prompt(record)) or "-", "tokens": 1,
-                   "truncated": False}]) for record in records))
+
+    def answered(records, finish):
+        for record in records:
+            asked.append(rewards.build_prompt(record))
+            yield record, finish(record, [{"response": "-", "tokens": 1, "truncated": False}])
+
+    monkeypatch.setattr(evaluation, "open_engine", lambda *_: answered)
     argv = ["--bench", f"structure-id={tiny.mini}/structure_id.jsonl", "--model", tiny.model, "--limit", "6"]
     for flags in [], ["--task", "structure_answer"]:
         evaluation.main(evaluation.parse_config(evaluation.Config, argv + flags))

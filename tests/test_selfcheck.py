@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -285,10 +286,15 @@ def small_run(tiny, tmp_path, **changed):
 
 @pytest.fixture
 def in_this_process(monkeypatch, group):
-    """main without its own process group."""
+    """main without its own process group; what it does to signals ends with the test."""
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     for stage in (grpo, sft):
         monkeypatch.setattr(stage, "init_distributed", lambda: (0, 1, CPU))
+    handlers = {number: signal.getsignal(number) for number in sft.STOPS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_prompts_beyond_the_limit_are_left_out_and_counted(tiny, tmp_path, in_this_process, capsys):
