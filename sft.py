@@ -551,7 +551,7 @@ class Workers:
         _, _, from_worker = self.crew[number % len(self.crew)]
         while number not in self.received:
             try:
-                arrived, row = pickle.loads(from_worker.recv_bytes())  # what a worker of ours has pickled
+                arrived, row = from_worker.recv()  # of a pipe that our own worker alone writes into
             except (EOFError, OSError) as error:
                 self.lost(error)
             self.received[arrived] = row
@@ -592,18 +592,18 @@ def encode_for_ever(encode, tasks, rows, trainer):
     while True:
         number, place = tasks.recv()
         try:
-            row = encoded_or_error(encode, place)
-        except BaseException as error:
+            message = pickle.dumps((number, encoded_or_error(encode, place)))
+        except Exception as error:
             error.add_note(traceback.format_exc())  # where in the worker it was
-            row = error
-        ready.put(pickle.dumps((number, row)))
+            message = pickle.dumps((number, error))
+        ready.put(message)
 
 
 def encoded_or_error(encode, place):
     try:
         return encode(*place)
     except ValueError as error:
-        return error
+        return ValueError(str(error))  # one of a library's own kind may not survive the pipe
 
 
 def readable(drawn, records, strict, log):

@@ -3,6 +3,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -143,6 +144,28 @@ def test_a_value_error_takes_the_place_of_its_row(crew, workers):
     assert first[0] == (2, 2) and [i for i, _ in first + second] == [2, 3, 5]
     for (i, error), text in ((first[1], "row 3 of step 1"), (second[0], "row 5 of step 2")):
         assert type(error) is ValueError and str(error) == text
+
+
+class Particular(ValueError):
+    """Cannot be unpickled: it wants two arguments and keeps one."""
+
+    def __init__(self, file, reason):
+        super().__init__(f"{file}: {reason}")
+
+
+def refuses_particularly(i, step):
+    raise Particular("a.png", "no image")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_value_error_of_a_kind_of_its_own(crew, workers):
+    [[(_, error)]] = crew(refuses_particularly, workers).prepared([[0]])
+    assert type(error) is ValueError and str(error) == "a.png: no image"
+
+
+def test_a_row_that_cannot_be_sent_says_so(crew):
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError), match="pickle"):
+        list(crew(lambda i, step: lambda: i, 1).prepared([[0]]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
