@@ -87,6 +87,7 @@ from PIL import ImageDraw
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoProcessor, DynamicCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
 from transformers.utils.logging import disable_progress_bar
 
 from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer, functions, gold_boxes,
@@ -540,11 +541,39 @@ def prefill(engine, prompts, owner):
         result = engine(**inputs, use_cache=True, logits_to_keep=1)
     # Each row gets a copy of its prompt's states.
     cache = result[cache_name]
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            layer.__class__ = RoomyLayer
     cache.reorder_cache(owner)  # the one way to pick rows that recurrent layers know, too
     shift = engine.model.rope_deltas if finds_positions else None
     if shift is not None:
         shift = shift[owner]
     return cache, mask[owner], shift, result.logits[owner, -1]
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the KV cache with room behind what it holds: the usual one copies it all for each new token.
+
+    keys, values: views of `memory`, (B, heads, tokens, head size) each.
+    """
+    ROOM = 128  # tokens
+    memory = None
+
+    def update(self, keys, values, *args, **kwargs):
+        """Append (B, heads, new tokens, head size). Returns all keys and values."""
+        length = self.get_seq_length()
+        end = length + keys.shape[-2]
+        if self.memory is None or end > self.memory[0].shape[-2]:
+            room = [0, 0, 0, end - length + self.ROOM]
+            self.memory = [torch.nn.functional.pad(held, room) for held in (self.keys, self.values)]
+        for memory, new in zip(self.memory, (keys, values)):
+            memory[..., length:end, :] = new
+        self.keys, self.values = [memory[..., :end, :] for memory in self.memory]
+        return self.keys, self.values
+
+    def reorder_cache(self, rows):
+        super().reorder_cache(rows)
+        self.memory = None  # keys and values have moved
 
 
 def name_of_cache(engine):

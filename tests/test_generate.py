@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import RECORDS
 from safetensors.torch import load_file
+from transformers.cache_utils import DynamicLayer
 
 import data_prep
 import sft
@@ -452,3 +453,20 @@ def test_no_stage_uses_what_goes_away(command, tiny, tmp_path):
         [sys.executable, "-W", "error::FutureWarning", script, "--model", tiny.model, *command[1:]], text=True,
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0 and "deprecated" not in done.stdout, done.stdout[-3000:]
+
+
+def test_a_cache_layer_with_room_holds_what_the_usual_one_does(monkeypatch):
+    monkeypatch.setattr(evaluation.RoomyLayer, "ROOM", 3)
+    usual, roomy = DynamicLayer(), DynamicLayer()
+    first = torch.randn(2, 4, 1, 5, 8)
+    for layer in (usual, roomy):
+        layer.update(*first)
+    roomy.__class__ = evaluation.RoomyLayer
+    for step in range(12):  # further than the room, and rows leave on the way
+        if step in (0, 5):
+            rows = torch.tensor([3, 0, 1] if step == 0 else [2, 0])
+            usual.reorder_cache(rows)
+            roomy.reorder_cache(rows)
+        new = torch.randn(2, len(usual.keys), 1, 1 + step % 2, 8)
+        for mine, theirs in zip(roomy.update(*new), usual.update(*new)):
+            assert torch.equal(mine, theirs)
