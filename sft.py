@@ -68,6 +68,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_flash_attn_2_available
 
 from data_prep import (build_messages, check_at_least, complete_rows, instead_of, load_image, newest_step,
                        parse_config, read_json, read_records, resolve_model, write_json, write_text)
@@ -100,7 +101,7 @@ class Config:
     freeze_vision: bool = False  # train the language model only
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
-    attn: str = "sdpa"  # attention: sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
+    attn: str = "auto"  # kernels: auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records with a response, "" = no evaluation
     eval_every: int = 100  # steps between evaluations
@@ -337,14 +338,25 @@ def load_policy(path, cfg, device, trainable=True):
 
 
 def load_model(path, dtype, attn):
-    """An image-text-to-text model. Raises ValueError that names --attn if its family has no such kernel."""
+    """An image-text-to-text model. Raises ValueError that names --attn if its family has no such kernel.
+
+    attn "auto": sdpa, which takes the mask of rows that hold several responses; eager where a family has no
+    other. On a GPU with flash-attn the vision tower has that: sdpa would go through its windows one by one.
+    """
+    load = functools.partial(AutoModelForImageTextToText.from_pretrained, path, dtype=dtype)
     try:
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attn)
+        model = load(attn_implementation="sdpa" if attn == "auto" else attn)
     except ValueError as error:
         reason, _, advice = str(error).partition(" yet. Please request")
         if not advice:
             raise
-        raise ValueError(f"--attn {attn}: {reason}; try --attn eager") from error
+        if attn != "auto":
+            raise ValueError(f"--attn {attn}: {reason}; try --attn auto") from error
+        model = load(attn_implementation="eager")
+    if attn == "auto" and is_flash_attn_2_available():
+        with contextlib.suppress(ValueError):  # this tower has no such kernel
+            model.set_attn_implementation({"vision_config": "flash_attention_2"})
+    return model
 
 
 def cast_parameters(module, dtype):

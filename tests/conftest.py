@@ -209,8 +209,42 @@ def gemma3():
         images, tok, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
 
 
+def internvl():
+    """InternVL: tiles of an image, as many as its shape asks for, between two tokens of their own."""
+    tok = tokenizer(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+                    video_token="<video>")
+    config = hf.InternVLConfig(
+        text_config=dict(model_type="qwen2", **text_config(tok, tie_word_embeddings=False)),
+        vision_config=VISION | dict(num_hidden_layers=2, num_attention_heads=2, image_size=[56, 56],
+                                    patch_size=[14, 14]),
+        image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, downsample_ratio=0.5,
+        tie_word_embeddings=False)
+    images = hf.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1,
+                                      max_patches=4)
+    return hf.InternVLForConditionalGeneration(config), hf.InternVLProcessor(
+        images, tok, hf.InternVLVideoProcessor(), image_seq_length=4,
+        chat_template=CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n"))
+
+
+def llava_onevision():
+    """LLaVA-OneVision: an overview and tiles, cut to the image's shape, with a learnt line break."""
+    tok = tokenizer(image_token="<image>", video_token="<video>")
+    tiles = [[56, 56], [56, 112], [112, 56], [112, 112]]
+    config = hf.LlavaOnevisionConfig(
+        text_config=dict(model_type="qwen2", **text_config(tok)),
+        vision_config=VISION | dict(model_type="siglip_vision_model", num_hidden_layers=2,
+                                    num_attention_heads=2, image_size=56, vision_use_head=False),
+        image_grid_pinpoints=tiles, image_token_index=tok.convert_tokens_to_ids("<image>"),
+        video_token_index=tok.convert_tokens_to_ids("<video>"), tie_word_embeddings=False)
+    images = hf.LlavaOnevisionImageProcessor(size={"height": 56, "width": 56}, image_grid_pinpoints=tiles)
+    return hf.LlavaOnevisionForConditionalGeneration(config), hf.LlavaOnevisionProcessor(
+        images, tok, hf.LlavaOnevisionVideoProcessor(), num_image_tokens=16, vision_feature_select_strategy="full",
+        chat_template=CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n"))
+
+
 FAMILIES = {"qwen2.5-vl": qwen25, "qwen2-vl": qwen2, "qwen3-vl": qwen3, "idefics3": idefics3,
             "gemma3": gemma3}
+MORE_FAMILIES = {"internvl": internvl, "llava-onevision": llava_onevision}
 
 
 # ----- fixtures
@@ -237,12 +271,10 @@ def tiny(tmp_path_factory):
     return SimpleNamespace(root=root, mini=root / "mini", model=str(root / "model"), records=records)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
-def family(request, tmp_path_factory, group):
+def made_family(name, path):
     """One family: saved model, processor, prompts by name, plain model, FSDP policy, rollout engine."""
-    path = str(tmp_path_factory.mktemp(request.param))
     torch.manual_seed(0)
-    model, processor = FAMILIES[request.param]()
+    model, processor = (FAMILIES | MORE_FAMILIES)[name]()
     shake(model, seed=1)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -251,10 +283,15 @@ def family(request, tmp_path_factory, group):
     cfg = grpo.Config(max_new_tokens=8)
     policy, processor = sft.load_policy(path, cfg, CPU)
     engine = evaluation.build_engine(path, processor, cfg, CPU)
-    prompts = {name: sft.encode_prompt(record, processor, 10**6) for name, record in RECORDS.items()}
+    prompts = {key: sft.encode_prompt(record, processor, 10**6) for key, record in RECORDS.items()}
     for prompt in prompts.values():
         del prompt["request"]  # leaves what transformers' own forward and generate take
     plain = hf.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     assert sum(p.numel() for p in plain.parameters()) < 1_000_000
-    return SimpleNamespace(name=request.param, path=path, processor=processor, policy=policy, engine=engine,
+    return SimpleNamespace(name=name, path=path, processor=processor, policy=policy, engine=engine,
                            prompts=prompts, plain=plain)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request, tmp_path_factory, group):
+    return made_family(request.param, str(tmp_path_factory.mktemp(request.param)))

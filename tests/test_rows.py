@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, RECORDS
+from conftest import CPU, FAMILIES, MORE_FAMILIES, RECORDS, made_family
 from test_logprobs import close, responses, scored
 from test_selfcheck import Log, config, rows_of, run  # noqa: F401
 
@@ -13,6 +13,11 @@ import grpo
 import sft
 
 SIZES = (3, 1, 4, 2, 5)  # responses to each of the family's five prompts
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *MORE_FAMILIES])
+def family(request, tmp_path_factory, group):
+    return made_family(request.param, str(tmp_path_factory.mktemp(request.param)))
 
 
 @pytest.fixture

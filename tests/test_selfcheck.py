@@ -527,7 +527,7 @@ def saved(build, path):
 
 
 @pytest.mark.parametrize("build, attn, head", [
-    (paligemma, "eager", sft.Head(1.0, 1.0)), (granite4_vision, "sdpa", sft.Head(4.0, 0.0))])
+    (paligemma, "auto", sft.Head(1.0, 1.0)), (granite4_vision, "sdpa", sft.Head(4.0, 0.0))])
 def test_family(build, attn, head, tmp_path, group):
     if not hasattr(hf, "Granite4VisionConfig"):
         pytest.skip("this transformers is older than the family")
@@ -543,8 +543,34 @@ def test_family(build, attn, head, tmp_path, group):
 
 
 def test_an_attention_that_a_family_lacks(tmp_path, group):
-    with pytest.raises(ValueError, match="^--attn sdpa: Gemma2Model does not support .*; try --attn eager$"):
-        sft.load_policy(saved(paligemma, tmp_path), config(), CPU)
+    path = saved(paligemma, tmp_path)
+    with pytest.raises(ValueError, match="^--attn sdpa: Gemma2Model does not support .*; try --attn auto$"):
+        sft.load_policy(path, config(attn="sdpa"), CPU)
+    policy, _ = sft.load_policy(path, config(attn="auto"), CPU)
+    assert policy.config.get_text_config()._attn_implementation == "eager"
+
+
+def test_the_vision_tower_has_a_kernel_of_its_own(tiny, monkeypatch, group):
+    """flash-attn, where it is installed; here eager stands in for it."""
+    def choose(model, kernels):
+        asked.append(kernels)
+        chosen(model, dict.fromkeys(kernels, "eager"))
+
+    asked = []
+    chosen = hf.PreTrainedModel.set_attn_implementation
+    before = hf.AutoModelForImageTextToText.from_pretrained(tiny.model, dtype=torch.float32)
+    monkeypatch.setattr(hf.PreTrainedModel, "set_attn_implementation", choose)
+    monkeypatch.setattr(sft, "is_flash_attn_2_available", lambda: True)
+    model = sft.load_model(tiny.model, torch.float32, "auto")
+    assert asked == [{"vision_config": "flash_attention_2"}]
+    assert model.model.visual.config._attn_implementation == "eager"
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    prompt = sft.encode_prompt(tiny.records[0], hf.AutoProcessor.from_pretrained(tiny.model), 10**6)
+    del prompt["request"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(**prompt).logits, before(**prompt).logits)
+    assert sft.load_model(tiny.model, torch.float32, "sdpa").model.visual.config._attn_implementation == "sdpa"
+    assert len(asked) == 1
 
 
 def test_a_processor_without_a_chat_template(tiny, tmp_path, group):
