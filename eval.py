@@ -177,7 +177,7 @@ class Config:
     rollout_tokens: int = 65536  # prompt and response tokens generated at once
     batch_rows: int = 64  # rows that a rank answers between two writes to disk
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
-    attn: str = "auto"  # kernels: auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
+    attn: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     tp: int = 1  # GPUs that share one vLLM engine (tensor parallel)
     gpu_memory_utilization: float = 0.9  # share of the GPU that vLLM may use
     base_url: str = "http://localhost:8000/v1"  # api: where the server is

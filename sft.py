@@ -101,7 +101,7 @@ class Config:
     freeze_vision: bool = False  # train the language model only
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
-    attn: str = "auto"  # kernels: auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
+    attn: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records with a response, "" = no evaluation
     eval_every: int = 100  # steps between evaluations
