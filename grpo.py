@@ -92,11 +92,13 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     top_k: int = 0  # 0 = off
     rollout_tokens: int = 65536  # prompt and response tokens generated at once on a rank
     # objective
+    objective: str = "clip"  # clip | gspo (usual: --clip_low 3e-4 --clip_high 4e-4) | cispo | sapo
     adv_std: bool = True  # divide advantages by the group's standard deviation
     clip_low: float = 0.2  # ratio clipped below 1 - clip_low
     clip_high: float = 0.28  # ratio clipped above 1 + clip_high
     kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
-    loss_mean: str = "token"  # token | sequence
+    loss_mean: str = "token"  # token | sequence (each rollout's mean) | constant (over max_new_tokens)
+    is_mode: str = "truncate"  # truncate (each token's weight) | sequence (drop a rollout beyond is_cap)
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
     max_mismatch: float = 0.0  # nats a token, sampler to trainer, that end the run; 0 = by the dtype
     length_bonus: float = 0.0  # weight of a bonus for the shorter responses of a group, 0.05 in Reason-RFT
@@ -295,25 +297,86 @@ def k3(gap):
     return gap.exp() - gap - 1
 
 
-def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, cfg):
-    """The clipped objective of the module docstring. Tensors (B, T-1): a row is a rollout, or the dummy.
+def clip(logps, old_logps, advantages, mean, cfg):
+    """A token that has moved far in the direction of its advantage has no gradient (PPO, DAPO)."""
+    ratio = clamped(logps - old_logps).exp()
+    return clipped(ratio, advantages, cfg), ratio
+
+
+def gspo(logps, old_logps, advantages, mean, cfg):
+    """clip with one ratio for a whole rollout, the geometric mean of its tokens' (arXiv 2507.18071)."""
+    ratio = clamped(mean(logps - old_logps)).exp()
+    return clipped(ratio, advantages, cfg), ratio
+
+
+def clipped(ratio, advantages, cfg):
+    bounded = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    return torch.minimum(ratio * advantages, bounded * advantages)
+
+
+def cispo(logps, old_logps, advantages, mean, cfg):
+    """The bounded ratio is only a weight: clipped tokens keep a gradient (MiniMax-M1, arXiv 2506.13585)."""
+    ratio = clamped(logps - old_logps).exp()
+    weight = ratio.detach().clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    return weight * advantages * logps, ratio
+
+
+def sapo(logps, old_logps, advantages, mean, cfg):
+    """A sigmoid instead of an edge, steeper for bad rollouts (arXiv 2511.20347)."""
+    ratio = clamped(logps - old_logps).exp()
+    steepness = torch.where(advantages < 0, 1.05, 1.0)
+    gate = 4 / steepness * torch.sigmoid(steepness * (ratio - 1))
+    return gate * advantages, ratio
+
+
+# What is made large, a number for each token, and the ratio that it clips.
+OBJECTIVES = {"clip": clip, "gspo": gspo, "cispo": cispo, "sapo": sapo}
+
+
+def rollout_sum(values, rollout):
+    """The sum over each rollout's tokens, at each of them; `rollout` numbers what a token belongs to."""
+    totals = torch.zeros_like(values).flatten()  # more than there are rollouts
+    return totals.index_add(0, rollout.flatten(), values.flatten())[rollout]
+
+
+def sampler_correction(gap, chosen, rollout, cfg):
+    """The weight pi_old / mu of each token, bounded; gap = log pi_old - log mu, 0 where nobody sampled.
+
+    truncate: by token, at most is_cap. sequence: the product of a rollout's, which drops it beyond is_cap.
+    """
+    if cfg.is_mode == "truncate":
+        return clamped(gap).exp().clamp(max=cfg.is_cap)
+    weight = clamped(rollout_sum(gap * chosen, rollout)).exp()
+    return torch.where(weight <= cfg.is_cap, weight, 0.0)
+
+
+def grpo_loss(logps, old_logps, sampler_logps, ref_logps, advantages, weights, cfg, rollout=None):
+    """The objective of the module docstring, or another one of OBJECTIVES. Tensors (B, T-1).
 
     weights carry the global denominator, so the loss is a sum; they are 0 outside the response and at forced
     tokens, so `weights > 0` is the mask of what the policy chose. All tensors are 0 outside the response.
-    ref_logps may be None when cfg.kl_beta = 0.
+    ref_logps may be None when cfg.kl_beta = 0. rollout: which one a token belongs to; None = a row is one.
     Returns the loss and weighted sums for the log.
     """
-    ratio = clamped(logps - old_logps).exp()
-    correction = clamped(old_logps - sampler_logps).exp().clamp(max=cfg.is_cap)
-    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    loss = -(weights * correction * surrogate).sum()
+    if rollout is None:
+        rollout = torch.arange(len(logps), device=logps.device)[:, None].expand_as(logps)
+
+    chosen = (weights > 0).float()
+    lengths = rollout_sum(chosen, rollout).clamp(min=1)
+
+    def mean(values):
+        return rollout_sum(values * chosen, rollout) / lengths
+
+    correction = sampler_correction(old_logps - sampler_logps, chosen, rollout, cfg)
+    gain, ratio = OBJECTIVES[cfg.objective](logps, old_logps, advantages, mean, cfg)
+    loss = -(weights * correction * gain).sum()
     clipped_low = (ratio < 1 - cfg.clip_low) & (advantages < 0)
     clipped_high = (ratio > 1 + cfg.clip_high) & (advantages > 0)
     sums = {"loss/policy": loss.detach(),
             "loss/clip_low": (weights * clipped_low).sum(),
             "loss/clip_high": (weights * clipped_high).sum(),
-            "policy/kl_old": (weights * k3(logps - old_logps)).sum().detach()}
+            "policy/kl_old": (weights * k3(logps - old_logps)).sum().detach(),
+            "mismatch/dropped": (weights * (correction == 0)).sum()}
     if cfg.kl_beta:
         kl = (weights * k3(ref_logps - logps)).sum()
         loss = loss + cfg.kl_beta * kl
@@ -452,12 +515,14 @@ def policy_mask(r, cfg):
 def token_weights(r, denominator, cfg):
     """(len(response),): what a token counts in the policy loss; all weights of all ranks add up to 1.
 
-    denominator: of the global batch, in tokens (--loss_mean token) or rollouts (sequence).
+    denominator: of the global batch, in tokens (--loss_mean token) or rollouts (sequence, constant: the
+    latter is Dr. GRPO's, arXiv 2503.20783, in which a long answer's tokens count no less than a short one's).
     """
     mask = policy_mask(r, cfg)
     if cfg.loss_mean == "token":
         return mask / denominator
-    return mask / (denominator * mask.sum())
+    length = mask.sum() if cfg.loss_mean == "sequence" else cfg.max_new_tokens
+    return mask / (denominator * length)
 
 
 def is_imitated(r):
@@ -488,7 +553,8 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
 
         advantages = over_tokens([r.at_every_token(r.advantage) for r in rows], mask)
         weights = over_tokens([token_weights(r, denominator, cfg) for r in rows], mask)
-        loss, sums = grpo_loss(logps, old, sampler, ref, advantages, weights, cfg)
+        numbers = over_tokens([r.at_every_token(i) for i, r in enumerate(rows)], mask).long()
+        loss, sums = grpo_loss(logps, old, sampler, ref, advantages, weights, cfg, numbers)
         if imitated_tokens:  # what a right rethought response wrote, trigger included, is also imitated
             imitated = over_tokens([r.at_every_token(is_imitated(r)) for r in rows], mask)
             nll = -(imitated * logps).sum() / imitated_tokens
@@ -867,7 +933,8 @@ def staged(cfg, stages, step):
 
 # ----- the log ---------------------------------------------------------------------------------------------
 
-MEASURED = ("loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl", "policy/kl_old")
+MEASURED = ("loss/policy", "loss/clip_low", "loss/clip_high", "loss/kl", "policy/kl_old",
+            "mismatch/dropped")
 RETHINK = ("frac", "fixed", "broke", "accepted")  # counts of force_rethink
 LEVELS = ("all_wrong", "hard", "medium", "easy", "all_right")  # of a group, by its share of right answers
 
@@ -1217,7 +1284,7 @@ def main(cfg):
         encoded |= readable(again, records, strict=True, log=log)
 
         # 6. update
-        totals = train_on(per_update, policy, reference, optimizer, encoded, dummy, step, log, cfg)
+        totals = train_on(per_update, policy, reference, optimizer, encoded, dummy, step, log, stage_cfg)
         if cfg.ssr == "replay":
             settle(*loans)
         watch.lap("time/train")

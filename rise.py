@@ -101,11 +101,13 @@ class Config:
     tau: float = 0.9  # annotate: agreement at least, for a rationale to be exported
     # objective
     graded: str = "cot"  # tokens that the reward credits: cot | reconstruction | both
+    objective: str = "clip"  # clip | gspo (usual: --clip_low 3e-4 --clip_high 4e-4) | cispo | sapo
     adv_std: bool = True  # divide advantages by the group's standard deviation
     clip_low: float = 0.2  # ratio clipped below 1 - clip_low
     clip_high: float = 0.28  # ratio clipped above 1 + clip_high
     kl_beta: float = 0.0  # weight of the k3 KL to the frozen start model, 0 = no reference model
-    loss_mean: str = "token"  # token | sequence
+    loss_mean: str = "token"  # token | sequence (each rollout's mean) | constant (over max_new_tokens)
+    is_mode: str = "truncate"  # truncate (each token's weight) | sequence (drop a rollout beyond is_cap)
     is_cap: float = 2.0  # cap of the importance weight trainer / sampler
     max_mismatch: float = 0.0  # nats a token, sampler to trainer, that end the run; 0 = by the dtype
     updates: int = 1  # optimizer updates per batch of rationales

@@ -11,7 +11,7 @@ import sft
 import grpo
 
 EIGHT = {k: [1.0] * k + [0.0] * (8 - k) for k in range(9)}
-PLAIN = SimpleNamespace(clip_low=0.2, clip_high=0.35, kl_beta=0.0, is_cap=2.0)
+PLAIN = SimpleNamespace(objective="clip", clip_low=0.2, clip_high=0.35, kl_beta=0.0, is_mode="truncate", is_cap=2.0)
 
 
 def row(values):
@@ -204,8 +204,9 @@ def slow_loss(rows, cfg):
 @pytest.mark.parametrize("mean", ["token", "sequence"])
 def test_equals_a_slow_loop_on_ragged_rows(seed, mean):
     rng = random.Random(seed)
-    cfg = SimpleNamespace(clip_low=rng.choice([.1, .2]), clip_high=rng.choice([.2, .28]),
-                          kl_beta=rng.choice([.01, 1]), is_cap=rng.choice([1.2, 2]))
+    cfg = SimpleNamespace(**vars(PLAIN) | {
+        "clip_low": rng.choice([.1, .2]), "clip_high": rng.choice([.2, .28]), "kl_beta": rng.choice([.01, 1]),
+        "is_cap": rng.choice([1.2, 2])})
     lengths = [rng.randint(1, 9) for _ in range(7)]
 
     def draw():
@@ -250,9 +251,125 @@ def test_equals_the_common_trainers_formula(beta):
     per_token = per_token + beta * (torch.exp(ref - logps) - (ref - logps) - 1)
     expected = ((per_token * mask).sum(1) / mask.sum(1)).mean()
     mine = grpo.group_advantages(rewards).view(-1, 1).expand(mask.shape)
-    cfg = SimpleNamespace(clip_low=0.2, clip_high=0.2, kl_beta=beta, is_cap=2.0)
+    cfg = SimpleNamespace(**vars(PLAIN) | {"clip_high": 0.2, "kl_beta": beta})
     loss, _ = grpo.grpo_loss(logps, old, old, ref, mine, mask / mask.sum(1, keepdim=True) / 32, cfg)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+# ----- other objectives
+
+
+def slow_gain(name, logp, old, log_ratios, advantage, cfg):
+    """What a token adds: log_ratios are those of its whole rollout."""
+    ratio = math.exp(sum(log_ratios) / len(log_ratios) if name == "gspo" else logp - old)
+    bounded = min(max(ratio, 1 - cfg.clip_low), 1 + cfg.clip_high)
+    if name == "cispo":
+        return bounded * advantage * logp
+    if name == "sapo":
+        tau = 1.05 if advantage < 0 else 1.0
+        return advantage * 4 / tau / (1 + math.exp(-tau * (ratio - 1)))
+    return min(ratio * advantage, bounded * advantage)
+
+
+def slow_slopes(name, rollout, advantage, cfg):
+    """d gain / d logp of each token of [(logp, old)], summed over the rollout, by the rules of each objective."""
+    log_ratios = [logp - old for logp, old in rollout]
+    slopes = []
+    for logp, old in rollout:
+        mean = sum(log_ratios) / len(log_ratios)
+        ratio = math.exp(mean if name == "gspo" else logp - old)
+        bounded = min(max(ratio, 1 - cfg.clip_low), 1 + cfg.clip_high)
+        inside = ratio * advantage <= bounded * advantage
+        if name == "cispo":
+            slopes.append(bounded * advantage)
+        elif name == "sapo":
+            tau = 1.05 if advantage < 0 else 1.0
+            gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+            slopes.append(4 * advantage * gate * (1 - gate) * ratio)
+        else:  # gspo: n tokens share the ratio, each moves it by 1 / n
+            slopes.append(ratio * advantage * inside)
+    return slopes
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("is_mode", ["truncate", "sequence"])
+@pytest.mark.parametrize("name", grpo.OBJECTIVES)
+def test_objectives_equal_a_slow_loop(name, is_mode, seed):
+    """Rollouts of several lengths, two of them in one row, with forced tokens that nothing may count."""
+    rng = random.Random(seed)
+    cfg = SimpleNamespace(**vars(PLAIN) | {"objective": name, "is_mode": is_mode, "is_cap": 1.3, "clip_high": 0.28})
+    rollouts = [[(rng.gauss(-1, .5), rng.gauss(-1, .5), rng.gauss(0, .2), rng.random() < 0.8) for _ in range(n)]
+                for n in (1, 4, 6, 2, 9)]
+    for rollout in rollouts:
+        rollout[0] = (*rollout[0][:3], True)  # each has a token that counts
+    advantages = [rng.gauss(0, 1) for _ in rollouts]
+    rows = [[0, 1], [2], [3, 4]]
+    width = max(sum(len(rollouts[i]) for i in row) for row in rows)
+
+    def laid_out(of_token):
+        table = torch.zeros(len(rows), width)
+        for b, members in enumerate(rows):
+            values = [of_token(i, token) for i in members for token in rollouts[i]]
+            table[b, :len(values)] = torch.tensor(values)
+        return table
+
+    logps = laid_out(lambda i, t: t[0]).requires_grad_()
+    old, sampler = laid_out(lambda i, t: t[1]), laid_out(lambda i, t: t[1] - t[2] if t[3] else t[1])
+    weights = laid_out(lambda i, t: 0.05 * t[3])
+    loss, sums = grpo.grpo_loss(logps, old, sampler, None, laid_out(lambda i, t: advantages[i]), weights, cfg,
+                                laid_out(lambda i, t: i).long())
+    loss.backward()
+
+    expected, slopes, dropped = 0.0, [], 0.0
+    for rollout, advantage in zip(rollouts, advantages):
+        counted = [(logp, old) for logp, old, _, counts in rollout if counts]
+        product = math.exp(sum(gap for *_, gap, counts in rollout if counts))
+        whole = product * (product <= 1.3)
+        corrections = [min(math.exp(gap), 1.3) if is_mode == "truncate" else whole for *_, gap, _ in rollout]
+        shared = sum(c for c, t in zip(corrections, rollout) if t[3]) / len(counted)  # a ratio that all share
+        of_counted = iter(slow_slopes(name, counted, advantage, cfg))
+        for (logp, was, _, counts), correction in zip(rollout, corrections):
+            gain = slow_gain(name, logp, was, [a - b for a, b in counted], advantage, cfg) if counts else 0
+            expected -= 0.05 * correction * gain
+            of_slope = shared if name == "gspo" else correction
+            slopes.append(-0.05 * of_slope * next(of_counted) if counts else 0.0)
+            dropped += 0.05 * counts * (correction == 0)
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert sums["mismatch/dropped"].item() == pytest.approx(dropped, abs=1e-6)
+    order = [logps.grad[b, :sum(len(rollouts[i]) for i in row)] for b, row in enumerate(rows)]
+    assert torch.cat(order).tolist() == pytest.approx(slopes, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("is_mode, expected", [("truncate", [0.5, 1.0, 2.0]), ("sequence", [1.25] * 3)])
+def test_sampler_correction_table(is_mode, expected):
+    cfg = SimpleNamespace(is_mode=is_mode, is_cap=2.0)
+    gap, one = row([0.5, 1.0, 2.5]).log(), torch.ones(1, 3)
+    got = grpo.sampler_correction(gap, one, torch.zeros(1, 3, dtype=torch.long), cfg)
+    assert got[0].tolist() == pytest.approx(expected)
+    cfg.is_cap = 1.2
+    got = grpo.sampler_correction(gap, one, torch.zeros(1, 3, dtype=torch.long), cfg)
+    assert got[0].tolist() == pytest.approx([0.5, 1.0, 1.2] if is_mode == "truncate" else [0, 0, 0])
+
+
+@pytest.mark.parametrize("name, ratio, advantage, gain", [
+    ("clip", 1.5, 1, 1.28), ("gspo", 1.5, 1, 1.28), ("cispo", 1.5, 1, 1.28 * -1), ("sapo", 1.0, 1, 2.0),
+    ("sapo", 1.0, -1, -2 / 1.05), ("sapo", 3.0, 1, 4 / (1 + math.exp(-2))), ("clip", 0.5, -1, -0.8)])
+def test_objective_table(name, ratio, advantage, gain):
+    """At logp -1; cispo's gain is its weight times that."""
+    cfg = SimpleNamespace(**vars(PLAIN) | {"objective": name, "clip_high": 0.28})
+    logps, old = row([-1.0]), row([-1.0 - math.log(ratio)])
+    loss, _ = grpo.grpo_loss(logps, old, old, None, row([advantage]), row([1.0]), cfg)
+    assert -loss.item() == pytest.approx(gain, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_mean, expected", [
+    ("token", [1/8, 1/8]), ("sequence", [1/16, 1/24]), ("constant", [1/80, 1/80])])
+def test_what_a_token_counts(loss_mean, expected):
+    """8 tokens or rollouts in the batch; responses of 2 and 3 tokens of at most 10."""
+    cfg = SimpleNamespace(loss_mean=loss_mean, rethink_mask="none", max_new_tokens=10)
+    for length, weight in zip((2, 3), expected):
+        r = grpo.Rollout(0, [5] * length, torch.zeros(length), False, "")
+        assert grpo.token_weights(r, 8, cfg).tolist() == pytest.approx([weight] * length)
 
 
 # ----- learning rate
