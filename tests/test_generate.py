@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import RECORDS
 from safetensors.torch import load_file
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import data_prep
 import sft
@@ -453,6 +454,29 @@ def test_no_stage_uses_what_goes_away(command, tiny, tmp_path):
         [sys.executable, "-W", "error::FutureWarning", script, "--model", tiny.model, *command[1:]], text=True,
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0 and "deprecated" not in done.stdout, done.stdout[-3000:]
+
+
+class CountsOnly(torch.nn.Module):
+    """Like Kimi K2.5: images come with a grid, positions count tokens all the same (no rope_deltas)."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.stop = [0]
+
+    def forward(self, position_ids=None, past_key_values=None, **inputs):
+        self.positions = position_ids
+        cache = DynamicCache()
+        cache.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
+        return CausalLMOutputWithPast(logits=torch.zeros(1, 1, 8), past_key_values=cache)
+
+
+def test_a_grid_does_not_mean_that_positions_are_of_images():
+    engine = CountsOnly()
+    prompt = {"input_ids": torch.tensor([[4, 5, 6]]), "attention_mask": torch.ones(1, 3, dtype=torch.long),
+              "pixel_values": torch.zeros(4, 12), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    _, _, shift, _ = evaluation.prefill(engine, [prompt], torch.tensor([0, 0]))
+    assert shift is None and engine.positions.tolist() == [[0, 1, 2]]
 
 
 def test_a_cache_layer_with_room_holds_what_the_usual_one_does(monkeypatch):
