@@ -107,10 +107,11 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     truncated: str = "keep"  # responses cut at max_new_tokens: keep | zero (reward 0) | mask (no gradient)
     updates: int = 1  # optimizer updates per batch of rollouts
     # methods (docs/recipes.md): selective sample replay, forced rethinking, staged lengths
-    ssr: str = "off"  # rollouts without advantage: off (kept) | filter (left out) | replay (replaced)
+    ssr: str = "off"  # rollouts without advantage: off (kept) | filter | replay | refill (draw more)
     ssr_alpha: float = 1.0  # replayed with probability ~ |advantage| ^ ssr_alpha
     ssr_episode: int = 16  # steps after which the replay buffer is emptied, 0 = never
     ssr_cap: int = 65536  # rollouts in the replay buffer, over all ranks; the oldest leave
+    refill_max: int = 3  # refill: draws of prompts_per_step questions at most, in a step
     rethink_frac: float = 0.0  # share of finished responses that are forced to rethink
     rethink_kinds: str = "bare=0.2,question=0.3,outcome=0.5"  # triggers; outcome = verify or correct
     rethink_rewind: float = 0.5  # share of these whose answer is taken off first; the rest goes on after it
@@ -398,10 +399,7 @@ def train_on(per_update, policy, reference, optimizer, prompts, dummy, step, log
     # Log-probabilities under the policy that sampled: before the first of several updates they are asked for,
     # a single update computes them itself, and a replayed rollout has had them since it was new.
     if cfg.updates > 1:
-        fresh = [r for r in trained.values() if r.old_logps is None]
-        logprobs = all_logprobs(policy, fresh, prompts, dummy, cfg)
-        for r, logps in zip(fresh, logprobs):
-            r.old_logps = logps
+        keep_old_logprobs(trained.values(), policy, prompts, dummy, cfg)
     if reference:
         fresh = [r for r in trained.values() if r.ref_logps is None]
         logprobs = all_logprobs(reference, fresh, prompts, dummy, cfg)
@@ -499,6 +497,13 @@ def all_logprobs(policy, rollouts, prompts, dummy, cfg):
             out[i] = own
     policy.reshard()  # without a backward pass the root's parameters would stay gathered
     return out
+
+
+def keep_old_logprobs(rollouts, policy, prompts, dummy, cfg):
+    """Set those of rollouts that have none yet: `policy` is still the one that sampled them. Collective."""
+    fresh = [r for r in rollouts if r.old_logps is None]
+    for r, logps in zip(fresh, all_logprobs(policy, fresh, prompts, dummy, cfg)):
+        r.old_logps = logps
 
 
 def policy_mask(r, cfg):
@@ -751,6 +756,38 @@ def select(rollouts, questions, buffer, step, cfg):
     return per_update, replayed
 
 
+# ----- refill (dynamic sampling of DAPO, arXiv 2503.14476) -------------------------------------------------
+
+
+def enough_groups(rollouts, waiting, cfg):
+    """Whether there are prompts_per_step groups with an advantage. Collective."""
+    differing = {r.question for r in rollouts if r.advantage}
+    return global_sum([len(differing) + len(waiting)])[0] >= cfg.prompts_per_step
+
+
+def refill(rollouts, questions, waiting, step, cfg):
+    """The first prompts_per_step groups with an advantage, one list for each update. Collective.
+
+    waiting: {(step, position of its question): group} of this rank, from earlier steps; it is left with those
+    that are too many now. A group that waits is trained on like a replayed one.
+    """
+    position_of = {q: position for position, q in enumerate(questions)}
+    groups = {}
+    for r in rollouts:
+        if not (r.truncated and cfg.truncated == "mask"):
+            groups.setdefault((step, position_of[r.question]), []).append(r)
+    for key, group in groups.items():
+        if any(r.advantage for r in group):
+            waiting[key] = group
+    everyone = sorted(itertools.chain.from_iterable(gather(list(waiting))))
+    taken = everyone[:cfg.prompts_per_step]
+    per_update = [[] for _ in range(cfg.updates)]
+    for place, key in enumerate(taken):
+        if key in waiting:
+            per_update[which_update(place, len(taken), cfg.updates)] += waiting.pop(key)
+    return per_update
+
+
 # ----- forced rethinking (VL-Rethinker, arXiv 2504.08837) --------------------------------------------------
 
 # Each opens a paragraph with the hesitation that rewards.reflections counts.
@@ -965,8 +1002,8 @@ class Means:
         return means
 
 
-def rollout_metrics(rollouts, batch, rewards, parts, spec, cfg):
-    """Rewards (Q, G), groups and lengths over all ranks; `batch` is what counts in the loss."""
+def rollout_metrics(rollouts, batch, parts, spec, cfg):
+    """Rewards, groups and lengths over all ranks; `batch` is what counts in the loss."""
     of_groups = ["reward/std", "groups/effective_frac", *(f"groups/{level}" for level in LEVELS)]
     of_rollouts = ["reward/mean", "len/mean", "len/truncated", "len/reflect"]
     of_rewards = [f"reward/{name}" for name in spec]
@@ -979,7 +1016,8 @@ def rollout_metrics(rollouts, batch, rewards, parts, spec, cfg):
             means.add(f"reward/{name}", part[name])
     for r in batch:
         means.add("groups/trained_frac", r.advantage != 0)
-    groups = len(rewards)
+    groups = len(rollouts) // cfg.group_size
+    rewards = torch.tensor([r.reward for r in rollouts]).view(groups, cfg.group_size)  # (Q, G)
     differing = (rewards != rewards[:, :1]).any(1)
     means.add("reward/mean", rewards.sum(), rewards.numel())
     means.add("reward/std", rewards.std(1).sum(), groups)
@@ -1207,7 +1245,13 @@ def main(cfg):
     tokenizer = processor.tokenizer
     reference = load_policy(run.origin, cfg, device, trainable=False)[0] if cfg.kl_beta else None
     buffer = ReplayBuffer()
-    buffer.restore(run.extras, cfg.ssr_cap)
+    buffer.restore([saved["replay"] for saved in run.extras], cfg.ssr_cap)
+    waiting, draws = {}, run.done  # refill: groups that were too many; how often questions were drawn
+    for saved in run.extras:
+        draws = saved["draws"]
+        for key, group in saved["waiting"].items():
+            waiting[key] = [Rollout(**fields) for fields in group]
+    draws = int(global_max(draws))  # a rank that is new has nothing to restore
     sync_weights(policy, engine)
 
     log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
@@ -1231,50 +1275,70 @@ def main(cfg):
         log.note(f"before training: {before['eval/accuracy']:.3f} "
                  f"of {len(run.held_out)} held-out questions right")
 
-    order = data_order(len(records), cfg.prompts_per_step, run.done, cfg.steps, cfg.seed)
+    most = cfg.refill_max if cfg.ssr == "refill" else 1  # draws in a step
+    last = draws + most * (cfg.steps - run.done)
+    order = data_order(len(records), cfg.prompts_per_step, draws, last, cfg.seed)
     shares = [questions[rank::world] for questions in order]
-    drawn_ahead = workers.prepared(shares, first_step=run.done + 1)
+    drawn_ahead = zip(order, workers.prepared(shares, first_step=draws + 1))
     stopping = catch_signals()
     watchdog, watch = Watchdog(cfg.stall), Stopwatch()
-    for step, questions, drawn in zip(itertools.count(run.done + 1), order, drawn_ahead):
-        watch.lap("time/data")
+    for step in range(run.done + 1, cfg.steps + 1):
         stage, stage_cfg = staged(cfg, stages, step)  # length and group size are the stage's
+        questions, prompts, rollouts, parts = [], {}, [], []
+        unreadable, rethought = 0, Counter()
+        for _ in range(most):  # once; with --ssr refill until enough groups have an advantage
+            drawn_now, drawn = next(drawn_ahead)  # of all ranks; this one's, encoded
+            draws += 1
+            watch.lap("time/data")
 
-        # 1. draw this rank's questions; their images were prepared in the background
-        prompts = readable(drawn, records, cfg.strict, log)
-        usable, unreadable = global_sum([len(prompts), len(drawn) - len(prompts)])
-        if not usable:
-            log.fail(f"step {step}: none of its {len(questions)} questions can be used; see the lines above")
-        if step == run.done + 1 and prompts:
-            first = next(iter(prompts.values()))
-            log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
+            # 1. draw this rank's questions; their images were prepared in the background
+            fresh = readable(drawn, records, cfg.strict, log)
+            usable, skipped = global_sum([len(fresh), len(drawn) - len(fresh)])
+            if not usable:
+                log.fail(f"step {step}: none of its {len(drawn_now)} questions can be used; "
+                         "see the lines above")
+            if step == run.done + 1 and fresh and not prompts:
+                first = next(iter(fresh.values()))
+                log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
+            # A small dataset comes round again within a step, and a question would get the same rollouts.
+            fresh = {q: prompt for q, prompt in fresh.items() if q not in questions}
+            questions += [q for q in drawn_now if q not in questions]
+            prompts |= fresh
+            unreadable += skipped
 
-        # 2. generate G rollouts of each, those of a question side by side
-        asked, seeds = [], []
-        for q in prompts:
-            for sample in range(stage_cfg.group_size):
-                asked.append(q)
-                seeds.append(rollout_seed(cfg, step, q, sample))
-        rollouts = sample_rollouts(engine, asked, prompts, seeds, tokenizer, stage_cfg)
-        rethought = Counter()
-        if cfg.rethink_frac:
-            rethought = force_rethink(engine, rollouts, prompts, records, tokenizer, step, stage_cfg)
+            # 2. generate G rollouts of each, those of a question side by side
+            asked, seeds = [], []
+            for q in fresh:
+                for sample in range(stage_cfg.group_size):
+                    asked.append(q)
+                    seeds.append(rollout_seed(cfg, step, q, sample))
+            now = sample_rollouts(engine, asked, prompts, seeds, tokenizer, stage_cfg)
+            if cfg.rethink_frac:
+                rethought += force_rethink(engine, now, prompts, records, tokenizer, step, stage_cfg)
+            watch.lap("time/gen")
+
+            # 3. score
+            parts += score_rollouts(now, records, spec, step, stage_cfg)
+            watch.lap("time/score")
+
+            # 4. advantages within each group
+            rewards = torch.tensor([r.reward for r in now])
+            rewards = rewards.view(len(fresh), stage_cfg.group_size)  # (Q, G)
+            advantages = group_advantages(rewards, cfg.adv_std)
+            for r, advantage in zip(now, advantages.flatten().tolist()):
+                r.advantage = advantage
+            rollouts += now
+            if cfg.ssr == "refill" and enough_groups(rollouts, waiting, cfg):
+                break
         sleep_engine(engine)
-        watch.lap("time/gen")
-
-        # 3. score
-        parts = score_rollouts(rollouts, records, spec, step, stage_cfg)
-        watch.lap("time/score")
-
-        # 4. advantages within each group
-        rewards = torch.tensor([r.reward for r in rollouts])
-        rewards = rewards.view(len(prompts), stage_cfg.group_size)  # (Q, G)
-        advantages = group_advantages(rewards, cfg.adv_std)
-        for r, advantage in zip(rollouts, advantages.flatten().tolist()):
-            r.advantage = advantage
 
         # 5. select what counts, as much for each rank; a question from elsewhere or before is encoded again
-        per_update, replayed = select(rollouts, questions, buffer, step, stage_cfg)
+        if cfg.ssr == "refill":
+            per_update, replayed = refill(rollouts, questions, waiting, step, stage_cfg), 0
+            late = itertools.chain.from_iterable(waiting.values())
+            keep_old_logprobs(late, policy, prompts, dummy, stage_cfg)
+        else:
+            per_update, replayed = select(rollouts, questions, buffer, step, stage_cfg)
         batch = list(itertools.chain.from_iterable(per_update))
         per_update, loads, loans = balance(per_update, prompts, stage_cfg)
         trained = [r for r in itertools.chain.from_iterable(per_update) if has_gradient(r, cfg)]
@@ -1294,12 +1358,12 @@ def main(cfg):
         watch.lap("time/sync")
 
         # 8. log
-        metrics = rollout_metrics(rollouts, batch, rewards, parts, spec, stage_cfg)
+        metrics = rollout_metrics(rollouts, batch, parts, spec, stage_cfg)
         metrics |= update_metrics(totals, (*MEASURED, "loss/nll"), cfg)
         tokens = global_sum([sum(map(len, rollouts)), sum(map(len, trained))])
         metrics["tokens/gen"], metrics["tokens/train"] = tokens
         metrics["data/unreadable"] = unreadable
-        replayed, stop_now = global_sum([replayed, len(stopping)])
+        replayed, stop_now, metrics["refill/waiting"] = global_sum([replayed, len(stopping), len(waiting)])
         total = len(questions) * stage_cfg.group_size
         metrics["replay/frac"] = replayed / total
         rethought = global_sum([rethought[name] for name in RETHINK])
@@ -1320,7 +1384,9 @@ def main(cfg):
         log.step(step, metrics, shown=("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             with one_line_errors():
-                save_checkpoint(cfg, step, policy, processor, optimizer, buffer.state())
+                held_back = {key: [vars(r) for r in group] for key, group in waiting.items()}
+                extra = {"replay": buffer.state(), "waiting": held_back, "draws": draws}
+                save_checkpoint(cfg, step, policy, processor, optimizer, extra)
         if stop_now:
             log.note(f"interrupted: saved step {step}; go on with --resume")
             break

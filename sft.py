@@ -1151,7 +1151,7 @@ class Watchdog:
 
 
 class Stopwatch:
-    """Wall seconds by name: lap("time/gen") stores those since the lap before it."""
+    """Wall seconds by name: lap("time/gen") adds those since the lap before it."""
 
     def __init__(self):
         self.began = self.last = time.time()
@@ -1159,7 +1159,7 @@ class Stopwatch:
 
     def lap(self, name):
         now = time.time()
-        self.laps[name] = now - self.last
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
         self.last = now
 
     def total(self):

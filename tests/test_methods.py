@@ -465,11 +465,42 @@ def test_difficulty_of_groups(group):
     cfg = grpo.Config(group_size=8)
     rewards = torch.tensor([[1.0] * k + [0.0] * (8 - k) for k in range(9)])
     parts = [{"accuracy": x, "solved": x == 1} for x in rewards.flatten().tolist()]
-    rollouts = [rollout(0, "one") for _ in parts]
-    found = grpo.rollout_metrics(rollouts, [], rewards, parts, [], cfg)
+    rollouts = [rollout(0, "one", reward=part["accuracy"]) for part in parts]
+    found = grpo.rollout_metrics(rollouts, [], parts, [], cfg)
     counts = [found[f"groups/{name}"] * 9 for name in ("all_wrong", "hard", "medium", "easy", "all_right")]
     assert counts == pytest.approx([1, 2, 3, 2, 1])
     assert found["groups/effective_frac"] == pytest.approx(7 / 9)
+
+
+# ----- refill
+
+
+def groups_of(*shares):
+    """Rollouts of questions 10, 11, ..: groups of two, each with an advantage or none."""
+    return [rollout(10 + q, "one", advantage) for q, has in enumerate(shares) for advantage in
+            ((0.7, -0.7) if has else (0.0, 0.0))]
+
+
+def test_refill_takes_whole_groups_in_their_order_and_keeps_the_rest(group):
+    cfg = dataclasses.replace(CFG, ssr="refill", group_size=2, prompts_per_step=2, updates=2)
+    waiting = {}
+    first = groups_of(0, 1, 1, 0, 1)
+    assert grpo.enough_groups(first, waiting, cfg) and not grpo.enough_groups(groups_of(0, 1), waiting, cfg)
+    slices = grpo.refill(first, [10, 11, 12, 13, 14], waiting, 3, cfg)
+    assert [[r.question for r in part] for part in slices] == [[11, 11], [12, 12]]
+    assert list(waiting) == [(3, 4)] and [r.question for r in waiting[3, 4]] == [14, 14]
+    assert grpo.enough_groups(groups_of(1), waiting, cfg)
+    slices = grpo.refill(groups_of(1), [10], waiting, 4, cfg)  # what waited comes first
+    assert [[r.question for r in part] for part in slices] == [[14, 14], [10, 10]] and not waiting
+    assert grpo.refill(groups_of(0, 0), [10, 11], waiting, 5, cfg) == [[], []]
+
+
+def test_refill_keeps_what_has_no_advantage_within_a_group(group):
+    """It counts in the denominator, as in plain GRPO; a truncated rollout that is masked does not."""
+    cfg = dataclasses.replace(CFG, ssr="refill", group_size=3, prompts_per_step=1, truncated="mask")
+    rollouts = [rollout(0, "one", 0.5), rollout(0, "one", 0.0), rollout(0, "one", -0.5, truncated=True)]
+    [part] = grpo.refill(rollouts, [0], {}, 1, cfg)
+    assert part == rollouts[:2]
 
 
 # ----- whole runs
@@ -512,6 +543,29 @@ def test_staged_run_resumes_in_its_second_stage(work, taught):  # noqa: F811
     assert json.dumps(metrics(work / "cut")) == json.dumps(rows)
     a, b = (weights(newest(work / name)) for name in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+REFILL = ["--ssr", "refill", "--prompts_per_step", "3", "--updates", "2", "--max_new_tokens", "48",
+          "--reward", "accuracy=1"]
+
+
+def test_refill_on_two_ranks_resumes(work, taught):  # noqa: F811
+    """Few questions have an advantage: more are drawn, and some wait; cut in the middle, on two ranks."""
+    command = [*taught, *REFILL, "--save_every", "3", "--keep", "9"]
+    two = ["--standalone", "--nproc_per_node", "2"]
+    run(work, *command, "--steps", "6", "--out", "whole")
+    rows = metrics(work / "whole")
+    drawn = [row["tokens/gen"] / row["len/mean"] for row in rows]  # rollouts
+    assert max(drawn) > min(drawn) and max(row["refill/waiting"] for row in rows) > 0
+    run(work, *command, "--steps", "3", "--out", "cut", torchrun=two)
+    run(work, *command, "--steps", "6", "--out", "cut", "--resume")
+    for a, b in zip(rows, metrics(work / "cut"), strict=True):
+        close(a, b, 1e-4)
+    close(weights(newest(work / "whole")), weights(newest(work / "cut")), 1e-4)
+    run(work, *command, "--steps", "6", "--out", "again")
+    shutil.rmtree(work / "again/step_000006")
+    run(work, *command, "--steps", "6", "--out", "again", "--resume")
+    assert json.dumps(metrics(work / "again")) == json.dumps(rows)
 
 
 @pytest.mark.parametrize("unit, longest", [("tokens", 0), ("characters", 1)])
