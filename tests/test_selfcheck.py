@@ -341,6 +341,10 @@ def test_a_step_without_one_usable_row_ends_the_run(tiny, tmp_path, in_this_proc
     with pytest.raises(SystemExit, match="none of its 4 questions can be used"):
         grpo.main(cfg)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    with pytest.raises(SystemExit, match="none of its rows can be used"):
+        sft.main(sft.Config(model=tiny.model, data=cfg.data, out=str(tmp_path / "sft"), eval_data="", workers=0,
+                            steps=2, batch_size=4, max_tokens=250))
+    assert not (tmp_path / "sft" / "metrics.jsonl").exists()
 
 
 # ----- numbers in every mode
