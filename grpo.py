@@ -61,7 +61,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
 from sft import (TOLERANCE, Group, RunLog, Stopwatch, Watchdog, Workers, attention_scale, blank_prompt,
-                 catch_signals, check_rows, computed, data_order, describe, encode_prompt, end_on_signals,
+                 catch_signals, check_rows, computed, data_order, encode_prompt, end_on_signals,
                  full_weights, gather, global_max, global_sum, group_batches, host_memory, init_distributed,
                  is_over_tokens, load_policy, lr_at, mean_gap, one_line_errors, open_run, optimizer_step,
                  peak_memory, readable, refusing, rehearse, save_checkpoint, self_check)
@@ -1157,7 +1157,7 @@ def check_run(policy, optimizer, engine, prompts, processor, dummy, log, cfg):
     response = (longest.response * cfg.max_new_tokens)[:cfg.max_new_tokens]  # as long as one may be
     group = [dataclasses.replace(longest, response=response)] * cfg.group_size
     groups, _ = question_groups(group, prompts, policy, cfg.token_budget)
-    rehearse(policy, optimizer, groups[0], dummy, cfg, log)
+    rehearse(policy, optimizer, groups[0], dummy, cfg, log, cfg.engine == "hf", cfg.kl_beta > 0)
 
     gap = compare(rollouts, "the sampler's log-probabilities differ from the trainer's",
                   "it reads images or positions otherwise, or holds another model")
@@ -1254,7 +1254,6 @@ def main(cfg):
     draws = int(global_max(draws))  # a rank that is new has nothing to restore
     sync_weights(policy, engine)
 
-    log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} questions; a step: {cfg.prompts_per_step} x {cfg.group_size} rollouts "
              f"on {world} rank(s)")
     longest = max([stage.max_new_tokens for stage in stages], default=cfg.max_new_tokens)

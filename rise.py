@@ -63,7 +63,7 @@ from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, f
 from data_prep import (check_at_least, check_record, check_records, complete_rows, parse_config, read_records,
                        resolve_model, save_image, write_records)
 from sft import (RunLog, Stopwatch, Watchdog, Workers, blank_prompt, catch_signals, check_rows,
-                 check_same_run, claim, data_order, describe, encode_prompt, end_on_signals, global_max,
+                 check_same_run, claim, data_order, encode_prompt, end_on_signals, global_max,
                  global_sum, host_memory, init_distributed, load_policy, lr_at, one_line_errors, open_run,
                  peak_memory, readable, refusing, save_checkpoint)
 from eval import build_engine
@@ -440,7 +440,6 @@ def main(cfg):
     tokenizer = processor.tokenizer
     reference = load_policy(run.origin, cfg, device, trainable=False)[0] if cfg.kl_beta else None
     sync_weights(policy, engine)
-    log.note(describe(policy, cfg, copies=(cfg.engine == "hf") + bool(cfg.kl_beta)))
     log.note(f"{len(records)} records; a step: {cfg.prompts_per_step} x {cfg.group_size} rationales "
              f"on {world} rank(s)")
     few = check_rows(records, encode_record, log)

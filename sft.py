@@ -62,7 +62,7 @@ import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -295,6 +295,9 @@ def stops_blocked():
 # ----- the policy ------------------------------------------------------------------------------------------
 
 
+VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")  # what is of the vision tower has such a name
+
+
 def load_policy(path, cfg, device, trainable=True):
     """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
 
@@ -307,9 +310,8 @@ def load_policy(path, cfg, device, trainable=True):
     if not processor.chat_template:
         raise ValueError(f"{path}: the processor of {policy.config.model_type} has no chat template; take an "
                          "instruction-tuned model, or put its chat_template.jinja beside the weights")
-    vision = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
     for name, p in policy.named_parameters():
-        frozen = cfg.freeze_vision and vision.search(name)
+        frozen = cfg.freeze_vision and VISION.search(name)
         p.requires_grad_(trainable and not frozen)
     policy.eval()
     blocks = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -318,7 +320,9 @@ def load_policy(path, cfg, device, trainable=True):
         enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
         for block in blocks:
-            block.training = True  # or it keeps its activations; what is inside it stays in eval mode
+            # Or it keeps its activations; what is inside it stays in eval mode. One that is frozen keeps
+            # none, and checkpointed it would hold its inputs until Python collects garbage.
+            block.training = any(p.requires_grad for p in block.parameters())
 
     on_gpu = device.type == "cuda"
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
@@ -417,28 +421,140 @@ def stop_ids(generation_config, processor):
     return list(dict.fromkeys([*written, *known, tokenizer.eos_token_id]))
 
 
-def describe(policy, cfg, copies):
-    """Parameters and an estimate of memory per rank; `copies` further models (reference, engine) are held.
+# ----- memory, by arithmetic -------------------------------------------------------------------------------
 
-    Activations: 34 bytes a token, layer and hidden unit in bf16, 2 with checkpointing (Korthikanti et al.,
-    arXiv 2205.05198, without the attention matrix, which the kernels here do not keep).
-    """
-    sizes = [p.numel() for p in policy.parameters()]
+
+def describe(policy, rows, cfg, engine, reference):
+    """Parameters, and memory_needed (which has the arguments) for a micro-batch of `rows`, as text."""
+    parts, unknown = memory_needed(policy, rows, cfg, dist.get_world_size(), engine, reference)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    total = sum(sizes)
-    compute_bytes = policy.compute_dtype.itemsize
-    # A number takes 4 bytes; a trained one has a gradient and two moments beside it.
-    states = (total + 3 * trained) * 4 / dist.get_world_size()
-    text = policy.config.get_text_config()
-    hidden_units = cfg.token_budget * text.num_hidden_layers * text.hidden_size
-    per_unit = 2 if cfg.gradient_checkpointing else 34
-    activations = hidden_units * per_unit * compute_bytes / 2
     vocabulary = policy.get_output_embeddings().weight.shape[0]
     name = type(policy).__name__.removeprefix("FSDP")
-    return (f"{name}: {total / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained, vocabulary {vocabulary}\n"
-            f"memory per rank: {states / 2**30:.2f} GiB weights, gradients and moments, "
-            f"{copies * total * compute_bytes / 2**30:.2f} GiB model copies, "
-            f"about {activations / 2**30:.2f} GiB activations at --token_budget {cfg.token_budget}")
+    gib = {what: f"{size / 2**30:.2f} GiB {what}" for what, size in parts.items()}
+    missing = [f"; what the {part} keeps is not known and left out" for part in unknown]
+    return (f"{name}: {numbers_of(policy) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained, "
+            f"vocabulary {vocabulary}\n"
+            f"memory per rank: about {sum(parts.values()) / 2**30:.2f} GiB, of it {', '.join(gib.values())}"
+            + "".join(missing))
+
+
+def memory_needed(policy, rows, cfg, shards, engine=False, reference=False):
+    """({what: bytes} on the GPU of a rank when an update needs most, parts of the model that are unknown).
+
+    rows: of a micro-batch (see collate). shards: ranks that share the weights. engine, reference: whether a
+    whole copy to sample with and a sharded frozen one are held, too. With c bytes a number in compute dtype:
+
+    states: 4 bytes a weight in fp32, 12 more for a trained one's gradient and two moments, over the shards
+    activations: see activations
+    buffers: the most of three moments, beside the root's weights (embedding, head, what is no block):
+        the head: its gradient, three chunks of fp32 logits (ResponseLogprob)
+        a block's backward: the head's gradient, weights of two blocks, gradients of one, in fp32 once more
+            to be reduced, and the block's activations again
+        the end of backward: the root's gradients, in fp32 once more (nothing is left of the activations)
+
+    What CUDA and NCCL take for themselves and what the allocator cannot use come on top.
+    """
+    each = policy.compute_dtype.itemsize
+    blocks = [numbers_of(m) for m in policy.modules() if isinstance(m, FSDPModule) and m is not policy]
+    total, block = numbers_of(policy), max(blocks)
+    root = total - sum(blocks)
+    head = policy.get_output_embeddings().weight.numel()
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    written = sum(int(group.written().sum()) for row in rows for group in as_groups(row))
+    logits = min(CHUNK, written * (head // policy.config.get_text_config().hidden_size))
+    stored, in_block, unknown = activations(policy, rows, cfg)
+
+    states, copies = (4 * total + 12 * trained) / shards, each * total * engine
+    frozen = each * total * reference / shards
+    if cfg.cpu_offload:  # on the GPU is what is gathered next: its shard in fp32, cast
+        states, frozen = (4 + each) * max(root, block) / shards, 0
+    at_head = stored + each * (root + head) + 3 * 4 * logits
+    at_block = stored + in_block + each * (root + head + 3 * block) + 4 * block
+    at_end = each * 2 * root + 4 * root
+    buffers = max(at_head, at_block, at_end) - stored
+    parts = {"weights, gradients and moments": states, "model copies": copies + frozen,
+             "activations": stored, "buffers": buffers}
+    return parts, unknown
+
+
+def activations(policy, rows, cfg):
+    """(bytes that all blocks keep until backward, bytes that one needs then, parts that are unknown).
+
+    A block's mask, of T tokens for T tokens in each of B rows, is kept in compute dtype by sdpa. With
+    checkpointing blocks keep their input, and one at a time makes the rest anew. A quarter is added for the
+    gradients of what it keeps. Blocks without a trained weight keep nothing.
+    """
+    each = policy.compute_dtype.itemsize
+    prompts = [group.prompt for row in rows for group in as_groups(row)]
+    patches = [patches_of(prompt, policy.config) for prompt in prompts]
+    length = max(sum(map(len, as_groups(row))) for row in rows)
+    mask = each * len(rows) * length ** 2 if cfg.attn == "sdpa" else 0
+    inputs, kept = [], [0]
+    missing = {bool(VISION.search(name)) for name, p in policy.named_parameters() if p.requires_grad}
+    unknown = set()
+    for name, block in policy.named_modules():
+        if isinstance(block, GradientCheckpointingLayer) and any(p.requires_grad for p in block.parameters()):
+            tower = bool(VISION.search(name + "."))
+            of_input, of_all, known = kept_by(block, each)
+            missing.discard(tower)
+            if known < 0.9 or tower and None in patches:
+                unknown.add(tower)
+                continue
+            count = sum(patches) if tower else len(rows) * length
+            inputs.append(count * of_input)
+            kept.append(count * of_all + mask * (not tower))
+    again, stored = (1, sum(inputs)) if cfg.gradient_checkpointing else (0, sum(kept))
+    parts = ["vision tower" if tower else "language model" for tower in sorted(missing | unknown)]
+    return stored, (again + 0.25) * max(kept), parts
+
+
+def kept_by(block, each):
+    """Bytes of a block's input and of all that it keeps for backward, of one token or patch at `each` bytes a
+    number; and which share of its weights is of a known kind.
+
+    What autograd saves, read off the shapes of the weights, as Korthikanti et al. (arXiv 2205.05198) do for
+    GPT. A norm keeps what it gets, in fp32 where it casts itself, and what it gives, scaled or not. A module
+    whose last matrix takes I numbers keeps
+
+        2 I  with one matrix before it: what the activation function gets and gives
+        4 I  gate, gate activated, up, their product; or q, k, v, each repeated for every head, and the output
+        7 I  q, k and v of one matrix; q and k turned, the output in pieces and joined
+
+    and no attention matrix, which sdpa and flash attention do not make; eager does.
+    """
+    hidden, kept, known = 0, 0, 0
+    for module in block.modules():
+        matrices = [child for child in module.children() if isinstance(child, torch.nn.Linear)]
+        inner = 0
+        if len(matrices) > 1:
+            hidden = hidden or matrices[0].in_features
+            inner = matrices[-1].in_features
+            before = matrices[0].out_features // inner if len(matrices) == 2 else None
+            kept += {1: 2, 3: 7}.get(before, 4) * inner * each
+            known += sum(map(numbers_of, matrices))
+        for child in module.children():
+            if "Norm" in type(child).__name__:
+                width = max(child.weight.numel(), inner)  # beside matrices: of every head
+                own = each if isinstance(child, torch.nn.LayerNorm) else 4 + each
+                kept += width * (own + each)
+                known += numbers_of(child)
+    return hidden * each, kept, known / numbers_of(block)
+
+
+def numbers_of(module):
+    """How many numbers its parameters have, over all ranks."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def patches_of(prompt, config):
+    """How many patches of a prompt's images the vision tower sees, None if that cannot be told."""
+    pixels = prompt.get("pixel_values")
+    if pixels is None:
+        return 0
+    if pixels.ndim <= 3:  # (patches, numbers), maybe with a batch in front
+        return pixels.numel() // pixels.shape[-1]
+    side = getattr(getattr(config, "vision_config", None), "patch_size", None)
+    return pixels.numel() // (3 * side ** 2) if isinstance(side, int) else None
 
 
 # ----- rows: from a record to tensors ----------------------------------------------------------------------
@@ -830,6 +946,9 @@ def joined_images(tensors, axis=0):
     return torch.cat(padded)
 
 
+CHUNK = 2**25  # logits that are held at a time: 128 MiB in fp32
+
+
 class ResponseLogprob(torch.autograd.Function):
     """log softmax(head(h W') / temperature)[target] at N positions, and the entropy there (without gradient).
 
@@ -838,7 +957,7 @@ class ResponseLogprob(torch.autograd.Function):
 
     @staticmethod
     def chunks(hidden, weight, head, temperature, banned):
-        size = max(1, 2**25 // weight.shape[0])  # 2^25 fp32 logits = 128 MiB
+        size = max(1, CHUNK // weight.shape[0])
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             logits = head((hidden[rows] @ weight.T).float()).div_(temperature)  # (n, V)
@@ -1101,15 +1220,17 @@ def optimizer_step(policy, optimizer, lr, max_norm, log):
     return norm
 
 
-def rehearse(policy, optimizer, row, dummy, cfg, log):
+def rehearse(policy, optimizer, row, dummy, cfg, log, engine=False, reference=False):
     """Run a micro-batch as large as --token_budget allows forward and backward: out of memory shows now.
 
-    row: the longest (for `collate`) that this run can tell before it starts. All ranks alike.
+    row: the longest (for `collate`) that this run can tell before it starts. All ranks alike. The estimate
+    stands before it (describe), for those whom it ends.
     """
     length = sum(map(len, as_groups(row)))
     cost = computed(length, attention_scale(policy.config))
     rows = [row] * max(1, int(cfg.token_budget / cost))  # a row beyond the budget runs alone
     size = f"{len(rows)} row(s) of {length} tokens"
+    log.note(describe(policy, rows, cfg, engine, reference))
     try:
         inputs, mask = collate(rows, dummy, 0, policy.banned.device)
         policy.token_logprobs(inputs, mask).mean().backward()
@@ -1545,7 +1666,6 @@ def main(cfg):
     encode = functools.partial(encode_row, processor=processor, stop=stop, banned=set(policy.banned.tolist()),
                                cfg=cfg)
     workers = Workers(lambda i, _: encode(everything[i]), cfg.workers)
-    log.note(describe(policy, cfg, copies=0))
     epochs = cfg.steps * cfg.batch_size / len(records)
     log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) "
              f"= {epochs:.2f} epochs")
