@@ -319,10 +319,10 @@ def load_policy(path, cfg, device, trainable=True):
         # Newer transformers have another name for it, the older ones of requirements.txt know only the first.
         enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+        if hasattr(policy, "_require_grads_hook"):  # or gradients are taken through a frozen tower, too
+            policy.disable_input_require_grads()
         for block in blocks:
-            # Or it keeps its activations; what is inside it stays in eval mode. One that is frozen keeps
-            # none, and checkpointed it would hold its inputs until Python collects garbage.
-            block.training = any(p.requires_grad for p in block.parameters())
+            block.training = True  # or it keeps its activations; what is inside it stays in eval mode
 
     on_gpu = device.type == "cuda"
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))

@@ -1,8 +1,27 @@
-"""Memory of an update."""
+"""Memory of an update, estimated and simulated: python tests/bench_memory.py [--quick] [--models 3B 7B] [--ranks 8]
+
+Estimated: memory_needed of sft.py, arithmetic on the shapes of a model's weights. Simulated: sft.py's own load_policy,
+token_logprobs, backward, clipping and AdamW, with gradients and moments of an earlier micro-batch there already, as
+rank 0 of that many, under PyTorch's fake tensors (shapes without numbers), its fake process group (collectives that
+move nothing) and its FSDPMemTracker, which adds up the tensors that are alive. Nothing here ran on a GPU: a CUDA
+context, the buffers of NCCL and what the allocator cannot use come on top. "Fits" leaves a tenth of a card for them.
+
+The micro-batch is what --token_budget 16384 allows of a question about a picture of 980 x 980 pixels (4,900 patches,
+1,225 tokens) with 100 words and 8 responses of 512 tokens: two rows of 5,430 tokens at each size. bf16, sdpa.
+
+--cpu_offload is not simulated by itself, since there is no second device: its peak is that of all tensors but sharded
+weights, gradients and moments. Windows of the tower are as large as the picture: sdpa makes no attention matrix, so
+that they need the same memory, and are 80 times fewer calls.
+
+--quick takes a small model, holds the simulation against the same tracker over real tensors too, and fails where the
+estimate is off by more than 15 % or the two simulations by 2 %. --plan prints only the table of docs/reference.md,
+from estimates: what fits on which GPUs.
+"""
 import argparse
+import contextlib
+import dataclasses
 import functools
 import sys
-import time
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -12,126 +31,220 @@ import torch.distributed as dist  # noqa: E402
 import transformers as hf  # noqa: E402
 from torch._subclasses import fake_tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # noqa: E402
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType as Kind  # noqa: E402
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling  # noqa: E402
 
 import sft  # noqa: E402
 
-CPU = torch.device("cpu")
-# Language model: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; tower: hidden, intermediate,
-# blocks, heads. From config.json of Qwen/Qwen2.5-VL-*-Instruct.
-SHAPES = {"tiny": (256, 704, 4, 8, 2, 4096, True, 128, 344, 4, 4),
+CPU, GIB = torch.device("cpu"), 2**30
+CARDS = {"24 GB": 24e9, "80 GB": 80e9, "141 GB": 141e9}  # bytes; of each a tenth is left to others
+# Language model: hidden, intermediate, layers, heads, key-value heads, vocabulary, whether head and embedding are one;
+# tower: hidden, intermediate, blocks, heads. From the config.json of Qwen/Qwen2.5-VL-*-Instruct.
+SHAPES = {"small": (256, 704, 4, 8, 2, 4096, False, 128, 344, 4, 4),
           "3B": (2048, 11008, 36, 16, 2, 151936, True, 1280, 3420, 32, 16),
           "7B": (3584, 18944, 28, 28, 4, 152064, False, 1280, 3420, 32, 16),
           "32B": (5120, 27648, 64, 40, 8, 152064, False, 1280, 3456, 32, 16),
           "72B": (8192, 29568, 80, 64, 8, 152064, False, 1280, 3456, 32, 16)}
+FLAGS = {"": {}, "freeze_vision": dict(freeze_vision=True), "gradient_checkpointing": dict(gradient_checkpointing=True),
+         "gradient_checkpointing, freeze_vision": dict(gradient_checkpointing=True, freeze_vision=True)}
+IMAGE, VIDEO, BEGIN, END, WORD = 2, 3, 4, 5, 6  # token ids
 
 
 def config_of(name, side):
-    """The configuration of a model. Windows of the tower are as large as an image of `side` patches."""
-    hidden, inner, layers, heads, kv_heads, vocabulary, tied, width, vision_inner, blocks, vision_heads = SHAPES[name]
-    head = hidden // heads
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [head // 8, head * 3 // 16, head * 3 // 16]}
+    """A model's configuration; windows of its tower take an image of side x side patches."""
+    hidden, inner, layers, heads, kv, words, tied, width, vision_inner, blocks, vision_heads = SHAPES[name]
+    eighth = hidden // heads // 8
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [eighth, 3 * eighth // 2, 3 * eighth // 2]}
     text = dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, vocab_size=vocabulary, rope_parameters=rope,
-                bos_token_id=None, eos_token_id=1)
+                num_key_value_heads=kv, vocab_size=words, rope_parameters=rope, bos_token_id=None, eos_token_id=1)
     vision = dict(hidden_size=width, intermediate_size=vision_inner, depth=blocks, num_heads=vision_heads,
                   out_hidden_size=hidden, window_size=14 * side)
-    return hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied,
-                               image_token_id=2, video_token_id=3, vision_start_token_id=4, vision_end_token_id=5)
+    return hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_id=IMAGE,
+                               video_token_id=VIDEO, vision_start_token_id=BEGIN, vision_end_token_id=END)
 
 
-def row_of(side, words, responses, length):
-    """A question about an image of side x side patches with its responses, as grpo.py trains on it."""
-    ids = torch.tensor([[6] * words + [4] + [2] * (side // 2) ** 2 + [5]])
-    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 2).long(),
+def question(side, words, responses, length):
+    """A Group: an image of side x side patches, words, and responses, as grpo.py trains on it."""
+    ids = torch.tensor([[WORD] * words + [BEGIN] + [IMAGE] * (side // 2) ** 2 + [END]])
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).long(),
               "pixel_values": torch.zeros(side * side, 3 * 2 * 14 * 14),
               "image_grid_thw": torch.tensor([[1, side, side]])}
-    return sft.Group(prompt, [[7] * length] * responses)
+    return sft.Group(prompt, [[WORD] * length] * responses)
 
 
 class Tracker(FSDPMemTracker):
-    """Peak of all tensors, and of those that --cpu_offload leaves on the GPU."""
-    ON_HOST = (Kind.SHARDED_PARAM, Kind.SHARDED_GRAD, Kind.OPT)
+    """Bytes at the peak: of all tensors, and of those that --cpu_offload leaves on the GPU."""
+    ON_HOST = (_FSDPRefType.SHARDED_PARAM, _FSDPRefType.SHARDED_GRAD, _FSDPRefType.OPT)
 
     def __init__(self, *args):
         super().__init__(*args)
         self.peak = self.offloaded = 0
-        self.snap = {}
 
     def _update_peak_stats(self, _):
         now = self._curr_mem_snap[CPU]
-        total = now["Total"]
-        here = total - sum(now[kind] for kind in self.ON_HOST)
-        if total > self.peak:
-            self.peak = total
-            self.snap = {str(getattr(k, "value", k)): round(v / 2**30, 2) for k, v in now.items() if v > 2**25}
-        self.offloaded = max(self.offloaded, here)
+        on_host = sum(now[kind] for kind in self.ON_HOST)
+        self.peak = max(self.peak, now["Total"])
+        self.offloaded = max(self.offloaded, now["Total"] - on_host)
 
 
-def with_numbers(function):
-    """A function of numbers, which a fake tensor has only where it is small and was made from them."""
-    def run(grid, **kwargs):
+def of_numbers(function):
+    """Have a function of an image's grid compute on numbers, which fake tensors have not."""
+    def computed(grid, **kwargs):
         numbers = grid.tolist()
         with unset_fake_temporarily():
             found = function(torch.tensor(numbers), **kwargs)
         return [torch.tensor(x.tolist()) for x in found]
-    return run
+    return computed
 
 
-def simulated(name, ranks, cfg, row, side, fake=True):
-    """(estimated, simulated peak, the same with cpu_offload) in bytes."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    mode = FakeTensorMode(allow_non_fake_inputs=True) 
-    config = config_of(name, side)
+def prepare():
+    """Have sft.py load configurations, compute in bf16 without a GPU, and fake tensors keep the small numbers."""
+    fake_tensor.CONSTANT_NUMEL_LIMIT = 10**6  # token ids, grids and masks decide shapes
+    modeling.get_vision_window_index = of_numbers(modeling.get_vision_window_index)
+    sft.AutoProcessor = SimpleNamespace(from_pretrained=lambda path: SimpleNamespace(chat_template="-"))
+    sft.MixedPrecisionPolicy = functools.partial(sft.MixedPrecisionPolicy, torch.bfloat16, torch.float32)
 
+
+@contextlib.contextmanager
+def loaded(name, ranks, cfg, side, mode):
+    """The policy, sharded over `ranks`."""
     def load_model(path, dtype, attn):
         with mode:
             return hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation=attn)
 
+    config = config_of(name, side)
     sft.load_model = load_model
-    policy, _ = sft.load_policy("", cfg, CPU)
-    optimizer = sft.make_optimizer(policy, cfg)
-    scale = sft.attention_scale(policy.config)
-    rows = [row] * max(1, int(cfg.token_budget / sft.computed(len(row), scale)))
-    inputs, mask = sft.collate(rows, None, 0, CPU)
-    inputs = sft.placed_inputs(policy.model, **inputs)
-    with mode:
-        known = ("input_ids", "image_grid_thw")
-        inputs = {k: torch.tensor(v.tolist()) if k in known else mode.from_tensor(v) for k, v in inputs.items()}
-        mask = torch.tensor(mask.tolist())
-        policy.banned = torch.tensor(policy.banned.tolist())
-        for p in policy.parameters():
-            if p.requires_grad:
-                p.grad = torch.zeros_like(p)
-        optimizer.step()
-        policy.forward = MethodType(sft.token_logprobs, policy)
-        tracker = Tracker(policy, optimizer)
-        tracker.track_inputs((inputs, mask))
-        with tracker:
-            policy(inputs, mask).sum().backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            optimizer.step()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    yield sft.load_policy("", cfg, CPU)[0]
     dist.destroy_process_group()
-    needs, unknown = sft.memory_needed(policy, rows, cfg, ranks); assert not unknown, unknown
-    return needs, tracker
+
+
+def estimated(policy, rows, cfg, ranks):
+    """Bytes without and with --cpu_offload, and by part."""
+    parts, unknown = sft.memory_needed(policy, rows, cfg, ranks)
+    assert not unknown, unknown
+    offloaded, _ = sft.memory_needed(policy, rows, dataclasses.replace(cfg, cpu_offload=True), ranks)
+    return sum(parts.values()), sum(offloaded.values()), parts
+
+
+def batch_of(policy, group, cfg):
+    """As many rows as sft.py's rehearse takes."""
+    cost = sft.computed(len(group), sft.attention_scale(policy.config))
+    return [group] * max(1, int(cfg.token_budget / cost))
+
+
+def measured(name, ranks, cfg, group, side, real=False):
+    """(estimated bytes, simulated bytes), each (without, with --cpu_offload)."""
+    mode = contextlib.nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
+    with loaded(name, ranks, cfg, side, mode) as policy:
+        optimizer = sft.make_optimizer(policy, cfg)
+        rows = batch_of(policy, group, cfg)
+        estimate = estimated(policy, rows, cfg, ranks)[:2]
+        inputs, mask = sft.collate(rows, None, 0, CPU)
+        inputs = sft.placed_inputs(policy.model, **inputs)  # positions are computed from numbers
+        with mode:
+            if not real:
+                with_numbers = ("input_ids", "image_grid_thw")
+                inputs = {key: torch.tensor(value.tolist()) if key in with_numbers else mode.from_tensor(value)
+                          for key, value in inputs.items()}
+                mask, policy.banned = torch.tensor(mask.tolist()), torch.tensor(policy.banned.tolist())
+            for p in policy.parameters():
+                if p.requires_grad:
+                    p.grad = torch.zeros_like(p)
+            optimizer.step()  # makes the moments
+            policy.forward = MethodType(sft.token_logprobs, policy)  # the tracker looks at forward only
+            tracker = Tracker(policy, optimizer)
+            tracker.track_inputs((inputs, mask))
+            with tracker:
+                policy(inputs, mask).sum().backward()
+                torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+                optimizer.step()
+    return estimate, (tracker.peak, tracker.offloaded)
+
+
+def fits(size):
+    return ["yes" if size <= 0.9 * card else "no" for card in CARDS.values()]
+
+
+def table(models, ranks):
+    """Every flag at the least and the most ranks, checkpointing at all of them."""
+    print("| model | ranks | flags | estimated, GiB | simulated, GiB | ratio |", *(f"{card} |" for card in CARDS))
+    print("|---" * (6 + len(CARDS)) + "|", flush=True)
+    side = 70
+    group = question(side, 100, 8, 512)
+    for name in models:
+        for world in ranks:
+            for flags, values in FLAGS.items():
+                if flags != "gradient_checkpointing" and world not in (8, 64):
+                    continue
+                pairs = zip(*measured(name, world, sft.Config(**values), group, side))
+                for offload, (estimate, simulation) in zip(("", "cpu_offload"), pairs):
+                    given = ", ".join(filter(None, (flags, offload)))
+                    print("|", " | ".join([name, str(world), given, f"{estimate / GIB:.1f}", f"{simulation / GIB:.1f}",
+                                           f"{estimate / simulation:.2f}", *fits(simulation)]), "|", flush=True)
+
+
+def plan(models, ranks):
+    """For each model and number of GPUs the least that makes an update fit, and the engine beside the states."""
+    side = 70
+    group = question(side, 100, 8, 512)
+    print("| model | GPUs |", *(f"{card} |" for card in CARDS))
+    print("|---" * (2 + len(CARDS)) + "|")
+    for name in models:
+        for world in ranks:
+            cells = [cell(name, world, group, side, 0.9 * card) for card in CARDS.values()]
+            print("|", " | ".join([name, str(world), *cells]), "|", flush=True)
+
+
+def cell(name, world, group, side, room):
+    """Flags (C: checkpointing, O: offload) and least --tp with which model and engine fit, or "no"."""
+    for values, flags in (({}, "as it is"), (dict(gradient_checkpointing=True), "C")):
+        cfg = sft.Config(**values)
+        with loaded(name, world, cfg, side, FakeTensorMode(allow_non_fake_inputs=True)) as policy:
+            total = sft.numbers_of(policy)
+            plain, offloaded, parts = estimated(policy, batch_of(policy, group, cfg), cfg, world)
+        states = parts["weights, gradients and moments"]
+        for size, resident, more in ((plain, states, ""), (offloaded, 0, "O")):
+            if more and not values:
+                continue
+            # While it samples, vLLM has its share of the weights beside the states, and as much again for the cache.
+            tps = [tp for tp in (1, 2, 4, 8) if tp <= world and resident + 1.5 * 2 * total / tp <= room]
+            if size <= room and tps:
+                return f"{flags}{more} {size / GIB:.0f}" + (f", tp {tps[0]}" if tps[0] > 1 else "")
+    return "no"
+
+
+def quick():
+    """Whether estimate, simulation and the tracker over real tensors agree on a small model."""
+    side, wrong = 16, 0
+    group = question(side, 20, 4, 100)
+    for flags, values in FLAGS.items():
+        cfg = sft.Config(token_budget=2000, **values)
+        estimate, simulation = measured("small", 8, cfg, group, side)
+        _, reality = measured("small", 8, cfg, group, side, real=True)
+        for number, offload in enumerate(("", "cpu_offload")):
+            given = ", ".join(filter(None, (flags, offload))) or "no flags"
+            off = estimate[number] / simulation[number]
+            alike = simulation[number] / reality[number]
+            good = abs(off - 1) <= 0.15 and abs(alike - 1) <= 0.02
+            wrong += not good
+            print(f"{given}: simulated {simulation[number] / 2**20:.1f} MiB, with real tensors x{1 / alike:.3f}, "
+                  f"estimated x{off:.2f}{'' if good else ' WRONG'}", flush=True)
+    sys.exit(f"{wrong} of them disagree" if wrong else 0)
 
 
 def main():
-    fake_tensor.CONSTANT_NUMEL_LIMIT = 10**6
-    modeling.get_vision_window_index = with_numbers(modeling.get_vision_window_index)
-    sft.AutoProcessor = SimpleNamespace(from_pretrained=lambda path: SimpleNamespace(chat_template="-"))
-    sft.MixedPrecisionPolicy = functools.partial(sft.MixedPrecisionPolicy, torch.bfloat16, torch.float32)
-    name, ranks = sys.argv[1], int(sys.argv[2])
-    side = 8 if name == "tiny" else 72
-    row = row_of(side, 100, 8, 512)
-    for flags in ([], ["freeze_vision"], ["gradient_checkpointing"], ["gradient_checkpointing", "freeze_vision"]):
-        cfg = sft.Config(**dict.fromkeys(flags, True))
-        t = time.time()
-        needs, tr = simulated(name, ranks, cfg, row, side)
-        print(name, ranks, flags, f"{time.time()-t:.0f} s, sim {tr.peak/2**30:.2f} off {tr.offloaded/2**30:.2f}", tr.snap, flush=True)
-        print("   est", f"{sum(needs.values())/2**30:.2f} ratio {sum(needs.values())/tr.peak:.2f}", {k: round(v/2**30, 2) for k, v in needs.items()}, flush=True)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", default=list(SHAPES)[1:], choices=SHAPES)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 8, 16, 32, 64])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--plan", action="store_true")
+    args = parser.parse_args()
+    prepare()
+    if args.quick:
+        quick()
+    (plan if args.plan else table)(args.models, args.ranks)
 
 
 if __name__ == "__main__":
