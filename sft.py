@@ -466,8 +466,8 @@ def memory_needed(policy, rows, cfg, shards, engine=False, reference=False):
 
     states, copies = (4 * total + 12 * trained) / shards, each * total * engine
     frozen = each * total * reference / shards
-    if cfg.cpu_offload:  # on the GPU is what is gathered next: its shard in fp32, cast
-        states, frozen = (4 + each) * max(root, block) / shards, 0
+    if cfg.cpu_offload:  # on the GPU is the shard that is gathered next, in fp32 and cast
+        states, frozen = (4 + each) * block / shards, 0
     at_head = stored + each * (root + head) + 3 * 4 * logits
     at_block = stored + in_block + each * (root + head + 3 * block) + 4 * block
     at_end = each * 2 * root + 4 * root

@@ -10,12 +10,14 @@ The micro-batch is what --token_budget 16384 allows of a question about a pictur
 1,225 tokens) with 100 words and 8 responses of 512 tokens: two rows of 5,430 tokens at each size. bf16, sdpa.
 
 --cpu_offload is not simulated by itself, since there is no second device: its peak is that of all tensors but sharded
-weights, gradients and moments. Windows of the tower are as large as the picture: sdpa makes no attention matrix, so
-that they need the same memory, and are 80 times fewer calls.
+weights, gradients and moments, without the shard on its way to the GPU, which the estimate has. Windows of the tower
+are as large as the picture: sdpa makes no attention matrix, so that they need the same memory, and are 80 times fewer
+calls.
 
 --quick takes a small model, holds the simulation against the same tracker over real tensors too, and fails where the
-estimate is off by more than 15 % or the two simulations by 2 %. --plan prints only the table of docs/reference.md,
-from estimates: what fits on which GPUs.
+estimate is off by more than 15 % or the two simulations by 2 %. --plan prints the table of docs/reference.md from
+estimates: the least that fits, C for --gradient_checkpointing, O for --cpu_offload, and the --tp with which vLLM's
+weights and half as much for its cache fit beside weights, gradients and moments while it samples.
 """
 import argparse
 import contextlib
@@ -48,18 +50,19 @@ SHAPES = {"small": (512, 1408, 6, 8, 2, 4096, False, 128, 344, 4, 4),
           "72B": (8192, 29568, 80, 64, 8, 152064, False, 1280, 3456, 32, 16)}
 FLAGS = {"": {}, "freeze_vision": dict(freeze_vision=True), "gradient_checkpointing": dict(gradient_checkpointing=True),
          "gradient_checkpointing, freeze_vision": dict(gradient_checkpointing=True, freeze_vision=True)}
+SIDE = 70  # patches along an image's side
 IMAGE, VIDEO, BEGIN, END, WORD = 2, 3, 4, 5, 6  # token ids
 
 
-def config_of(name, side):
-    """A model's configuration; windows of its tower take an image of side x side patches."""
+def config_of(name):
+    """A model's configuration; windows of its tower take a whole image."""
     hidden, inner, layers, heads, kv, words, tied, width, vision_inner, blocks, vision_heads = SHAPES[name]
     eighth = hidden // heads // 8
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [eighth, 3 * eighth // 2, 3 * eighth // 2]}
     text = dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
                 num_key_value_heads=kv, vocab_size=words, rope_parameters=rope, bos_token_id=None, eos_token_id=1)
     vision = dict(hidden_size=width, intermediate_size=vision_inner, depth=blocks, num_heads=vision_heads,
-                  out_hidden_size=hidden, window_size=14 * side)
+                  out_hidden_size=hidden, window_size=14 * SIDE)
     return hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_id=IMAGE,
                                video_token_id=VIDEO, vision_start_token_id=BEGIN, vision_end_token_id=END)
 
@@ -107,13 +110,13 @@ def prepare():
 
 
 @contextlib.contextmanager
-def loaded(name, ranks, cfg, side, mode):
+def loaded(name, ranks, cfg, mode):
     """The policy, sharded over `ranks`."""
     def load_model(path, dtype, attn):
         with mode:
             return hf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation=attn)
 
-    config = config_of(name, side)
+    config = config_of(name)
     sft.load_model = load_model
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     yield sft.load_policy("", cfg, CPU)[0]
@@ -121,11 +124,11 @@ def loaded(name, ranks, cfg, side, mode):
 
 
 def estimated(policy, rows, cfg, ranks):
-    """Bytes without and with --cpu_offload, and by part."""
+    """Bytes without and with --cpu_offload, and those of weights, gradients and moments without it."""
     parts, unknown = sft.memory_needed(policy, rows, cfg, ranks)
     assert not unknown, unknown
     offloaded, _ = sft.memory_needed(policy, rows, dataclasses.replace(cfg, cpu_offload=True), ranks)
-    return sum(parts.values()), sum(offloaded.values()), parts
+    return sum(parts.values()), sum(offloaded.values()), parts["weights, gradients and moments"]
 
 
 def batch_of(policy, group, cfg):
@@ -134,10 +137,10 @@ def batch_of(policy, group, cfg):
     return [group] * max(1, int(cfg.token_budget / cost))
 
 
-def measured(name, ranks, cfg, group, side, real=False):
+def measured(name, ranks, cfg, group, real=False):
     """(estimated bytes, simulated bytes), each (without, with --cpu_offload)."""
     mode = contextlib.nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True)
-    with loaded(name, ranks, cfg, side, mode) as policy:
+    with loaded(name, ranks, cfg, mode) as policy:
         optimizer = sft.make_optimizer(policy, cfg)
         rows = batch_of(policy, group, cfg)
         estimate = estimated(policy, rows, cfg, ranks)[:2]
@@ -174,14 +177,13 @@ def table(models, ranks):
     """Every flag on 8 ranks, checkpointing on any number: activations do not depend on it."""
     print("| model | ranks | flags | estimated, GiB | simulated, GiB | ratio |", *(f"{card} |" for card in CARDS))
     print("|---" * (6 + len(CARDS)) + "|", flush=True)
-    side = 70
-    group = question(side, 100, 8, 512)
+    group = question(SIDE, 100, 8, 512)
     for name in models:
         for world in ranks:
             for flags, values in FLAGS.items():
                 if flags != "gradient_checkpointing" and world != 8:
                     continue
-                pairs = zip(*measured(name, world, sft.Config(**values), group, side))
+                pairs = zip(*measured(name, world, sft.Config(**values), group))
                 for offload, (estimate, simulation) in zip(("", "cpu_offload"), pairs):
                     given = ", ".join(filter(None, (flags, offload)))
                     print("|", " | ".join([name, str(world), given, f"{estimate / GIB:.1f}", f"{simulation / GIB:.1f}",
@@ -189,43 +191,41 @@ def table(models, ranks):
 
 
 def plan(models, ranks):
-    """For each model and number of GPUs the least that makes an update fit, and the engine beside the states."""
-    side = 70
-    group = question(side, 100, 8, 512)
+    """The least that makes an update fit, for each model and number of GPUs: flags, GiB, and the engine's --tp."""
+    group = question(SIDE, 100, 8, 512)
     print("| model | GPUs |", *(f"{card} |" for card in CARDS))
     print("|---" * (2 + len(CARDS)) + "|")
     for name in models:
         for world in ranks:
-            cells = [cell(name, world, group, side, 0.9 * card) for card in CARDS.values()]
+            choices = []  # flags, bytes of an update, of them what stays while the engine samples
+            for values, flags in (({}, "as it is"), (dict(gradient_checkpointing=True), "C")):
+                cfg = sft.Config(**values)
+                with loaded(name, world, cfg, FakeTensorMode(allow_non_fake_inputs=True)) as policy:
+                    weights = 2 * sft.numbers_of(policy)
+                    plain, offloaded, states = estimated(policy, batch_of(policy, group, cfg), cfg, world)
+                choices.append((flags, plain, states))
+            choices.append(("C, O", offloaded, 0))
+            cells = [least(choices, weights, world, 0.9 * card) for card in CARDS.values()]
             print("|", " | ".join([name, str(world), *cells]), "|", flush=True)
 
 
-def cell(name, world, group, side, room):
-    """Flags (C: checkpointing, O: offload) and least --tp with which model and engine fit, or "no"."""
-    for values, flags in (({}, "as it is"), (dict(gradient_checkpointing=True), "C")):
-        cfg = sft.Config(**values)
-        with loaded(name, world, cfg, side, FakeTensorMode(allow_non_fake_inputs=True)) as policy:
-            total = sft.numbers_of(policy)
-            plain, offloaded, parts = estimated(policy, batch_of(policy, group, cfg), cfg, world)
-        states = parts["weights, gradients and moments"]
-        for size, resident, more in ((plain, states, ""), (offloaded, 0, "O")):
-            if more and not values:
-                continue
-            # While it samples, vLLM has its share of the weights beside the states, and as much again for the cache.
-            tps = [tp for tp in (1, 2, 4, 8) if tp <= world and resident + 1.5 * 2 * total / tp <= room]
-            if size <= room and tps:
-                return f"{flags}{more} {size / GIB:.0f}" + (f", tp {tps[0]}" if tps[0] > 1 else "")
+def least(choices, weights, world, room):
+    """The first choice with which update and engine fit. An engine's cache is taken to be half of its weights."""
+    for flags, size, states in choices:
+        shares = [tp for tp in (1, 2, 4, 8) if tp <= world and states + 1.5 * weights / tp <= room]
+        if size <= room and shares:
+            return f"{flags}: {size / GIB:.0f} GiB" + (f", tp {shares[0]}" if shares[0] > 1 else "")
     return "no"
 
 
 def quick():
     """Whether estimate, simulation and the tracker over real tensors agree on a small model."""
-    side, wrong = 16, 0
-    group = question(side, 20, 4, 60)
+    wrong = 0
+    group = question(16, 20, 4, 60)
     for flags, values in FLAGS.items():
         cfg = sft.Config(token_budget=1000, **values)
-        estimate, simulation = measured("small", 8, cfg, group, side)
-        _, reality = measured("small", 8, cfg, group, side, real=True)
+        estimate, simulation = measured("small", 8, cfg, group)
+        _, reality = measured("small", 8, cfg, group, real=True)
         for number, offload in enumerate(("", "cpu_offload")):
             given = ", ".join(filter(None, (flags, offload))) or "no flags"
             off = estimate[number] / simulation[number]
