@@ -446,32 +446,36 @@ def memory_needed(policy, rows, cfg, shards, engine=False, reference=False):
 
     states: 4 bytes a weight in fp32, 12 more for a trained one's gradient and two moments, over the shards
     activations: see activations
-    buffers: the most of three moments, beside the root's weights (embedding, head, what is no block):
-        the head: its gradient, three chunks of fp32 logits (ResponseLogprob)
-        a block's backward: the head's gradient, weights of two blocks, gradients of one, in fp32 once more
-            to be reduced, and the block's activations again
-        the end of backward: the root's gradients, in fp32 once more (nothing is left of the activations)
+    buffers: the root's weights, in which are embedding and head unless they are groups of their own, and the
+        most that is needed beside them and the activations at one of three moments:
+        at the head its gradient and three chunks of fp32 logits (ResponseLogprob); alone, its weights, too
+        in a block's backward pass the weights of two blocks, the gradients of one, and these in fp32 to be
+            reduced; what the block needs to go backward; the head's gradient, which waits for the root's
+        at the end the root's gradients, and these in fp32, when nothing is left of the activations
 
     What CUDA and NCCL take for themselves and what the allocator cannot use come on top.
     """
     each = policy.compute_dtype.itemsize
-    blocks = [numbers_of(m) for m in policy.modules() if isinstance(m, FSDPModule) and m is not policy]
-    total, block = numbers_of(policy), max(blocks)
-    root = total - sum(blocks)
-    head = policy.get_output_embeddings().weight.numel()
+    total = numbers_of(policy)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    inner = [m for m in policy.modules() if isinstance(m, FSDPModule) and m is not policy]
+    root = total - sum(map(numbers_of, inner))
+    block = max(numbers_of(m) for m in inner if isinstance(m, GradientCheckpointingLayer))
+    matrix = policy.get_output_embeddings()
+    head, alone = matrix.weight.numel(), isinstance(matrix, FSDPModule)
     written = sum(int(group.written().sum()) for row in rows for group in as_groups(row))
-    logits = min(CHUNK, written * (head // policy.config.get_text_config().hidden_size))
+    logits = min(CHUNK, written * matrix.weight.shape[0])
     stored, in_block, unknown = activations(policy, rows, cfg)
 
     states, copies = (4 * total + 12 * trained) / shards, each * total * engine
     frozen = each * total * reference / shards
     if cfg.cpu_offload:  # on the GPU is the shard that is gathered next, in fp32 and cast
         states, frozen = (4 + each) * block / shards, 0
-    at_head = stored + each * (root + head) + 3 * 4 * logits
-    at_block = stored + in_block + each * (root + head + 3 * block) + 4 * block
-    at_end = each * 2 * root + 4 * root
-    buffers = max(at_head, at_block, at_end) - stored
+    reduced = each + 4  # bytes of a gradient that is being reduced
+    at_head = stored + each * head + 3 * 4 * logits + (reduced * head if alone else 0)
+    at_block = stored + in_block + (2 * each + reduced) * block + (0 if alone else each * head)
+    at_end = reduced * max(root, head if alone else 0)
+    buffers = each * root + max(at_head, at_block, at_end) - stored
     parts = {"weights, gradients and moments": states, "model copies": copies + frozen,
              "activations": stored, "buffers": buffers}
     return parts, unknown
@@ -488,7 +492,8 @@ def activations(policy, rows, cfg):
     prompts = [group.prompt for row in rows for group in as_groups(row)]
     patches = [patches_of(prompt, policy.config) for prompt in prompts]
     length = max(sum(map(len, as_groups(row))) for row in rows)
-    mask = each * len(rows) * length ** 2 if cfg.attn == "sdpa" else 0
+    sdpa = policy.config.get_text_config()._attn_implementation == "sdpa"
+    mask = each * len(rows) * length ** 2 if sdpa else 0
     inputs, kept = [], [0]
     missing = {bool(VISION.search(name)) for name, p in policy.named_parameters() if p.requires_grad}
     unknown = set()
