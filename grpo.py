@@ -134,6 +134,7 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     freeze_vision: bool = False  # train the language model only
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
+    shard_ranks: int = 0  # ranks that share a copy of the weights, a node's say; 0 = all of them
     attn: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records, "" = no evaluation

@@ -21,13 +21,16 @@ Tensors over tokens are (B, T-1), aligned to the predicted token: column t belon
 """
 import atexit
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import faulthandler
 import fcntl
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -59,14 +62,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
@@ -101,6 +107,7 @@ class Config:
     freeze_vision: bool = False  # train the language model only
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
+    shard_ranks: int = 0  # ranks that share a copy of the weights, a node's say; 0 = all of them
     attn: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records with a response, "" = no evaluation
@@ -321,13 +328,22 @@ def load_policy(path, cfg, device, trainable=True):
             block.training = True  # or it keeps its activations; what is inside it stays in eval mode
 
     on_gpu = device.type == "cuda"
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = rank_mesh(device, cfg.shard_ranks)
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy() if cfg.cpu_offload and on_gpu else OffloadPolicy()
     policy.compute_dtype = precision.param_dtype or torch.float32
-    for block in [*blocks, policy]:
+    # The root's weights are whole from the first layer to the last gradient. Embedding and head would be among
+    # them: 20 GB at 72B with their gradients. Groups of their own are whole while they compute. Tied, they
+    # are one matrix that is needed at both ends, and no more than that: it stays with the root.
+    embedding, matrix = policy.get_input_embeddings(), policy.get_output_embeddings()
+    matrix.logprobs = MethodType(head_logprobs, matrix)
+    ends = [] if embedding.weight is matrix.weight else [embedding, matrix]
+    for block in [*blocks, *ends, policy]:
         cast_parameters(block, torch.float32 if trainable else policy.compute_dtype)
         fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    if ends:
+        embedding.set_unshard_in_backward(False)  # the gradient of rows that were looked up needs no weight
+        register_fsdp_forward_method(matrix, "logprobs")
 
     policy.banned = vision_ids(policy.config, device)
     policy.head = head_of(policy.config)
@@ -335,6 +351,19 @@ def load_policy(path, cfg, device, trainable=True):
     policy.token_logprobs = MethodType(token_logprobs, policy)
     register_fsdp_forward_method(policy, "token_logprobs")  # it needs the root's parameters, as forward does
     return policy, processor
+
+
+def rank_mesh(device, shard_ranks):
+    """The ranks as FSDP divides them: `shard_ranks` neighbours share a copy of the weights, 0 = all.
+
+    With several copies a gradient is summed over neighbours, then over copies. Weights travel among
+    neighbours alone, which within a node is ten times faster than between nodes.
+    """
+    world = dist.get_world_size()
+    if shard_ranks in (0, world):
+        return dist.device_mesh.init_device_mesh(device.type, (world,))
+    shape = world // shard_ranks, shard_ranks
+    return dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def load_model(path, dtype, attn):
@@ -900,6 +929,12 @@ def placed_inputs(model, seen, places, starts, **inputs):
     return inputs | {"attention_mask": seen, "position_ids": position_ids}
 
 
+def head_logprobs(matrix, hidden, targets, head, temperature, banned):
+    """ResponseLogprob with the weight of an output layer, (V, H). A method of the layer, which FSDP takes for
+    its forward: the weight is whole in here, and once more when the backward pass computes with it."""
+    return ResponseLogprob.apply(hidden, matrix.weight, targets, head, temperature, banned)
+
+
 def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
     """Log-probability of each response token under the policy, (B, T-1), 0 outside `mask`; also the entropy.
 
@@ -909,9 +944,8 @@ def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
         inputs = placed_inputs(policy.model, **inputs)
     hidden = policy.model(**inputs, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
     targets = inputs["input_ids"][:, 1:][mask]  # (N,)
-    weight = policy.get_output_embeddings().weight  # (V, H)
-    logps, entropy = ResponseLogprob.apply(hidden[mask], weight, targets, policy.head, temperature,
-                                           policy.banned)
+    matrix = policy.get_output_embeddings()
+    logps, entropy = matrix.logprobs(hidden[mask], targets, policy.head, temperature, policy.banned)
     zeros = torch.zeros(mask.shape, device=logps.device)
     logps = zeros.masked_scatter(mask, logps)
     return (logps, zeros.masked_scatter(mask, entropy)) if with_entropy else logps
@@ -1189,7 +1223,7 @@ def peak_memory(device):
 MAY_CHANGE = {
     "out", "resume", "strict", "steps", "epochs", "lr", "warmup", "schedule", "lr_floor",
     "engine", "tp", "gpu_memory_utilization", "servers", "workers", "token_budget", "rollout_tokens",
-    "gradient_checkpointing", "cpu_offload", "attn",
+    "gradient_checkpointing", "cpu_offload", "shard_ranks", "attn",
     "eval_data", "eval_every", "eval_n", "save_every", "samples_every", "keep",
     "stall", "max_mismatch",  # when to give up
     "tau",  # filters what has been sampled
@@ -1244,6 +1278,9 @@ def open_run(cfg, device, need):
     resuming), records, held_out, policy, processor, optimizer, done (steps), extras (of load_checkpoint).
     Raises ValueError or OSError.
     """
+    world = dist.get_world_size()
+    if cfg.shard_ranks < 0 or cfg.shard_ranks and world % cfg.shard_ranks:
+        raise ValueError(f"--shard_ranks {cfg.shard_ranks} does not divide the {world} rank(s) of this run")
     start = newest_step(cfg.out) if cfg.resume else None
     if start:
         check_same_run(cfg)
