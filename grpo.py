@@ -56,15 +56,14 @@ if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: no tr
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
 from sft import (TOLERANCE, Group, RunLog, Stopwatch, Watchdog, Workers, attention_scale, blank_prompt,
-                 catch_signals, check_rows, computed, data_order, describe, encode_prompt, end_on_signals,
-                 full_weights, gather, global_max, global_sum, group_batches, host_memory, init_distributed,
-                 is_over_tokens, load_policy, lr_at, mean_gap, one_line_errors, open_run, optimizer_step,
-                 peak_memory, readable, refusing, rehearse, save_checkpoint, self_check)
+                 catch_signals, check_rows, checkpoint_names, computed, data_order, describe, encode_prompt,
+                 end_on_signals, full_weights, gather, global_max, global_sum, group_batches, host_memory,
+                 init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, one_line_errors, open_run,
+                 optimizer_step, peak_memory, readable, refusing, rehearse, save_checkpoint, self_check)
 from eval import Server, VLLM, build_engine, generate
 
 
@@ -218,12 +217,6 @@ def sync_weights(policy, engine):
     engine.llm.reset_prefix_cache()
     engine.llm.reset_mm_cache()
     engine.llm.llm_engine.reset_encoder_cache()
-
-
-def checkpoint_names(policy, weights):
-    """Iterate over (name, tensor) as a checkpoint of the family holds them: renamed, split or merged."""
-    for name, weight in weights:
-        yield from revert_weight_conversion(policy, {name: weight}).items()
 
 
 def repack_heads(model):
@@ -1321,7 +1314,8 @@ def main(cfg):
         log.step(step, metrics, shown=("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             with one_line_errors():
-                save_checkpoint(cfg, step, policy, processor, optimizer, buffer.state())
+                save_checkpoint(cfg, step, policy, processor, optimizer, buffer.state(),
+                                wait=stop_now or step == cfg.steps)
         if stop_now:
             log.note(f"interrupted: saved step {step}; go on with --resume")
             break

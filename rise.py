@@ -532,7 +532,8 @@ def main(cfg):
         log.step(step, metrics, shown=("reward/mean", "reward/agreement", "cot/leaks", "eval/agreement"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             with one_line_errors():
-                save_checkpoint(cfg, step, policy, processor, optimizer)
+                save_checkpoint(cfg, step, policy, processor, optimizer,
+                                wait=stop_now or step == cfg.steps)
         if stop_now:
             log.note(f"interrupted: saved step {step}; go on with --resume")
             break

@@ -190,12 +190,12 @@ def global_max(value):
     return most.item()
 
 
-def gather(value):
+def gather(value, group=None):
     """[a picklable value of each rank], on all of them. Without a process group there is one rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -270,23 +270,25 @@ def tell_lost_process(kind, error, trace, usual):
     os._exit(1)  # to leave the process group in order would wait for the lost rank
 
 
+STOPPING = []  # when this process was told to end: by a signal, or by a checkpoint that cannot be written
+
+
 def catch_signals():
-    """A list that is empty until SIGTERM or Ctrl-C: a loop that sees it filled saves its step and ends.
+    """STOPPING, which SIGTERM and Ctrl-C fill: a loop that sees it filled saves its step and ends.
 
     A second signal ends this process at once. torchrun passes signals on, and one who stops a whole process
     group reaches each rank twice: under torchrun what comes within five seconds is still the first.
     """
-    stopping = []
     passed_on = 5 if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
     def stop(number, frame):
-        if stopping and time.monotonic() > stopping[0] + passed_on:
+        if STOPPING and time.monotonic() > STOPPING[0] + passed_on:
             end_at_once(number, frame)
-        stopping.append(time.monotonic())
+        STOPPING.append(time.monotonic())
 
     for number in STOPS:
         signal.signal(number, stop)
-    return stopping
+    return STOPPING
 
 
 @contextlib.contextmanager
@@ -332,9 +334,9 @@ def load_policy(path, cfg, device, trainable=True):
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy() if cfg.cpu_offload and on_gpu else OffloadPolicy()
     policy.compute_dtype = precision.param_dtype or torch.float32
-    # The root's weights are whole from the first layer to the last gradient. Embedding and head would be among
-    # them: 20 GB at 72B with their gradients. Groups of their own are whole while they compute. Tied, they
-    # are one matrix that is needed at both ends, and no more than that: it stays with the root.
+    # The root's weights are whole from the first layer to the last gradient. Embedding and head would be
+    # among them, 20 GB at 72B with their gradients; as groups of their own they are whole while they compute.
+    # Tied, they are one matrix, which is needed at both ends: it stays with the root.
     embedding, matrix = policy.get_input_embeddings(), policy.get_output_embeddings()
     matrix.logprobs = MethodType(head_logprobs, matrix)
     ends = [] if embedding.weight is matrix.weight else [embedding, matrix]
@@ -1281,6 +1283,7 @@ def open_run(cfg, device, need):
     world = dist.get_world_size()
     if cfg.shard_ranks < 0 or cfg.shard_ranks and world % cfg.shard_ranks:
         raise ValueError(f"--shard_ranks {cfg.shard_ranks} does not divide the {world} rank(s) of this run")
+    writers()
     start = newest_step(cfg.out) if cfg.resume else None
     if start:
         check_same_run(cfg)
@@ -1315,42 +1318,138 @@ def full_weights(policy, dtype=None, frozen=True):
     policy.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
     for name, p in policy.named_parameters():
         if p.requires_grad or frozen:
-            weight = p.detach().to(dtype or p.dtype)
+            # A shard in host memory (--cpu_offload) would travel over gloo, at 0.2 GB/s.
+            weight = p.detach().to(policy.banned.device).to(dtype or p.dtype)
             yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
+def checkpoint_names(policy, weights):
+    """Iterate over (name, tensor) as a checkpoint of the family holds them: renamed, split or merged.
+
+    Some families' checkpoints hold queries, keys and values as one: then a layer is converted at once.
+    """
+    conversions = getattr(policy, "_weight_conversions", None) or []
+    merges = any(len(conversion.target_patterns) > 1 for conversion in conversions)
+    part = re.compile(r".*?\.\d+\.|.+" if merges else ".+")
+    for _, together in itertools.groupby(weights, lambda named: part.match(named[0])[0]):
+        yield from revert_weight_conversion(policy, dict(together)).items()
+
+
+SHARD_BYTES = 5 * 10**9  # of a safetensors file, at most, and of what is collected before it is written
+WRITER = concurrent.futures.ThreadPoolExecutor(1)  # writes files while the run goes on
+WRITING = []  # the job of the checkpoint that is being written
+
+
+@functools.cache
+def writers():
+    """The ranks as another process group: there, and only there, the slowest disk is waited for, for a day.
+
+    Made at start: ranks meet at torchrun to make one, and those that lose torchrun still save.
+    """
+    return dist.new_group(timeout=datetime.timedelta(days=1), backend="gloo")
+
+
+def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None, wait=True):
     """Write out/step_000200, complete or not at all: HF weights and processor, trainer/, meta.json.
 
-    trainer/ has the optimizer's moments, sharded, for any number of ranks to go on from. `extra` is what else
+    HF weights are in compute dtype, as users load them. trainer/ has the optimizer's moments and, if those
+    weights lack digits, the masters: sharded, for any number of ranks to go on from. `extra` is what else
     this rank needs for that, of plain containers and tensors.
 
     Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep
-    removed. With several nodes --out must be on a file system they share. What cannot be written raises
-    OSError on all ranks; earlier checkpoints stay as they are.
+    removed. With wait=False that is done from a copy, while the run goes on (not with --cpu_offload: host
+    memory has no room for a second set). With several nodes --out must be on a file system they share.
+    What cannot be written raises OSError on all ranks, here or in finish_checkpoint, and fills STOPPING, so
+    that the loop gets there; earlier checkpoints stay as they are.
     """
-    final = Path(cfg.out) / f"step_{step:06d}"
-    tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
-    weights = {}
-    for name, weight in full_weights(policy):
-        if rank == 0:  # all ranks take part in gathering, one keeps the result
-            weights[name] = weight.cpu()
+    finish_checkpoint()
+    wait = wait or cfg.cpu_offload
+    tmp = Path(cfg.out) / f"step_{step:06d}.tmp"
     with written_by_all(tmp):
-        if rank == 0:
+        if dist.get_rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir()
-            policy.save_pretrained(tmp, state_dict=weights)
+            policy.config.dtype = policy.compute_dtype
+            policy.config.architectures = [type(policy).__name__.removeprefix("FSDP")]
+            policy.config.save_pretrained(tmp)
+            policy.generation_config.save_pretrained(tmp)
             processor.save_pretrained(tmp)
+    files = write_weights(tmp, policy)
+    state = trainer_state(policy, optimizer)
+    if not wait:
+        state = {name: value.to("cpu", copy=True) for name, value in state.items()}
+    held = io.BytesIO()  # for the run goes on to change what it is made of
+    if extra is not None:
+        torch.save(extra, held)
+    job = WRITER.submit(complete_checkpoint, tmp, step, cfg.keep, files, state, held.getvalue())
+    job.add_done_callback(lambda job: job.exception() and STOPPING.append(time.monotonic()))
+    WRITING.append(job)
+    if wait:
+        finish_checkpoint()
 
-    moments = {}
+
+def finish_checkpoint():
+    """Wait for the checkpoint that is being written, if one is. Raises what it failed of, OSError."""
+    while WRITING:
+        WRITING.pop().result()
+
+
+def write_weights(tmp, policy):
+    """Gather the weights, one tensor at a time, and have WRITER write them as save_pretrained would.
+
+    Ranks take turns, a file each; one holds three files at most, and then waits for its disk. Returns this
+    rank's jobs. Collective.
+    """
+    kept = policy.state_dict()  # lacks those buffers that the configuration gives
+    buffers = {name: buffer for name, buffer in policy.named_buffers() if name in kept}
+
+    # Which name goes into which file, from shapes alone.
+    shapes = {name: buffer.to("meta") for name, buffer in buffers.items()}
     for name, p in policy.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
-            moments[f"{name}/{key}"] = value
-    with written_by_all(tmp):
-        dcp.save(moments, checkpoint_id=tmp / "trainer")
-        if extra is not None:
-            torch.save(extra, tmp / f"trainer/extra_rank{rank}.pt")
+        shapes[name] = torch.empty(p.shape, dtype=policy.compute_dtype, device="meta")
+    shapes = revert_weight_conversion(policy, shapes)
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    jobs = []
+    if plan.is_sharded and rank == 0:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        jobs.append(WRITER.submit(write_json, tmp / "model.safetensors.index.json", index))
+    own = list(plan.filename_to_tensors)[rank::world]
+    files = {file: {} for file in own}
+    weights = itertools.chain(full_weights(policy, policy.compute_dtype), buffers.items())
+    for name, weight in checkpoint_names(policy, weights):
+        file = plan.tensor_to_filename[name]
+        if file not in files:
+            continue
+        files[file][name] = torch.empty(weight.shape, dtype=weight.dtype).copy_(weight)
+        if len(files[file]) == len(plan.filename_to_tensors[file]):
+            concurrent.futures.wait(jobs[:-1])
+            jobs.append(WRITER.submit(save_file, files.pop(file), tmp / file, {"format": "pt"}))
+    return jobs
 
+
+def trainer_state(policy, optimizer):
+    """{parameter/key: tensor}, this rank's shards: AdamW's moments, and masters finer than HF weights."""
+    state = {}
+    for name, p in policy.named_parameters():
+        kept = dict(optimizer.state.get(p, {}))
+        if p.requires_grad and p.dtype != policy.compute_dtype:
+            kept["master"] = p.detach()
+        for key, value in kept.items():
+            state[f"{name}/{key}"] = value
+    return state
+
+
+def complete_checkpoint(tmp, step, keep, files, state, extra):
+    """What WRITER does when `files`, its jobs, are written: the rest, and the rename. Collective."""
+    rank, final = dist.get_rank(), tmp.with_suffix("")
+    with written_by_all(tmp):
+        for job in files:
+            job.result()
+    with written_by_all(tmp):
+        dcp.save(state, checkpoint_id=tmp / "trainer", process_group=writers())
+        if extra:
+            (tmp / f"trainer/extra_rank{rank}.pt").write_bytes(extra)
     with written_by_all(tmp):
         if rank == 0:
             for path in tmp.rglob("*"):
@@ -1362,7 +1461,7 @@ def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
             tmp.rename(final)
             fsync(final.parent)
             complete = sorted(final.parent.glob("step_??????"))
-            for old in complete[:-cfg.keep]:
+            for old in complete[:-keep]:
                 shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # half removed, it is not complete
 
 
@@ -1377,10 +1476,10 @@ def written_by_all(tmp):
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         fault = first_reason(error)
-    met = [fault for fault in gather(fault) if fault]
+    met = [fault for fault in gather(fault, writers()) if fault]
     if met:
         free = shutil.disk_usage(tmp.parent).free
-        dist.barrier()
+        dist.barrier(writers())
         if dist.get_rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f"{tmp} cannot be written, {free / 2**20:.0f} MiB free: {met[0]}; "
@@ -1414,7 +1513,7 @@ def fsync(path):
 
 
 def load_checkpoint(path, policy, optimizer):
-    """Restore save_checkpoint's optimizer moments (weights came with load_policy), on any number of ranks.
+    """Restore what save_checkpoint's trainer/ has (HF weights came with load_policy), by any number of ranks.
 
     Returns (step, extras), the `extra` of those ranks at saving that this rank stands for now: its own, with
     as many ranks; else each goes to one rank, and some may get none. There is no random state: what a step
@@ -1429,17 +1528,21 @@ def load_checkpoint(path, policy, optimizer):
     params = dict(policy.named_parameters())
     with readable_file(folder / ".metadata"):
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    moments = {}
+    state = {}
     files = sorted(folder.glob("*.distcp"))
     with readable_file(files[0] if len(files) == 1 else folder):
         for entry in saved:
             name, _, key = entry.rpartition("/")
             like = params[name].detach()
-            moments[entry] = torch.zeros(()) if key == "step" else torch.zeros_like(like)
-        dcp.load(moments, checkpoint_id=folder)
-    for entry, value in moments.items():
+            if key == "step":
+                state[entry] = torch.zeros((), device=like.device)
+            else:
+                state[entry] = like if key == "master" else torch.zeros_like(like)
+        dcp.load(state, checkpoint_id=folder)
+    for entry, value in state.items():
         name, _, key = entry.rpartition("/")
-        optimizer.state[params[name]][key] = value
+        if key != "master":  # those were loaded into the policy itself
+            optimizer.state[params[name]][key] = value
 
     extras = []
     for rank in range(dist.get_rank(), saved_ranks, dist.get_world_size()):
@@ -1647,7 +1750,8 @@ def main(cfg):
         log.step(step, metrics, shown=("loss/nll", "eval/loss"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             with one_line_errors():
-                save_checkpoint(cfg, step, policy, processor, optimizer)
+                save_checkpoint(cfg, step, policy, processor, optimizer,
+                                wait=stop_now or step == cfg.steps)
         if stop_now:
             log.note(f"interrupted: saved step {step}; go on with --resume")
             break
