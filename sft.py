@@ -459,7 +459,7 @@ def describe(policy, cfg, copies):
     total = sum(sizes)
     compute_bytes = policy.compute_dtype.itemsize
     # A number takes 4 bytes; a trained one has a gradient and two moments beside it.
-    states = (total + 3 * trained) * 4 / dist.get_world_size()
+    states = (total + 3 * trained) * 4 / (cfg.shard_ranks or dist.get_world_size())
     text = policy.config.get_text_config()
     hidden_units = cfg.token_budget * text.num_hidden_layers * text.hidden_size
     per_unit = 2 if cfg.gradient_checkpointing else 34
