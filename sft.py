@@ -279,6 +279,7 @@ def catch_signals():
     A second signal ends this process at once. torchrun passes signals on, and one who stops a whole process
     group reaches each rank twice: under torchrun what comes within five seconds is still the first.
     """
+    STOPPING.clear()
     passed_on = 5 if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
     def stop(number, frame):
@@ -1336,7 +1337,15 @@ def checkpoint_names(policy, weights):
 
 
 SHARD_BYTES = 5 * 10**9  # of a safetensors file, at most, and of what is collected before it is written
-WRITER = concurrent.futures.ThreadPoolExecutor(1)  # writes files while the run goes on
+
+
+def own_gpu():
+    """A new thread starts with GPU 0, where libraries would set up house for each rank of a node."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+WRITER = concurrent.futures.ThreadPoolExecutor(1, initializer=own_gpu)  # writes while the run goes on
 WRITING = []  # the job of the checkpoint that is being written
 
 
@@ -1376,9 +1385,8 @@ def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None, wait=Tr
             processor.save_pretrained(tmp)
     files = write_weights(tmp, policy)
     state = trainer_state(policy, optimizer)
-    if not wait:
-        state = {name: value.to("cpu", copy=True) for name, value in state.items()}
-    held = io.BytesIO()  # for the run goes on to change what it is made of
+    state = {name: value.to("cpu", copy=not wait) for name, value in state.items()}
+    held = io.BytesIO()  # the run will change what `extra` is made of
     if extra is not None:
         torch.save(extra, held)
     job = WRITER.submit(complete_checkpoint, tmp, step, cfg.keep, files, state, held.getvalue())
@@ -1397,8 +1405,7 @@ def finish_checkpoint():
 def write_weights(tmp, policy):
     """Gather the weights, one tensor at a time, and have WRITER write them as save_pretrained would.
 
-    Ranks take turns, a file each; one holds three files at most, and then waits for its disk. Returns this
-    rank's jobs. Collective.
+    Ranks take turns, a file each; one with three in memory waits for its disk. Returns its jobs. Collective.
     """
     kept = policy.state_dict()  # lacks those buffers that the configuration gives
     buffers = {name: buffer for name, buffer in policy.named_buffers() if name in kept}

@@ -334,7 +334,7 @@ def test_a_write_that_fails_later_ends_the_run_in_one_line(group, tiny, tmp_path
     monkeypatch.setattr(*((sft, "save_file") if what == "save_file" else (sft.dcp, "save")), full)
     cfg = sft.Config(out=str(tmp_path / "run"))
     sft.save_checkpoint(cfg, 2, policy, processor, optimizer, wait=False)
-    wait_until(lambda: sft.STOPPING)
+    wait_until(lambda: sft.STOPPING, seconds=10)
     with pytest.raises(SystemExit) as end, sft.one_line_errors():
         sft.save_checkpoint(cfg, 3, policy, processor, optimizer)
     line = str(end.value)
