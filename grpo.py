@@ -56,15 +56,14 @@ if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: no tr
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
 from sft import (TOLERANCE, Group, RunLog, Stopwatch, Watchdog, Workers, attention_scale, blank_prompt,
-                 catch_signals, check_rows, computed, data_order, encode_prompt, end_on_signals,
-                 full_weights, gather, global_max, global_sum, group_batches, host_memory, init_distributed,
-                 is_over_tokens, load_policy, lr_at, mean_gap, one_line_errors, open_run, optimizer_step,
-                 peak_memory, readable, refusing, rehearse, save_checkpoint, self_check)
+                 catch_signals, check_rows, checkpoint_names, computed, data_order, encode_prompt,
+                 end_on_signals, full_weights, gather, global_max, global_sum, group_batches, host_memory,
+                 init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, one_line_errors, open_run,
+                 optimizer_step, peak_memory, readable, refusing, rehearse, save_checkpoint, self_check)
 from eval import Server, VLLM, build_engine, generate
 
 
@@ -135,6 +134,7 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     freeze_vision: bool = False  # train the language model only
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
+    shard_ranks: int = 0  # ranks that share a copy of the weights, a node's say; 0 = all of them
     attn: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records, "" = no evaluation
@@ -218,12 +218,6 @@ def sync_weights(policy, engine):
     engine.llm.reset_prefix_cache()
     engine.llm.reset_mm_cache()
     engine.llm.llm_engine.reset_encoder_cache()
-
-
-def checkpoint_names(policy, weights):
-    """Iterate over (name, tensor) as a checkpoint of the family holds them: renamed, split or merged."""
-    for name, weight in weights:
-        yield from revert_weight_conversion(policy, {name: weight}).items()
 
 
 def repack_heads(model):
@@ -1385,7 +1379,8 @@ def main(cfg):
             with one_line_errors():
                 held_back = {key: [vars(r) for r in group] for key, group in waiting.items()}
                 extra = {"replay": buffer.state(), "waiting": held_back, "draws": draws}
-                save_checkpoint(cfg, step, policy, processor, optimizer, extra)
+                save_checkpoint(cfg, step, policy, processor, optimizer, extra,
+                                wait=stop_now or step == cfg.steps)
         if stop_now:
             log.note(f"interrupted: saved step {step}; go on with --resume")
             break

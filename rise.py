@@ -126,6 +126,7 @@ class Config:
     freeze_vision: bool = False  # train the language model only
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
+    shard_ranks: int = 0  # ranks that share a copy of the weights, a node's say; 0 = all of them
     attn: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     # cadence
     eval_data: str = "data/mini/mood_id.jsonl"  # held-out records, "" = no evaluation
@@ -530,7 +531,8 @@ def main(cfg):
         log.step(step, metrics, shown=("reward/mean", "reward/agreement", "cot/leaks", "eval/agreement"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             with one_line_errors():
-                save_checkpoint(cfg, step, policy, processor, optimizer)
+                save_checkpoint(cfg, step, policy, processor, optimizer,
+                                wait=stop_now or step == cfg.steps)
         if stop_now:
             log.note(f"interrupted: saved step {step}; go on with --resume")
             break

@@ -21,13 +21,16 @@ Tensors over tokens are (B, T-1), aligned to the predicted token: column t belon
 """
 import atexit
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import faulthandler
 import fcntl
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -59,14 +62,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
@@ -101,6 +107,7 @@ class Config:
     freeze_vision: bool = False  # train the language model only
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
+    shard_ranks: int = 0  # ranks that share a copy of the weights, a node's say; 0 = all of them
     attn: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records with a response, "" = no evaluation
@@ -183,12 +190,12 @@ def global_max(value):
     return most.item()
 
 
-def gather(value):
+def gather(value, group=None):
     """[a picklable value of each rank], on all of them. Without a process group there is one rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -263,23 +270,26 @@ def tell_lost_process(kind, error, trace, usual):
     os._exit(1)  # to leave the process group in order would wait for the lost rank
 
 
+STOPPING = []  # when this process was told to end: by a signal, or by a checkpoint that cannot be written
+
+
 def catch_signals():
-    """A list that is empty until SIGTERM or Ctrl-C: a loop that sees it filled saves its step and ends.
+    """STOPPING, which SIGTERM and Ctrl-C fill: a loop that sees it filled saves its step and ends.
 
     A second signal ends this process at once. torchrun passes signals on, and one who stops a whole process
     group reaches each rank twice: under torchrun what comes within five seconds is still the first.
     """
-    stopping = []
+    STOPPING.clear()
     passed_on = 5 if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
     def stop(number, frame):
-        if stopping and time.monotonic() > stopping[0] + passed_on:
+        if STOPPING and time.monotonic() > STOPPING[0] + passed_on:
             end_at_once(number, frame)
-        stopping.append(time.monotonic())
+        STOPPING.append(time.monotonic())
 
     for number in STOPS:
         signal.signal(number, stop)
-    return stopping
+    return STOPPING
 
 
 @contextlib.contextmanager
@@ -325,13 +335,22 @@ def load_policy(path, cfg, device, trainable=True):
             block.training = True  # or it keeps its activations; what is inside it stays in eval mode
 
     on_gpu = device.type == "cuda"
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = rank_mesh(device, cfg.shard_ranks)
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy() if cfg.cpu_offload and on_gpu else OffloadPolicy()
     policy.compute_dtype = precision.param_dtype or torch.float32
-    for block in [*blocks, policy]:
+    # The root's weights are whole from the first layer to the last gradient. Embedding and head would be
+    # among them, 20 GB at 72B with their gradients; as groups of their own they are whole while they compute.
+    # Tied, they are one matrix, which is needed at both ends: it stays with the root.
+    embedding, matrix = policy.get_input_embeddings(), policy.get_output_embeddings()
+    matrix.logprobs = MethodType(head_logprobs, matrix)
+    ends = [] if embedding.weight is matrix.weight else [embedding, matrix]
+    for block in [*blocks, *ends, policy]:
         cast_parameters(block, torch.float32 if trainable else policy.compute_dtype)
         fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    if ends:
+        embedding.set_unshard_in_backward(False)  # the gradient of rows that were looked up needs no weight
+        register_fsdp_forward_method(matrix, "logprobs")
 
     policy.banned = vision_ids(policy.config, device)
     policy.head = head_of(policy.config)
@@ -339,6 +358,19 @@ def load_policy(path, cfg, device, trainable=True):
     policy.token_logprobs = MethodType(token_logprobs, policy)
     register_fsdp_forward_method(policy, "token_logprobs")  # it needs the root's parameters, as forward does
     return policy, processor
+
+
+def rank_mesh(device, shard_ranks):
+    """The ranks as FSDP divides them: `shard_ranks` neighbours share a copy of the weights, 0 = all.
+
+    With several copies a gradient is summed over neighbours, then over copies. Weights travel among
+    neighbours alone, which within a node is ten times faster than between nodes.
+    """
+    world = dist.get_world_size()
+    if shard_ranks in (0, world):
+        return dist.device_mesh.init_device_mesh(device.type, (world,))
+    shape = world // shard_ranks, shard_ranks
+    return dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def load_model(path, dtype, attn):
@@ -426,7 +458,8 @@ def stop_ids(generation_config, processor):
 
 def describe(policy, rows, cfg, engine, reference):
     """Parameters, and memory_needed (which has the arguments) for a micro-batch of `rows`, as text."""
-    parts, unknown = memory_needed(policy, rows, cfg, dist.get_world_size(), engine, reference)
+    shards = cfg.shard_ranks or dist.get_world_size()
+    parts, unknown = memory_needed(policy, rows, cfg, shards, engine, reference)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     vocabulary = policy.get_output_embeddings().weight.shape[0]
     name = type(policy).__name__.removeprefix("FSDP")
@@ -1024,6 +1057,12 @@ def placed_inputs(model, seen, places, starts, **inputs):
     return inputs | {"attention_mask": seen, "position_ids": position_ids}
 
 
+def head_logprobs(matrix, hidden, targets, head, temperature, banned):
+    """ResponseLogprob with the weight of an output layer, (V, H). A method of the layer, which FSDP takes for
+    its forward: the weight is whole in here, and once more when the backward pass computes with it."""
+    return ResponseLogprob.apply(hidden, matrix.weight, targets, head, temperature, banned)
+
+
 def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
     """Log-probability of each response token under the policy, (B, T-1), 0 outside `mask`; also the entropy.
 
@@ -1033,9 +1072,8 @@ def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
         inputs = placed_inputs(policy.model, **inputs)
     hidden = policy.model(**inputs, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
     targets = inputs["input_ids"][:, 1:][mask]  # (N,)
-    weight = policy.get_output_embeddings().weight  # (V, H)
-    logps, entropy = ResponseLogprob.apply(hidden[mask], weight, targets, policy.head, temperature,
-                                           policy.banned)
+    matrix = policy.get_output_embeddings()
+    logps, entropy = matrix.logprobs(hidden[mask], targets, policy.head, temperature, policy.banned)
     zeros = torch.zeros(mask.shape, device=logps.device)
     logps = zeros.masked_scatter(mask, logps)
     return (logps, zeros.masked_scatter(mask, entropy)) if with_entropy else logps
@@ -1315,7 +1353,7 @@ def peak_memory(device):
 MAY_CHANGE = {
     "out", "resume", "strict", "steps", "epochs", "lr", "warmup", "schedule", "lr_floor",
     "engine", "tp", "gpu_memory_utilization", "servers", "workers", "token_budget", "rollout_tokens",
-    "gradient_checkpointing", "cpu_offload", "attn",
+    "gradient_checkpointing", "cpu_offload", "shard_ranks", "attn",
     "eval_data", "eval_every", "eval_n", "save_every", "samples_every", "keep",
     "stall", "max_mismatch",  # when to give up
     "tau",  # filters what has been sampled
@@ -1370,6 +1408,10 @@ def open_run(cfg, device, need):
     resuming), records, held_out, policy, processor, optimizer, done (steps), extras (of load_checkpoint).
     Raises ValueError or OSError.
     """
+    world = dist.get_world_size()
+    if cfg.shard_ranks < 0 or cfg.shard_ranks and world % cfg.shard_ranks:
+        raise ValueError(f"--shard_ranks {cfg.shard_ranks} does not divide the {world} rank(s) of this run")
+    writers()
     start = newest_step(cfg.out) if cfg.resume else None
     if start:
         check_same_run(cfg)
@@ -1404,42 +1446,144 @@ def full_weights(policy, dtype=None, frozen=True):
     policy.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
     for name, p in policy.named_parameters():
         if p.requires_grad or frozen:
-            weight = p.detach().to(dtype or p.dtype)
+            # A shard in host memory (--cpu_offload) would travel over gloo, at 0.2 GB/s.
+            weight = p.detach().to(policy.banned.device).to(dtype or p.dtype)
             yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
+def checkpoint_names(policy, weights):
+    """Iterate over (name, tensor) as a checkpoint of the family holds them: renamed, split or merged.
+
+    Some families' checkpoints hold queries, keys and values as one: then a layer is converted at once.
+    """
+    conversions = getattr(policy, "_weight_conversions", None) or []
+    merges = any(len(conversion.target_patterns) > 1 for conversion in conversions)
+    part = re.compile(r".*?\.\d+\.|.+" if merges else ".+")
+    for _, together in itertools.groupby(weights, lambda named: part.match(named[0])[0]):
+        yield from revert_weight_conversion(policy, dict(together)).items()
+
+
+SHARD_BYTES = 5 * 10**9  # of a safetensors file, at most, and of what is collected before it is written
+
+
+def own_gpu():
+    """A new thread starts with GPU 0, where libraries would set up house for each rank of a node."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+WRITER = concurrent.futures.ThreadPoolExecutor(1, initializer=own_gpu)  # writes while the run goes on
+WRITING = []  # the job of the checkpoint that is being written
+
+
+@functools.cache
+def writers():
+    """The ranks as another process group: there, and only there, the slowest disk is waited for, for a day.
+
+    Made at start: ranks meet at torchrun to make one, and those that lose torchrun still save.
+    """
+    return dist.new_group(timeout=datetime.timedelta(days=1), backend="gloo")
+
+
+def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None, wait=True):
     """Write out/step_000200, complete or not at all: HF weights and processor, trainer/, meta.json.
 
-    trainer/ has the optimizer's moments, sharded, for any number of ranks to go on from. `extra` is what else
+    HF weights are in compute dtype, as users load them. trainer/ has the optimizer's moments and, if those
+    weights lack digits, the masters: sharded, for any number of ranks to go on from. `extra` is what else
     this rank needs for that, of plain containers and tensors.
 
     Everything goes to step_000200.tmp, is fsynced and renamed; only then are checkpoints beyond cfg.keep
-    removed. With several nodes --out must be on a file system they share. What cannot be written raises
-    OSError on all ranks; earlier checkpoints stay as they are.
+    removed. With wait=False that is done from a copy, while the run goes on (not with --cpu_offload: host
+    memory has no room for a second set). With several nodes --out must be on a file system they share.
+    What cannot be written raises OSError on all ranks, here or in finish_checkpoint, and fills STOPPING, so
+    that the loop gets there; earlier checkpoints stay as they are.
     """
-    final = Path(cfg.out) / f"step_{step:06d}"
-    tmp, rank = final.with_suffix(".tmp"), dist.get_rank()
-    weights = {}
-    for name, weight in full_weights(policy):
-        if rank == 0:  # all ranks take part in gathering, one keeps the result
-            weights[name] = weight.cpu()
+    finish_checkpoint()
+    wait = wait or cfg.cpu_offload
+    tmp = Path(cfg.out) / f"step_{step:06d}.tmp"
     with written_by_all(tmp):
-        if rank == 0:
+        if dist.get_rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir()
-            policy.save_pretrained(tmp, state_dict=weights)
+            policy.config.dtype = policy.compute_dtype
+            policy.config.architectures = [type(policy).__name__.removeprefix("FSDP")]
+            policy.config.save_pretrained(tmp)
+            policy.generation_config.save_pretrained(tmp)
             processor.save_pretrained(tmp)
+    files = write_weights(tmp, policy)
+    state = trainer_state(policy, optimizer)
+    state = {name: value.to("cpu", copy=not wait) for name, value in state.items()}
+    held = io.BytesIO()  # the run will change what `extra` is made of
+    if extra is not None:
+        torch.save(extra, held)
+    job = WRITER.submit(complete_checkpoint, tmp, step, cfg.keep, files, state, held.getvalue())
+    job.add_done_callback(lambda job: job.exception() and STOPPING.append(time.monotonic()))
+    WRITING.append(job)
+    if wait:
+        finish_checkpoint()
 
-    moments = {}
+
+def finish_checkpoint():
+    """Wait for the checkpoint that is being written, if one is. Raises what it failed of, OSError."""
+    while WRITING:
+        WRITING.pop().result()
+
+
+def write_weights(tmp, policy):
+    """Gather the weights, one tensor at a time, and have WRITER write them as save_pretrained would.
+
+    Ranks take turns, a file each; one with three in memory waits for its disk. Returns its jobs. Collective.
+    """
+    kept = policy.state_dict()  # lacks those buffers that the configuration gives
+    buffers = {name: buffer for name, buffer in policy.named_buffers() if name in kept}
+
+    # Which name goes into which file, from shapes alone.
+    shapes = {name: buffer.to("meta") for name, buffer in buffers.items()}
     for name, p in policy.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
-            moments[f"{name}/{key}"] = value
-    with written_by_all(tmp):
-        dcp.save(moments, checkpoint_id=tmp / "trainer")
-        if extra is not None:
-            torch.save(extra, tmp / f"trainer/extra_rank{rank}.pt")
+        shapes[name] = torch.empty(p.shape, dtype=policy.compute_dtype, device="meta")
+    shapes = revert_weight_conversion(policy, shapes)
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    jobs = []
+    if plan.is_sharded and rank == 0:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        jobs.append(WRITER.submit(write_json, tmp / "model.safetensors.index.json", index))
+    own = list(plan.filename_to_tensors)[rank::world]
+    files = {file: {} for file in own}
+    weights = itertools.chain(full_weights(policy, policy.compute_dtype), buffers.items())
+    for name, weight in checkpoint_names(policy, weights):
+        file = plan.tensor_to_filename[name]
+        if file not in files:
+            continue
+        files[file][name] = torch.empty(weight.shape, dtype=weight.dtype).copy_(weight)
+        if len(files[file]) == len(plan.filename_to_tensors[file]):
+            concurrent.futures.wait(jobs[:-1])
+            jobs.append(WRITER.submit(save_file, files.pop(file), tmp / file, {"format": "pt"}))
+    return jobs
 
+
+def trainer_state(policy, optimizer):
+    """{parameter/key: tensor}, this rank's shards: AdamW's moments, and masters finer than HF weights."""
+    state = {}
+    for name, p in policy.named_parameters():
+        kept = dict(optimizer.state.get(p, {}))
+        if p.requires_grad and p.dtype != policy.compute_dtype:
+            kept["master"] = p.detach()
+        for key, value in kept.items():
+            state[f"{name}/{key}"] = value
+    return state
+
+
+def complete_checkpoint(tmp, step, keep, files, state, extra):
+    """What WRITER does when `files`, its jobs, are written: the rest, and the rename. Collective."""
+    rank, final = dist.get_rank(), tmp.with_suffix("")
+    with written_by_all(tmp):
+        for job in files:
+            job.result()
+    with written_by_all(tmp):
+        dcp.save(state, checkpoint_id=tmp / "trainer", process_group=writers())
+        if extra:
+            (tmp / f"trainer/extra_rank{rank}.pt").write_bytes(extra)
     with written_by_all(tmp):
         if rank == 0:
             for path in tmp.rglob("*"):
@@ -1451,7 +1595,7 @@ def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None):
             tmp.rename(final)
             fsync(final.parent)
             complete = sorted(final.parent.glob("step_??????"))
-            for old in complete[:-cfg.keep]:
+            for old in complete[:-keep]:
                 shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # half removed, it is not complete
 
 
@@ -1466,10 +1610,10 @@ def written_by_all(tmp):
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         fault = first_reason(error)
-    met = [fault for fault in gather(fault) if fault]
+    met = [fault for fault in gather(fault, writers()) if fault]
     if met:
         free = shutil.disk_usage(tmp.parent).free
-        dist.barrier()
+        dist.barrier(writers())
         if dist.get_rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f"{tmp} cannot be written, {free / 2**20:.0f} MiB free: {met[0]}; "
@@ -1503,7 +1647,7 @@ def fsync(path):
 
 
 def load_checkpoint(path, policy, optimizer):
-    """Restore save_checkpoint's optimizer moments (weights came with load_policy), on any number of ranks.
+    """Restore what save_checkpoint's trainer/ has (HF weights came with load_policy), by any number of ranks.
 
     Returns (step, extras), the `extra` of those ranks at saving that this rank stands for now: its own, with
     as many ranks; else each goes to one rank, and some may get none. There is no random state: what a step
@@ -1518,17 +1662,21 @@ def load_checkpoint(path, policy, optimizer):
     params = dict(policy.named_parameters())
     with readable_file(folder / ".metadata"):
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    moments = {}
+    state = {}
     files = sorted(folder.glob("*.distcp"))
     with readable_file(files[0] if len(files) == 1 else folder):
         for entry in saved:
             name, _, key = entry.rpartition("/")
             like = params[name].detach()
-            moments[entry] = torch.zeros(()) if key == "step" else torch.zeros_like(like)
-        dcp.load(moments, checkpoint_id=folder)
-    for entry, value in moments.items():
+            if key == "step":
+                state[entry] = torch.zeros((), device=like.device)
+            else:
+                state[entry] = like if key == "master" else torch.zeros_like(like)
+        dcp.load(state, checkpoint_id=folder)
+    for entry, value in state.items():
         name, _, key = entry.rpartition("/")
-        optimizer.state[params[name]][key] = value
+        if key != "master":  # those were loaded into the policy itself
+            optimizer.state[params[name]][key] = value
 
     extras = []
     for rank in range(dist.get_rank(), saved_ranks, dist.get_world_size()):
@@ -1735,7 +1883,8 @@ def main(cfg):
         log.step(step, metrics, shown=("loss/nll", "eval/loss"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             with one_line_errors():
-                save_checkpoint(cfg, step, policy, processor, optimizer)
+                save_checkpoint(cfg, step, policy, processor, optimizer,
+                                wait=stop_now or step == cfg.steps)
         if stop_now:
             log.note(f"interrupted: saved step {step}; go on with --resume")
             break

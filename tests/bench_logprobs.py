@@ -6,6 +6,7 @@ Needed: at most 1/5 of the memory. Each version runs in its own process. "Extra"
 version holds: inputs, the output head and its gradient. Uses the GPU (bf16) where there is one, else the CPU.
 """
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -35,8 +36,10 @@ def measure(name, vocab, tokens, hidden):
     head = torch.empty(vocab, hidden, device=device, dtype=dtype).normal_(0, hidden ** -0.5).requires_grad_()
     ids = torch.randint(0, vocab, (1, tokens + 1), device=device)
     mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
-    policy = SimpleNamespace(model=lambda **_: SimpleNamespace(last_hidden_state=states),
-                             get_output_embeddings=lambda: SimpleNamespace(weight=head),
+    matrix = SimpleNamespace(weight=head)
+    matrix.logprobs = functools.partial(sft.head_logprobs, matrix)
+    policy = SimpleNamespace(model=lambda **_: SimpleNamespace(last_hidden_state=states), head=sft.Head(),
+                             get_output_embeddings=lambda: matrix,
                              banned=torch.empty(0, dtype=torch.long, device=device))
 
     def peak():

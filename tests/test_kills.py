@@ -227,3 +227,49 @@ def test_a_full_disk_ends_a_run_in_one_line(work, small_disk):  # noqa: F811
     run(work, *command, "--resume")
     run(work, *command[:-1], "whole")
     assert metrics(small_disk / "run") == metrics(work / "whole")
+
+
+# ----- a checkpoint that is written while the run goes on
+
+
+SLOW = """
+import signal, sys, time
+import sft
+usual = sft.dcp.save
+def save(state, checkpoint_id, **more):
+    if "step_000006" in str(checkpoint_id):
+        time.sleep({seconds})
+    usual(state, checkpoint_id=checkpoint_id, **more)
+sft.dcp.save = save
+sft.main(sft.parse_config(sft.Config))
+"""
+AHEAD = [*SFT[1:], "--save_every", "3", "--keep", "9", "--eval_data", "", "--schedule", "constant", "--out", "run"]
+
+
+@pytest.mark.parametrize("torchrun", [(), TWO], ids=["", "two ranks"])
+def test_kill_9_during_a_write_leaves_what_was_complete(work, torchrun):  # noqa: F811
+    """The run is steps ahead of its slow disk; of that checkpoint only step_000006.tmp is there."""
+    (work / "slow.py").write_text(SLOW.format(seconds=1000))
+    job = started(work, work / "slow.py", *AHEAD, "--steps", "100000", torchrun=torchrun)
+    wait_for(reached(work / "run", 8))
+    pids = send(job, signal.SIGKILL, "rank" if torchrun else "itself")
+    assert job.process.wait(60) != 0
+    wait_for(is_gone(pids), 40)
+    assert not stage_traceback(job.log()), job.log()
+    assert sorted(path.name for path in (work / "run").glob("step_*")) == ["step_000003", "step_000006.tmp"]
+    run(work, *SFT[:1], *AHEAD, "--resume", "--steps", "8", torchrun=torchrun)
+    assert sorted(path.name for path in (work / "run").glob("step_*"))[-2:] == ["step_000006", "step_000008"]
+
+
+def test_a_stopped_run_waits_for_what_is_being_written(work):  # noqa: F811
+    """SIGTERM two steps after a save that takes seconds: that one and the step's own are complete."""
+    (work / "slow.py").write_text(SLOW.format(seconds=4))
+    job = started(work, work / "slow.py", *AHEAD, "--steps", "100000")
+    wait_for(reached(work / "run", 7))
+    assert not (work / "run/step_000006").exists()
+    send(job, signal.SIGTERM, "all")
+    assert job.process.wait(60) == 0, job.log()
+    stop = metrics(work / "run")[-1]["step"]
+    assert own_lines(job.log()) == [f"interrupted: saved step {stop}; go on with --resume"]
+    names = sorted(path.name for path in (work / "run").glob("step_*"))
+    assert names[:2] == ["step_000003", "step_000006"] and names[-1] == f"step_{stop:06d}", names

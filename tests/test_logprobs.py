@@ -1,4 +1,5 @@
 """collate and token_logprobs against full logits, over padding, companions and chunks; every model family."""
+import functools
 import random
 from types import SimpleNamespace
 
@@ -200,9 +201,11 @@ def test_collate_adds_the_dummy_only_to_batches_without_images(family):
 
 def fake_policy(hidden, head, banned=()):
     """What token_logprobs needs of a model: a body that returns `hidden` and an output head."""
+    matrix = SimpleNamespace(weight=head)
+    matrix.logprobs = functools.partial(sft.head_logprobs, matrix)
     return SimpleNamespace(model=lambda **_: SimpleNamespace(last_hidden_state=hidden),
                            banned=torch.tensor(banned, dtype=torch.long), head=sft.Head(),
-                           get_output_embeddings=lambda: SimpleNamespace(weight=head))
+                           get_output_embeddings=lambda: matrix)
 
 
 @pytest.mark.parametrize("tokens", [32, 48])
