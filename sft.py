@@ -19,7 +19,6 @@ What differs from the usual recipe, and why:
 Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
-import atexit
 import collections
 import contextlib
 import ctypes
@@ -46,6 +45,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -126,6 +126,7 @@ def fail(text, waits=True):
     line = f"{Path(sys.argv[0]).name}: {text}"
     if waits:
         sys.exit(line)
+    sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -550,7 +551,7 @@ class Workers:
                 tasks.close()
                 rows.close()  # held by the worker alone: when it dies the trainer reads the end of the pipe
                 self.crew.append((process, to_worker, from_worker))
-        atexit.register(self.close)
+        self.close = weakref.finalize(self, end_crew, self.crew)  # at the latest when Python exits
 
     def prepared(self, batches, first_step=0):
         """Iterate over each step's record indices, as lists of (index, row), prepared about a batch ahead.
@@ -605,16 +606,6 @@ class Workers:
         fail("a process that prepares images died, perhaps for want of memory: "
              f"lower --workers or --max_pixels ({why})")
 
-    def close(self):
-        """End them at once: whatever they are at, nobody waits for it any more."""
-        for process, to_worker, from_worker in self.crew:
-            process.kill()
-            process.join()
-            to_worker.close()
-            from_worker.close()
-        self.crew = []
-        atexit.unregister(self.close)
-
 
 def worker_count(asked):
     """--workers, or for -1 what this rank's cores allow: all but the trainer's own, and at most 8.
@@ -624,6 +615,15 @@ def worker_count(asked):
     if asked >= 0:
         return asked
     return min(8, max(1, own_cores() - 1)) if torch.cuda.is_available() else 1
+
+
+def end_crew(crew):
+    """End workers at once: whatever they are at, nobody waits for it any more."""
+    for process, to_worker, from_worker in crew:
+        process.kill()
+        process.join()
+        to_worker.close()
+        from_worker.close()
 
 
 class Desk:
