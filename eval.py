@@ -312,10 +312,11 @@ class Server:
         self.stop = stop_ids(transformers.GenerationConfig.from_pretrained(path), processor)
         self.banned = vision_ids(transformers.AutoConfig.from_pretrained(path), "cpu")
 
-    def call(self, url, route, body=None, until=None):
-        """GET, or POST a body; returns the JSON reply. Raises ConnectionError naming the server.
+    def call(self, url, route, body=None, until=None, read=None):
+        """GET, or POST a body; returns the JSON reply, or what `read` finds in it.
 
-        until: when the reply must be there, by time.monotonic; None = --timeout from now.
+        until: when the reply must be there, by time.monotonic; None = --timeout from now. Raises
+        ConnectionError naming the server: there is no answer, one that says no, or another than `read` expects.
         """
         data = None if body is None else json.dumps(body).encode()
         seconds = self.timeout if until is None else max(0.1, until - time.monotonic())
@@ -323,10 +324,11 @@ class Server:
             # 4 GiB: many long samples come in one reply, each token with its logprob.
             status, _, text = send(url, route.lstrip("/"), "", data, seconds, most=2**32)
             if status < 300:
-                return json.loads(text or "null")
+                reply = json.loads(text or "null")
+                return read(reply) if read else reply
             reason = f"HTTP {status} {text[:300]}"  # the text says what the server did not like
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = error
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+            reason = f"{type(error).__name__}: {error}"
         raise ConnectionError(f"rollout server {url}{route}: {reason}")
 
     def at_once(self, ask, items):
@@ -342,7 +344,7 @@ class Server:
 
     def served(self, url):
         """What a server calls the model."""
-        return self.call(url, "/v1/models")["data"][0]["id"]
+        return self.call(url, "/v1/models", read=lambda reply: reply["data"][0]["id"])
 
     def sample(self, prompts, options):
         """As VLLM.sample; all prompts are sent at once, the servers queue them."""
@@ -358,7 +360,10 @@ class Server:
         # Here logprobs is a yes or no, in vLLM's own options the number of further tokens.
         body = option | {"messages": messages, "model": self.names[url]}
         body |= {"logprobs": True, "return_token_ids": True}
-        reply = self.call(url, "/v1/chat/completions", body)
+        return self.call(url, "/v1/chat/completions", body, read=self.samples_of)
+
+    @staticmethod
+    def samples_of(reply):
         samples = []
         for choice in reply["choices"]:
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]

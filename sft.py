@@ -127,7 +127,7 @@ def fail(text, waits=True):
     if waits:
         sys.exit(line)
     sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
+    print(f"\n{line}", file=sys.stderr, flush=True)  # the progress bar may be on this line
     os._exit(1)
 
 
