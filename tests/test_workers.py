@@ -15,6 +15,7 @@ import torch
 from conftest import wait_until
 from test_stages import environment, run
 
+import eval as evaluation
 import sft
 
 EMPTY = [[], [3, 1], [], [], [4], [1, 5, 9], []]
@@ -422,3 +423,30 @@ def test_how_many_by_the_cores(monkeypatch, cores, ranks, gpu, count):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert sft.worker_count(-1) == count
     assert [sft.worker_count(asked) for asked in (0, 1, 5)] == [0, 1, 5]
+
+
+def test_evaluation_prepares_the_next_round_while_it_answers_one(tiny, group, tmp_path, monkeypatch):
+    """The third round's images are not there yet: what is ahead is bounded."""
+    def noted(record, *args):
+        (tmp_path / record["id"]).touch()
+        return encode_prompt(record, *args)
+
+    def generate(engine, prompts, seeds, cfg):
+        if not answered:
+            wait_until(lambda: all((tmp_path / f"row{i}").exists() for i in range(4)), seconds=20)
+            time.sleep(0.3)
+            assert not (tmp_path / "row4").exists()
+        answered.append(len(prompts))
+        return [evaluation.Sample([1], torch.zeros(1), False) for _ in prompts]
+
+    answered, encode_prompt = [], sft.encode_prompt
+    monkeypatch.setattr(evaluation, "encode_prompt", noted)
+    monkeypatch.setattr(evaluation, "generate", generate)
+    records = [dict(record, id=f"row{i}") for i, record in enumerate(tiny.records[:6])]
+    answer = evaluation.open_engine(tiny.model, evaluation.Config(max_new_tokens=2, batch_rows=2, workers=1))
+    assert [record["id"] for record, _ in answer(records)] == [f"row{i}" for i in range(6)]
+    assert answered == [2, 2, 2]
+    processes = multiprocessing.active_children()
+    assert len(processes) == 1
+    del answer  # as the next model is opened
+    assert multiprocessing.active_children() == []
