@@ -69,9 +69,7 @@ import signal
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -95,8 +93,8 @@ from rewards import (PROMPTS, accuracy, build_prompt, divergence, extract_answer
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
                        resolve_model, send, served_model, write_json, write_rows, write_text)
-from sft import (RanksFailed, agree, collate, encode_prompt, end_on_signals, first_reason, gather,
-                 init_distributed, load_model, one_line_errors, stop_ids, vision_ids)
+from sft import (RanksFailed, Workers, agree, collate, compute_dtype, encode_prompt, end_on_signals, fail,
+                 first_reason, gather, init_distributed, load_model, one_line_errors, stop_ids, vision_ids)
 
 RANK = int(os.environ.get("RANK", 0))  # among the WORLD processes that share the rows, as torchrun says
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -176,6 +174,7 @@ class Config:
     seed: int = 0  # of sampling, when the temperature is above 0
     rollout_tokens: int = 65536  # prompt and response tokens generated at once
     batch_rows: int = 64  # rows that a rank answers between two writes to disk
+    workers: int = -1  # processes that prepare images, per rank; 0 = none, -1 = by the cores
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     attn: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     tp: int = 1  # GPUs that share one vLLM engine (tensor parallel)
@@ -188,6 +187,7 @@ class Config:
     judge: str = "off"  # who reads the answer out of a response that the rules grade as wrong: off | api
     judge_url: str = ""  # judge: where its server is, "" = --base_url
     judge_model: str = ""  # judge: its name at the server, "" = the first that it lists
+    dist_timeout: float = 1440.0  # minutes that a rank waits for the others: some rows take hours longer
 
 
 # ----- engines: prompts in, sampled responses out ----------------------------------------------------------
@@ -204,7 +204,7 @@ def build_engine(path, processor, cfg, device):
     """What samples: a plain copy of the model outside FSDP (--engine hf), or vLLM in this process (vllm)."""
     if cfg.engine == "server":
         return Server(path, processor, cfg)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = compute_dtype(device)
     if cfg.engine == "vllm":
         engine = VLLM(path, dtype, cfg)
     else:
@@ -300,45 +300,70 @@ class Server:
 
     Each is started with the --model of this run by
         VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --generation-config vllm --logprobs-mode processed_logprobs
-    Rank r asks server r modulo their number.
+    A rank's prompts go to all of them in turn. The first that fails ends the run in one line with its URL.
     """
 
     def __init__(self, path, processor, cfg):
-        self.urls = cfg.servers
-        self.url = cfg.servers[dist.get_rank() % len(cfg.servers)]
+        self.urls, self.timeout = cfg.servers, cfg.timeout
         self.folder = Path(cfg.out).resolve() / "weights"
-        models = self.call(self.url, "/v1/models")
-        self.name = models["data"][0]["id"]
+        self.names = dict(zip(self.urls, self.at_once(self.served, [[url] for url in self.urls])))
         self.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         self.asleep = False
         self.stop = stop_ids(transformers.GenerationConfig.from_pretrained(path), processor)
         self.banned = vision_ids(transformers.AutoConfig.from_pretrained(path), "cpu")
 
-    def call(self, url, route, body=None):
-        """GET, or POST a body; returns the JSON reply. A server that fails or is gone ends the run."""
+    def call(self, url, route, body=None, until=None, read=None):
+        """GET, or POST a body; returns the JSON reply, or what `read` finds in it.
+
+        until: when the reply must be there, by time.monotonic; None = --timeout from now. Raises
+        ConnectionError naming the server: there is no answer, one that says no, or another than `read` expects.
+        """
         data = None if body is None else json.dumps(body).encode()
+        seconds = self.timeout if until is None else max(0.1, until - time.monotonic())
         try:
-            # An hour and 4 GiB: many long samples come in one reply, each token with its logprob.
-            status, _, text = send(url, route.lstrip("/"), "", data, 3600, most=2**32)
+            # 4 GiB: many long samples come in one reply, each token with its logprob.
+            status, _, text = send(url, route.lstrip("/"), "", data, seconds, most=2**32)
             if status < 300:
-                return json.loads(text or "null")
+                reply = json.loads(text or "null")
+                return read(reply) if read else reply
             reason = f"HTTP {status} {text[:300]}"  # the text says what the server did not like
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = error
-        sys.exit(f"{Path(sys.argv[0]).name}: rollout server {url}{route}: {reason}")
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+            reason = f"{type(error).__name__}: {error}"
+        raise ConnectionError(f"rollout server {url}{route}: {reason}")
+
+    def at_once(self, ask, items):
+        """[ask(*item)] of all items, side by side. The first that fails ends the run at once."""
+        answers = {}
+        try:
+            # Threads only wait; a server batches the better the more it has in its queue.
+            for place, answer in in_parallel(lambda place: ask(*items[place]), range(len(items)), 256):
+                answers[place] = answer
+        except ConnectionError as error:
+            fail(error, waits=False)
+        return [answers[place] for place in range(len(items))]
+
+    def served(self, url):
+        """What a server calls the model."""
+        return self.call(url, "/v1/models", read=lambda reply: reply["data"][0]["id"])
 
     def sample(self, prompts, options):
-        """As VLLM.sample; all prompts are sent at once, the server queues them."""
-        # Threads only wait; a server batches the better the more it has in its queue.
-        with ThreadPoolExecutor(256) as pool:
-            return list(pool.map(self.ask, prompts, options))
+        """As VLLM.sample; all prompts are sent at once, the servers queue them."""
+        first = dist.get_rank() * len(prompts)  # ranks that have few prompts begin at other servers
+        items = []
+        for place, (prompt, option) in enumerate(zip(prompts, options), first):
+            items.append([self.urls[place % len(self.urls)], prompt, option])
+        return self.at_once(self.ask, items)
 
-    def ask(self, prompt, option):
+    def ask(self, url, prompt, option):
         """One prompt's (prompt ids as read, [Sample])."""
         messages = chat_messages(prompt["request"]["messages"], prompt["request"]["images"])
         # Here logprobs is a yes or no, in vLLM's own options the number of further tokens.
-        body = option | {"model": self.name, "messages": messages, "logprobs": True, "return_token_ids": True}
-        reply = self.call(self.url, "/v1/chat/completions", body)
+        body = option | {"messages": messages, "model": self.names[url]}
+        body |= {"logprobs": True, "return_token_ids": True}
+        return self.call(url, "/v1/chat/completions", body, read=self.samples_of)
+
+    @staticmethod
+    def samples_of(reply):
         samples = []
         for choice in reply["choices"]:
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
@@ -347,7 +372,7 @@ class Server:
         return reply["prompt_token_ids"], samples
 
     def reload(self, weights):
-        """Write (name, tensor) pairs as safetensors of about 4 GiB and have every server load them."""
+        """Write (name, tensor) pairs as safetensors of about 4 GiB and have all servers load them at once."""
         writer = dist.get_rank() == 0
         # Old files would be loaded along with the new ones.
         if writer:
@@ -364,14 +389,16 @@ class Server:
             shard_bytes += weight.nbytes
         if writer:
             save_file(shard, self.folder / f"{shards:05d}.safetensors")
-            load = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-            for url in self.urls:
-                self.call(url, "/collective_rpc", load)
-                # What was computed with the old weights must not be used again.
-                self.call(url, "/reset_prefix_cache", {})
-                self.call(url, "/reset_mm_cache", {})
-                self.call(url, "/reset_encoder_cache", {})
+            self.at_once(self.reload_one, [[url] for url in self.urls])
         dist.barrier()
+
+    def reload_one(self, url):
+        """Have a server load the folder, in --timeout altogether: the other ranks wait for it."""
+        until = time.monotonic() + self.timeout
+        load = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+        self.call(url, "/collective_rpc", load, until)
+        for cache in ("prefix", "mm", "encoder"):  # what was computed with the old weights
+            self.call(url, f"/reset_{cache}_cache", {}, until)
 
 
 def generate(engine, prompts, seeds, cfg):
@@ -727,32 +754,33 @@ def no_reply(error):
     return {"response": "", "tokens": 0, "truncated": False, "error": str(error)}
 
 
-def answer_rows(records, engine, processor, cfg, finish=lambda record, replies: replies):
+def answer_rows(records, engine, processor, workers, cfg, finish=lambda record, replies: replies):
     """Yield (record, finish(record, replies)) in order, on every rank; each answers batch_rows of a round.
 
     A record gets cfg.n replies {"response", "tokens", "truncated"}, or just one with an "error" too. What is
-    to be done with them, grading, the rank does that answered.
+    to be done with them, grading, the rank does that answered. While it answers a round, its workers prepare
+    the images of the next.
     """
     per_round = cfg.batch_rows * WORLD
-    for start in range(0, len(records), per_round):
-        batch = records[start:start + per_round]
-        # Neighbours are often alike, in length too: ranks take turns. Who has no row left takes part all the
-        # same, because ranks that share an engine run it together.
-        shares = gather(agree(answer_batch, batch[RANK::WORLD], engine, processor, cfg, finish))
+    rounds = [records[start:start + per_round] for start in range(0, len(records), per_round)]
+    # Neighbours are often alike, in length too: ranks take turns. Who has no row left takes part all the
+    # same, because ranks that share an engine run it together.
+    ahead = workers.prepared([batch[RANK::WORLD] for batch in rounds])
+    for batch in rounds:
+        shares = gather(agree(answer_batch, ahead, engine, processor, cfg, finish))
         for place, record in enumerate(batch):
             yield record, shares[place % WORLD][place // WORLD]
 
 
-def answer_batch(batch, engine, processor, cfg, finish):
-    """[what is made of the replies to each record of a batch], as in answer_rows."""
-    # Prepare the prompts; one that cannot be read has its reply already.
+def answer_batch(ahead, engine, processor, cfg, finish):
+    """[what is made of the replies to each record of the next batch], as in answer_rows."""
+    drawn = next(ahead)  # (record, prompt); what cannot be read has its reply already
+    batch = [record for record, _ in drawn]
     replies = [[] for _ in batch]
     prompts, seeds, rows = [], [], []  # of each sample; rows are places in the batch
-    for row, record in enumerate(batch):
-        try:
-            prompt = encode_prompt(record, processor, cfg.max_pixels, cfg.max_prompt_tokens)
-        except ValueError as error:
-            replies[row].append(no_reply(error))
+    for row, (record, prompt) in enumerate(drawn):
+        if isinstance(prompt, ValueError):
+            replies[row].append(no_reply(prompt))
             continue
         for seed in row_seeds(record, cfg):
             prompts.append(prompt)
@@ -807,8 +835,13 @@ def open_engine(model, cfg):
     # One core stays free: threads of OpenMP that spin on a core which is busy make all 10 times slower.
     torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - 1)))
     processor = AutoProcessor.from_pretrained(model)
+
+    def encode(record, _):
+        return encode_prompt(record, processor, cfg.max_pixels, cfg.max_prompt_tokens, compute_dtype(device))
+
+    workers = Workers(encode, cfg.workers)  # they end with the function that has them
     engine = build_engine(model, processor, cfg, device)
-    return partial(answer_rows, engine=engine, processor=processor, cfg=cfg)
+    return partial(answer_rows, engine=engine, processor=processor, workers=workers, cfg=cfg)
 
 
 def close_engine(cfg):
@@ -1934,6 +1967,12 @@ def check(cfg):
     if cfg.n > 1 and not cfg.temperature:
         raise ValueError(f"--n {cfg.n}: at temperature 0 all samples are the same; "
                          "give --temperature 0.6, say")
+    if cfg.workers < -1:
+        raise ValueError(f"--workers {cfg.workers}: must be at least -1")
+    longest = (cfg.retries + 1) * (cfg.timeout + 60)  # of a row, in seconds: a pause comes before each retry
+    if cfg.judge == "api" and WORLD > 1 and longest >= 60 * cfg.dist_timeout:
+        raise ValueError(f"--timeout {cfg.timeout:g}: with --retries {cfg.retries} a row may take the judge "
+                         f"{longest / 60:.0f} minutes, ranks wait for --dist_timeout {cfg.dist_timeout:g}")
     if cfg.judge == "api" and cfg.n > 1:
         raise ValueError("--judge api: reads one response per row, so leave --n at 1")
 
@@ -1997,15 +2036,12 @@ def compare_models(cfg, models):
         print(f"and {len(failed) - 10} more")
 
 
-RANK_WAITS = timedelta(days=1)  # some rows take hours longer than others
-
-
 def main(cfg):
     """Write a report, answer one question, or run benchmarks; what cannot be done is one line."""
     end_on_signals()  # each answer was flushed as it came, so the same command goes on from there
     disable_progress_bar()
     if WORLD > 1 and cfg.engine != "api" and not cfg.report:
-        init_distributed(RANK_WAITS)
+        init_distributed(cfg.dist_timeout)
     elif RANK:
         return  # a server is asked, and a report written, by rank 0
     with one_line_errors():

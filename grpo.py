@@ -81,6 +81,7 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     tp: int = 1  # ranks that share one vLLM engine (tensor parallel)
     gpu_memory_utilization: float = 0.5  # share of the GPU that vLLM may use while the trainer waits
     servers: tuple[str, ...] = ()  # base URLs of `vllm serve` processes, for --engine server
+    timeout: float = 2700.0  # server: seconds to wait for one whole answer
     reward: str = "accuracy=1"  # weighted sum of rewards, name=weight,...
     prompts_per_step: int = 64  # questions per step, over all ranks
     group_size: int = 8  # rollouts per question (G)
@@ -129,7 +130,7 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     max_grad_norm: float = 1.0  # gradient clipping
     token_budget: int = 16384  # padded tokens in a micro-batch; those of long rows count more
     # memory and model
-    workers: int = 1  # processes that prepare images, per rank
+    workers: int = -1  # processes that prepare images, per rank; 0 = none, -1 = by the cores
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
@@ -143,6 +144,7 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
     stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
+    dist_timeout: float = 60.0  # minutes that a rank waits for the others
     samples_every: int = 5  # steps between entries of samples.jsonl
 
 
@@ -1075,21 +1077,20 @@ def shown_groups(rollouts, records, tokenizer, step, group_size):
 def encode_share(run, workers):
     """This rank's share of held-out records: {index: prompt} of what can be read, and how many it is.
 
-    To the workers they are the records after those of training.
+    They are numbered on from the records of training.
     """
-    share = range(dist.get_rank(), len(run.held_out), dist.get_world_size())
-    [drawn] = workers.prepared([[len(run.records) + i for i in share]])
-    prompts = {}
-    for i, (_, prompt) in zip(share, drawn):
-        if not isinstance(prompt, ValueError):
-            prompts[i] = prompt
+    total = len(run.records) + len(run.held_out)
+    share = range(len(run.records) + dist.get_rank(), total, dist.get_world_size())
+    [drawn] = workers.prepared([share])
+    prompts = {i: prompt for i, prompt in drawn if not isinstance(prompt, ValueError)}
     return prompts, len(share)
 
 
 def evaluate(engine, records, prompts, share, processor, cfg):
     """Greedy accuracy and mean response length on held-out records, sharded over ranks.
 
-    prompts and share: of encode_share. What cannot be read counts as wrong.
+    records: all, as numbered by encode_share, which gives prompts and share. What cannot be read counts as
+    wrong.
     """
     greedy = dataclasses.replace(cfg, temperature=0.0)
     seeds = [0] * len(prompts)  # greedy decoding draws nothing
@@ -1180,6 +1181,9 @@ def check_engine(cfg):
         raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
     if (cfg.engine == "server") != bool(cfg.servers):
         raise ValueError("--engine server and --servers URL... go together")
+    if cfg.servers and not 0 < cfg.timeout < 60 * cfg.dist_timeout:
+        raise ValueError(f"--timeout {cfg.timeout:g}: a server must be given up, in so many seconds, while "
+                         f"the other ranks still wait, for --dist_timeout {cfg.dist_timeout:g} minutes")
     if cfg.tp > 1 and (cfg.engine != "vllm" or dist.get_world_size() % cfg.tp):
         raise ValueError(f"--tp {cfg.tp} needs --engine vllm and a multiple of {cfg.tp} ranks")
     if not 0 < cfg.gpu_memory_utilization <= 1:
@@ -1192,6 +1196,7 @@ def check(cfg):
     """Refuse what cannot train; returns the stages of --ptst. Raises ValueError naming the flag."""
     check_engine(cfg)
     stages = parse_ptst(cfg.ptst)
+    check_at_least(-1, cfg, "workers")
     check_at_least(1, cfg, "steps", "prompts_per_step", "max_prompt_tokens", "max_new_tokens",
                    "rollout_tokens", "updates", "tp", "token_budget", "eval_every", "eval_n", "save_every",
                    "samples_every", "keep", "ssr_cap")
@@ -1214,7 +1219,7 @@ def check(cfg):
 
 def main(cfg):
     """Train. A step has nine beats, numbered below."""
-    rank, world, device = init_distributed()
+    rank, world, device = init_distributed(cfg.dist_timeout)
     end_on_signals()
     with one_line_errors():
         stages = check(cfg)
@@ -1223,8 +1228,9 @@ def main(cfg):
         spec = parse_reward_spec(cfg.reward)
         run = open_run(cfg, device, need=("answer",))
         everything = run.records + run.held_out
+        dtype = run.policy.compute_dtype
         encode_record = functools.partial(encode_prompt, processor=run.processor, max_pixels=cfg.max_pixels,
-                                          max_tokens=cfg.max_prompt_tokens)
+                                          max_tokens=cfg.max_prompt_tokens, dtype=dtype)
 
         def encode(q, step):
             """What sampler and trainer see of a question. `step` is for what changes over a run; where a
@@ -1233,7 +1239,7 @@ def main(cfg):
 
         workers = Workers(encode, cfg.workers)
         engine = build_engine(run.origin, run.processor, cfg, device)
-        dummy = blank_prompt(run.processor, cfg.max_pixels)  # stands in where a rank has no image (collate)
+        dummy = blank_prompt(run.processor, cfg.max_pixels, dtype)  # where a rank has no image (collate)
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
     tokenizer = processor.tokenizer
@@ -1249,7 +1255,7 @@ def main(cfg):
     sync_weights(policy, engine)
 
     log.note(f"{len(records)} questions; a step: {cfg.prompts_per_step} x {cfg.group_size} rollouts "
-             f"on {world} rank(s)")
+             f"on {world} rank(s); images are prepared by {len(workers.crew)} process(es) a rank")
     longest = max([stage.max_new_tokens for stage in stages], default=cfg.max_new_tokens)
     if cfg.ssr == "replay":
         of_token = 8 + 28 + 2 * 4  # bytes of pointer, Python int and two fp32 log-probabilities
@@ -1263,7 +1269,7 @@ def main(cfg):
         reference.packs = policy.packs
     held_out, share = encode_share(run, workers)
     if run.held_out and not run.done:
-        before = evaluate(engine, run.held_out, held_out, share, processor, staged(cfg, stages, 1)[1])
+        before = evaluate(engine, everything, held_out, share, processor, staged(cfg, stages, 1)[1])
         log.write("metrics.jsonl", [{"step": 0, **before}])
         log.note(f"before training: {before['eval/accuracy']:.3f} "
                  f"of {len(run.held_out)} held-out questions right")
@@ -1371,7 +1377,7 @@ def main(cfg):
 
         # 9. evaluate and save
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
-            metrics |= evaluate(engine, run.held_out, held_out, share, processor, stage_cfg)
+            metrics |= evaluate(engine, everything, held_out, share, processor, stage_cfg)
             log.note(f"step {step}: {metrics['eval/accuracy']:.3f} of {len(run.held_out)} held-out questions "
                      f"right, {metrics['eval/len']:.1f} tokens long")
         log.step(step, metrics, shown=("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))

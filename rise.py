@@ -63,9 +63,9 @@ from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, f
 from data_prep import (check_at_least, check_record, check_records, complete_rows, parse_config, read_records,
                        resolve_model, save_image, write_records)
 from sft import (RunLog, Stopwatch, Watchdog, Workers, blank_prompt, catch_signals, check_rows,
-                 check_same_run, claim, data_order, encode_prompt, end_on_signals, global_max,
-                 global_sum, host_memory, init_distributed, load_policy, lr_at, one_line_errors, open_run,
-                 peak_memory, readable, refusing, save_checkpoint)
+                 check_same_run, claim, compute_dtype, data_order, encode_prompt, end_on_signals,
+                 global_max, global_sum, host_memory, init_distributed, load_policy, lr_at, one_line_errors,
+                 open_run, peak_memory, pixel_names, readable, refusing, save_checkpoint)
 from eval import build_engine
 from grpo import (MEASURED, check_engine, check_run, encode_share, end_if_mismatched, group_advantages,
                   has_gradient, rollout_seed, sample_rollouts, sleep_engine, sync_weights, train_on,
@@ -87,6 +87,7 @@ class Config:
     tp: int = 1  # ranks that share one vLLM engine (tensor parallel)
     gpu_memory_utilization: float = 0.5  # share of the GPU that vLLM may use while the trainer waits
     servers: tuple[str, ...] = ()  # base URLs of `vllm serve` processes, for --engine server
+    timeout: float = 2700.0  # server: seconds to wait for one whole answer
     prompts_per_step: int = 16  # questions per step, over all ranks
     group_size: int = 8  # rationales per question (G)
     max_prompt_tokens: int = 8192  # questions whose first hop is longer are skipped
@@ -121,7 +122,7 @@ class Config:
     max_grad_norm: float = 1.0  # gradient clipping
     token_budget: int = 16384  # padded tokens in a micro-batch; those of long rows count more
     # memory and model
-    workers: int = 1  # processes that prepare images, per rank
+    workers: int = -1  # processes that prepare images, per rank; 0 = none, -1 = by the cores
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
@@ -135,6 +136,8 @@ class Config:
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
     stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
+    dist_timeout: float = 60.0  # minutes that a rank waits for the others
+
 
 # ----- two hops --------------------------------------------------------------------------------------------
 
@@ -145,13 +148,41 @@ def hop(record, question, images):
     return {"question": question, "images": images, "answer_type": record["answer_type"], "task": "plain"}
 
 
-def encode_cot(record, processor, cfg):
+def encode_cot(record, processor, dtype, cfg):
     """encode_prompt of hop 1."""
     first = hop(record, cot_prompt(record), record["images"])
-    return encode_prompt(first, processor, cfg.max_pixels, cfg.max_prompt_tokens)
+    return encode_prompt(first, processor, cfg.max_pixels, cfg.max_prompt_tokens, dtype)
 
 
-def two_hops(engine, prompts, records, processor, step, cfg):
+def encode_reconstructions(record, images, texts, processor, cfg):
+    """encode_prompt of hop 2 with each text, less pixels and images: hop 1 has them, they need not travel."""
+    prompts = []
+    for text in texts:
+        second = hop(record, reconstruct_prompt(record, text), images)
+        prompt = encode_prompt(second, processor, cfg.max_pixels)
+        for name in pixel_names(prompt):
+            del prompt[name]
+        del prompt["request"]["images"]
+        prompts.append(prompt)
+    return prompts
+
+
+def encode_hop(asked, step, records, processor, dtype, cfg):
+    """What the workers are asked for: hop 1 of a question, or hop 2 of (question, images, texts)."""
+    if isinstance(asked, int):
+        return encode_cot(records[asked], processor, dtype, cfg)
+    q, images, texts = asked
+    return encode_reconstructions(records[q], images, texts, processor, cfg)
+
+
+def with_pixels(prompt, first, blind):
+    """A prompt of hop 2 as encode_reconstructions sent it, complete: it shares the pixels of its hop 1."""
+    shown = {} if blind else {name: first[name] for name in pixel_names(first)}
+    images = [] if blind else first["request"]["images"]
+    return shown | prompt | {"request": prompt["request"] | {"images": images}}
+
+
+def two_hops(engine, prompts, workers, records, processor, step, cfg):
     """G rationales a question and a reconstruction from each: (rationales, scrubbed texts, reconstructions).
 
     Three lists of Q * G, those of a question side by side. `prompts` {question: hop 1} gains the prompts of
@@ -171,10 +202,17 @@ def two_hops(engine, prompts, records, processor, step, cfg):
     texts = [placeholders.sub(" ", scrub(cot.text, records[cot.question])) for cot in cots]
 
     # Hop 2: image and scrubbed rationale -> annotation.
-    for (q, g), text in zip(keys, texts):
+    asked = []
+    for place, q in enumerate(list(prompts)):
         images = [] if cfg.blind else prompts[q]["request"]["images"]
-        second = hop(records[q], reconstruct_prompt(records[q], text), images)
-        prompts[q, g] = encode_prompt(second, processor, cfg.max_pixels)
+        start = place * cfg.group_size
+        asked.append((q, images, texts[start:start + cfg.group_size]))
+    [drawn] = workers.prepared([asked], step)
+    for (q, _, _), group in drawn:
+        if isinstance(group, ValueError):
+            raise group
+        for g, prompt in enumerate(group):
+            prompts[q, g] = with_pixels(prompt, prompts[q], cfg.blind)
     seeds = [rollout_seed(cfg, step, q, f"{g}/reconstruction") for q, g in keys]
     reconstructions = sample_rollouts(engine, keys, prompts, seeds, tokenizer, cfg)
     return cots, texts, reconstructions
@@ -269,14 +307,14 @@ def group_metrics(rows, group_size):
             "groups/effective_frac": effective, "groups/zero_adv_frac": 1 - effective}
 
 
-def evaluate(engine, records, prompts, share, processor, cfg):
+def evaluate(engine, records, prompts, share, workers, processor, cfg):
     """Both hops once on held-out records, sharded over ranks: agreement, leaks and length.
 
-    prompts and share: of encode_share. What cannot be read counts as 0. Sampled as in training, since it is
-    samples that --phase annotate keeps.
+    records: all, as numbered by encode_share, which gives prompts and share. What cannot be read counts as 0.
+    Sampled as in training, since it is samples that --phase annotate keeps.
     """
     once = dataclasses.replace(cfg, group_size=1)
-    hops = two_hops(engine, dict(prompts), records, processor, 0, once)
+    hops = two_hops(engine, dict(prompts), workers, records, processor, 0, once)
     rows = score_rationales(*hops, records, cfg)
     agrees = sum(parts["agreement"] for _, _, parts in rows)
     leaky = sum(bool(parts["leaks"]) for _, _, parts in rows)
@@ -354,7 +392,9 @@ def sample_all(cfg, source, rank, world, device):
     steps = math.ceil(len(records) / cfg.prompts_per_step)
     cfg = dataclasses.replace(cfg, steps=steps)
     processor = AutoProcessor.from_pretrained(model)
-    workers = Workers(lambda q, _: encode_cot(records[q], processor, cfg), cfg.workers)
+    encode = functools.partial(encode_hop, records=records, processor=processor, dtype=compute_dtype(device),
+                               cfg=cfg)
+    workers = Workers(encode, cfg.workers)
     engine = build_engine(model, processor, cfg, device)
     begun = read_rationales(source) if rank == 0 and cfg.resume else []
     # The last step may have been cut short.
@@ -370,7 +410,7 @@ def sample_all(cfg, source, rank, world, device):
     stopping = catch_signals()
     for step, questions, drawn in zip(itertools.count(done + 1), order, drawn_ahead):
         prompts = readable(drawn, records, cfg.strict, log)
-        hops = two_hops(engine, prompts, records, processor, step, cfg)
+        hops = two_hops(engine, prompts, workers, records, processor, step, cfg)
         rows = gathered(score_rationales(*hops, records, cfg), questions)
         write_rationales(log, step, rows, records)
         log.step(step, quality(rows), shown=("reward/mean", "reward/agreement", "cot/leaks"))
@@ -410,6 +450,7 @@ def annotate(cfg, rank, world, device):
 def check(cfg):
     """Refuse what cannot work. Raises ValueError naming the flag."""
     check_engine(cfg)
+    check_at_least(-1, cfg, "workers")
     check_at_least(1, cfg, "steps", "prompts_per_step", "group_size", "max_prompt_tokens", "max_new_tokens",
                    "rollout_tokens", "updates", "tp", "token_budget", "eval_every", "eval_n", "save_every",
                    "keep")
@@ -421,7 +462,7 @@ def check(cfg):
 
 def main(cfg):
     """Train the rationales, or annotate. A training step has nine beats, those of grpo.py, numbered below."""
-    rank, world, device = init_distributed()
+    rank, world, device = init_distributed(cfg.dist_timeout)
     end_on_signals()
     usual = {"cot": ("out/talk", "out/rise"), "annotate": ("out/rise", "out/annotate")}
     model, out = usual[cfg.phase]
@@ -432,17 +473,20 @@ def main(cfg):
             return annotate(cfg, rank, world, device)
         run = open_run(cfg, device, need=("answer",))
         everything = run.records + run.held_out
-        encode_record = functools.partial(encode_cot, processor=run.processor, cfg=cfg)
-        workers = Workers(lambda q, _: encode_record(everything[q]), cfg.workers)
+        dtype = run.policy.compute_dtype
+        encode = functools.partial(encode_hop, records=everything, processor=run.processor, dtype=dtype,
+                                   cfg=cfg)
+        workers = Workers(encode, cfg.workers)
         engine = build_engine(run.origin, run.processor, cfg, device)
-        dummy = blank_prompt(run.processor, cfg.max_pixels)
+        dummy = blank_prompt(run.processor, cfg.max_pixels, dtype)
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
     tokenizer = processor.tokenizer
     reference = load_policy(run.origin, cfg, device, trainable=False)[0] if cfg.kl_beta else None
     sync_weights(policy, engine)
     log.note(f"{len(records)} records; a step: {cfg.prompts_per_step} x {cfg.group_size} rationales "
-             f"on {world} rank(s)")
+             f"on {world} rank(s); images are prepared by {len(workers.crew)} process(es) a rank")
+    encode_record = functools.partial(encode_cot, processor=run.processor, dtype=dtype, cfg=cfg)
     few = check_rows(records, encode_record, log)
     with refusing(policy.config.model_type, log):
         worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, cfg)
@@ -450,7 +494,7 @@ def main(cfg):
         reference.packs = policy.packs
     held_out, share = encode_share(run, workers)
     if run.held_out and not run.done:
-        before = evaluate(engine, run.held_out, held_out, share, processor, cfg)
+        before = evaluate(engine, everything, held_out, share, workers, processor, cfg)
         log.write("metrics.jsonl", [{"step": 0, **before}])
         log.note(f"before training: agreement {before['eval/agreement']:.3f} "
                  f"on {len(run.held_out)} held-out records")
@@ -473,7 +517,7 @@ def main(cfg):
             log.note("first prompt: " + tokenizer.decode(first["input_ids"][0]))
 
         # 2. generate G rationales of each, and reconstruct the annotation from every one
-        cots, texts, reconstructions = two_hops(engine, prompts, records, processor, step, cfg)
+        cots, texts, reconstructions = two_hops(engine, prompts, workers, records, processor, step, cfg)
         sleep_engine(engine)
         watch.lap("time/gen")
         if step == run.done + 1 and reconstructions:
@@ -525,7 +569,7 @@ def main(cfg):
 
         # 9. evaluate and save
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps):
-            metrics |= evaluate(engine, run.held_out, held_out, share, processor, cfg)
+            metrics |= evaluate(engine, everything, held_out, share, workers, processor, cfg)
             log.note(f"step {step}: agreement {metrics['eval/agreement']:.3f} "
                      f"on {len(run.held_out)} held-out records, {100 * metrics['eval/leaks']:.1f} % leak")
         log.step(step, metrics, shown=("reward/mean", "reward/agreement", "cot/leaks", "eval/agreement"))

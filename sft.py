@@ -19,7 +19,6 @@ What differs from the usual recipe, and why:
 Shapes: B rows in a micro-batch, T padded length, H hidden size, V vocabulary, N response tokens.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
-import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -37,7 +36,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import queue
 import random
 import re
 import resource
@@ -50,7 +48,9 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import NamedTuple
@@ -102,7 +102,7 @@ class Config:
     token_budget: int = 16384  # padded tokens in a micro-batch; those of long rows count more
     max_tokens: int = 8192  # rows with more tokens, prompt and response, are left out
     # memory and model
-    workers: int = 1  # processes that prepare images, per rank
+    workers: int = -1  # processes that prepare images, per rank; 0 = none, -1 = by the cores
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
@@ -116,18 +116,27 @@ class Config:
     save_every: int = 100  # steps between checkpoints (one is always written at the end)
     keep: int = 1  # checkpoints kept
     stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
+    dist_timeout: float = 60.0  # minutes that a rank waits for the others
 
 
 # ----- processes -------------------------------------------------------------------------------------------
 
 
-def fail(text):
-    """End this process with one line. What all ranks meet is told by rank 0 alone."""
+def fail(text, waits=True):
+    """End this process with one line. What all ranks meet is told by rank 0 alone.
+
+    waits=False: not for threads that are still at something, as Python does when it exits.
+    """
     if int(os.environ.get("RANK", 0)) > 0:
         # When rank 0 ends, torchrun ends the others: one that still lives then has a fault of its own.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    sys.exit(f"{Path(sys.argv[0]).name}: {text}")
+    line = f"{Path(sys.argv[0]).name}: {text}"
+    if waits:
+        sys.exit(line)
+    sys.stdout.flush()
+    print(f"\n{line}", file=sys.stderr, flush=True)  # the progress bar may be on this line
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -141,17 +150,21 @@ def one_line_errors():
         fail(" ".join(str(error).split()))
 
 
-def init_distributed(timeout=None):
+def init_distributed(minutes=60.0):
     """Join torchrun's process group, or make one of a single process. Returns (rank, world_size, device).
 
-    timeout: how long a rank that lives is waited for, a timedelta; None = torch's half an hour. That of one
-    that died is noticed at once.
+    minutes: how long a rank that lives is waited for (--dist_timeout). One that died is noticed at once.
     """
+    if not 0 < minutes <= 1e6:
+        fail(f"--dist_timeout {minutes:g}: must be above 0 and at most a million minutes")
+    timeout = timedelta(minutes=minutes)
+    # Groups that are made later, those of a mesh or of vLLM, would have torch's own: with NCCL ten minutes.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the workers' fork
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     # The usual soft limit of a login shell, 1,024, is little for sockets, workers and an engine.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -164,16 +177,26 @@ def init_distributed(timeout=None):
     else:
         # One core stays free for the process that prepares images:
         # OpenMP threads that spin on a busy core are 20x slower.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local_world - 1))
+        torch.set_num_threads(max(1, own_cores() - 1))
         device, backend = torch.device("cpu"), "gloo"
     if "RANK" in os.environ:
         follow_torchrun()
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     transformers.utils.logging.disable_progress_bar()
     return rank, world, device
+
+
+def own_cores():
+    """How many of this machine's cores each of its ranks has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def compute_dtype(device):
+    """What models compute with, and so what pixels are kept in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def global_sum(values):
@@ -263,9 +286,11 @@ def end_at_once(number, _):
 
 def tell_lost_process(kind, error, trace, usual):
     """sys.excepthook: one line where gloo lost a rank, `usual` for everything else."""
-    if "gloo" not in str(error) or "peer" not in str(error):
+    late = "Timed out waiting" in str(error)
+    if "gloo" not in str(error) or not (late or "peer" in str(error)):
         return usual(kind, error, trace)
-    told = f"rank {os.environ['RANK']} ends because another rank did"
+    why = "was not there within --dist_timeout" if late else "did"
+    told = f"rank {os.environ['RANK']} ends because another rank {why}"
     print(f"\n{Path(sys.argv[0]).name}: {told}", file=sys.stderr, flush=True)
     os._exit(1)  # to leave the process group in order would wait for the lost rank
 
@@ -598,9 +623,10 @@ def patches_of(prompt, config):
 # ----- rows: from a record to tensors ----------------------------------------------------------------------
 
 
-def encode_prompt(record, processor, max_pixels, max_tokens=0):
+def encode_prompt(record, processor, max_pixels, max_tokens=0, dtype=torch.float32):
     """Render a record's prompt and images into the processor's CPU tensors, batch size 1.
 
+    dtype: of pixels, which the model would cast to its compute dtype anyway: they travel and wait as that.
     `request` is the same prompt for engines that process images themselves: one placeholder per image.
     Raises BadImage, and ValueError beyond max_tokens (0 = any length): no prompt is ever cut.
     """
@@ -613,19 +639,26 @@ def encode_prompt(record, processor, max_pixels, max_tokens=0):
     length = inputs["input_ids"].shape[1]
     if max_tokens and length > max_tokens:
         raise ValueError(f"its prompt has {length} tokens, --max_prompt_tokens is {max_tokens}")
+    for name in pixel_names(inputs):
+        inputs[name] = inputs[name].to(dtype)
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     return {**inputs, "request": {"ids": ids, "images": images, "messages": messages}}
 
 
-def blank_prompt(processor, max_pixels):
+def pixel_names(inputs):
+    """Names of the inputs that are floating point: pixels. Token ids, masks and grids are not."""
+    return [name for name, value in inputs.items() if name != "request" and value.is_floating_point()]
+
+
+def blank_prompt(processor, max_pixels, dtype=torch.float32):
     """The prompt of a small grey image, which stands in where a micro-batch has no image (see collate)."""
-    blank = Image.new("RGB", (56, 56))
-    return encode_prompt({"question": "", "images": [blank], "answer_type": "text"}, processor, max_pixels)
+    record = {"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"}
+    return encode_prompt(record, processor, max_pixels, dtype=dtype)
 
 
-def encode_row(record, processor, stop, banned, cfg):
+def encode_row(record, processor, stop, banned, dtype, cfg):
     """(prompt tensors, response ids with the stop token); None if over cfg.max_tokens. Raises BadImage."""
-    prompt = encode_prompt(record, processor, cfg.max_pixels)
+    prompt = encode_prompt(record, processor, cfg.max_pixels, dtype=dtype)
     del prompt["request"]  # its images would travel from the worker unused
     response = processor.tokenizer(record["response"], add_special_tokens=False)["input_ids"]
     response.append(stop)
@@ -660,28 +693,31 @@ class Workers:
     later, or anew for every evaluation, can deadlock: a lock that another thread holds at that moment is
     never freed. A row travels as one pickle through a pipe. Sent as tensors, each of its inputs would take
     shared memory, of which a container may have 64 MiB, and a file descriptor, of which a login shell has
-    1,024.
+    1,024. It stays with its worker until the trainer wants it: what is there ahead of time is bounded by
+    AHEAD, whatever the order in which those who share the workers ask.
 
-    encode(index, step) gives a row; count 0 encodes in the trainer itself, when a row is wanted.
+    encode(index, step) gives a row. count 0 encodes in the trainer itself, when a row is wanted; -1 is by the
+    cores, see worker_count.
     """
+    AHEAD = 2**31  # bytes of rows that nobody wants yet, over all workers of a rank
 
     def __init__(self, encode, count):
         self.encode = encode
         self.crew = []  # of each worker: process, the pipe of its tasks, the pipe of its rows
         self.asked = 0
-        self.received = {}  # number: row of what arrived before it was wanted
         context = multiprocessing.get_context("fork")
+        count = worker_count(count)
         with stops_blocked():  # a worker that ended first would be missed before the trainer could save
             for _ in range(count):
                 tasks, to_worker = context.Pipe(duplex=False)
                 from_worker, rows = context.Pipe(duplex=False)
-                work = functools.partial(encode_for_ever, encode, tasks, rows, os.getpid())
+                work = functools.partial(Desk, encode, tasks, rows, os.getpid(), self.AHEAD / count)
                 process = context.Process(target=work, daemon=True)
                 process.start()
                 tasks.close()
                 rows.close()  # held by the worker alone: when it dies the trainer reads the end of the pipe
                 self.crew.append((process, to_worker, from_worker))
-        atexit.register(self.close)
+        self.close = weakref.finalize(self, end_crew, self.crew)  # at the latest when Python exits
 
     def prepared(self, batches, first_step=0):
         """Iterate over each step's record indices, as lists of (index, row), prepared about a batch ahead.
@@ -693,76 +729,144 @@ class Workers:
         tickets = collections.deque()
         for batch in batches:
             missing = len(batch) + ahead - len(tickets)
-            for place in itertools.islice(places, missing):
-                tickets.append(self.ask(place))
-            yield [(i, self.take(tickets.popleft())) for i in batch]
+            tickets += self.ask(itertools.islice(places, missing))
+            own = [tickets.popleft() for _ in batch]
+            yield list(zip(batch, self.take(own)))
 
-    def ask(self, place):
-        """Have (index, step) encoded, by the next worker in turn. Returns the ticket to take the row with."""
-        number = self.asked
-        self.asked += 1
-        if self.crew:
-            _, to_worker, _ = self.crew[number % len(self.crew)]
-            try:
-                to_worker.send((number, place))
-            except OSError as error:
-                self.lost(error)
-        return number, place
+    def ask(self, places):
+        """Have each (index, step) encoded, by the workers in turn. Returns tickets to take the rows with."""
+        tickets = list(enumerate(places, self.asked))
+        self.asked += len(tickets)
+        self.tell(tickets, dict)
+        return tickets
 
-    def take(self, ticket):
-        """The row of a ticket, or the ValueError in its place; any other exception is raised here."""
-        number, place = ticket
+    def take(self, tickets):
+        """The rows of tickets, a ValueError in place of some; any other exception is raised here."""
         if not self.crew:
-            return encoded_or_error(self.encode, place)
-        _, _, from_worker = self.crew[number % len(self.crew)]
-        while number not in self.received:
+            return [encoded_or_error(self.encode, place) for _, place in tickets]
+        self.tell(tickets, lambda own: [number for number, _ in own])
+        rows = []
+        for number, _ in tickets:  # all of them, before one is raised: the next to take finds empty pipes
+            _, _, from_worker = self.crew[number % len(self.crew)]
             try:
-                arrived, row = from_worker.recv()  # of a pipe that our own worker alone writes into
+                rows.append(from_worker.recv())  # of a pipe that our own worker alone writes into
             except (EOFError, OSError) as error:
                 self.lost(error)
-            self.received[arrived] = row
-        row = self.received.pop(number)
-        if isinstance(row, BaseException) and not isinstance(row, ValueError):
-            raise row
-        return row
+        for row in rows:
+            if isinstance(row, BaseException) and not isinstance(row, ValueError):
+                raise row
+        return rows
+
+    def tell(self, tickets, made):
+        """Send each worker what is made of its own tickets."""
+        for which, (_, to_worker, _) in enumerate(self.crew):
+            own = [ticket for ticket in tickets if ticket[0] % len(self.crew) == which]
+            try:
+                if own:
+                    to_worker.send(made(own))
+            except OSError as error:
+                self.lost(error)
 
     def lost(self, error):
         why = str(error) or "its pipe has ended"
         fail("a process that prepares images died, perhaps for want of memory: "
              f"lower --workers or --max_pixels ({why})")
 
-    def close(self):
-        """End them at once: whatever they are at, nobody waits for it any more."""
-        for process, to_worker, from_worker in self.crew:
-            process.kill()
-            process.join()
-            to_worker.close()
-            from_worker.close()
-        self.crew = []
-        atexit.unregister(self.close)
+
+def worker_count(asked):
+    """--workers, or for -1 what this rank's cores allow: all but the trainer's own, and at most 8.
+
+    One where models compute on the CPU: its cores are the trainer's threads.
+    """
+    if asked >= 0:
+        return asked
+    return min(8, max(1, own_cores() - 1)) if torch.cuda.is_available() else 1
 
 
-def encode_for_ever(encode, tasks, rows, trainer):
-    """A worker's life. Rows that the trainer has not read yet wait here, so that work goes on."""
-    signal_with_parent(signal.SIGKILL)  # a trainer that dies, even by kill -9, takes its workers with it
-    if os.getppid() != trainer:  # it died before the line above
-        os._exit(1)
-    torch.set_num_threads(1)  # OpenMP's threads did not survive the fork
-    ready = queue.SimpleQueue()
+def end_crew(crew):
+    """End workers at once: whatever they are at, nobody waits for it any more."""
+    for process, to_worker, from_worker in crew:
+        process.kill()
+        process.join()
+        to_worker.close()
+        from_worker.close()
 
-    def send():
+
+class Desk:
+    """A worker's life. It encodes what is wanted first, then ahead of time while what waits is in the budget.
+
+    Beside the thread that encodes one listens and one sends, so that no row that is there waits for another.
+    """
+
+    def __init__(self, encode, tasks, rows, trainer, budget):
+        signal_with_parent(signal.SIGKILL)  # a trainer that dies, even by kill -9, takes its workers with it
+        if os.getppid() != trainer:  # it died before the line above
+            os._exit(1)
+        torch.set_num_threads(1)  # OpenMP's threads did not survive the fork
+        self.tasks, self.rows, self.budget = tasks, rows, budget
+        self.changed = threading.Condition()
+        self.todo, self.urgent = {}, {}  # number: place, asked for ahead of time, and wanted now
+        self.wanted = collections.deque()  # numbers, in the order in which the trainer reads their rows
+        self.ready, self.waiting, self.largest = {}, 0, 0  # number: pickled row; bytes of all, and of one
+        for work in (self.listen, self.send):
+            threading.Thread(target=work, daemon=True).start()
         while True:
-            rows.send_bytes(ready.get())
+            number, place = self.next_task()
+            row = encoded_message(encode, place)
+            with self.changed:
+                self.ready[number] = row
+                self.waiting += len(row)
+                self.largest = max(self.largest, len(row))
+                self.changed.notify_all()
 
-    threading.Thread(target=send, daemon=True).start()
-    while True:
-        number, place = tasks.recv()
-        try:
-            message = pickle.dumps((number, encoded_or_error(encode, place)))
-        except Exception as error:
-            error.add_note(traceback.format_exc())  # where in the worker it was
-            message = pickle.dumps((number, error))
-        ready.put(message)
+    def listen(self):
+        """Hear {number: place} of rows to encode in that order, or [number] of rows that are wanted now."""
+        while True:
+            try:
+                said = self.tasks.recv()
+            except EOFError:
+                os._exit(0)
+            with self.changed:
+                if isinstance(said, dict):
+                    self.todo |= said
+                else:
+                    self.wanted.extend(said)
+                    for number in said:
+                        if number in self.todo:
+                            self.urgent[number] = self.todo.pop(number)
+                self.changed.notify_all()
+
+    def send(self):
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.wanted and self.wanted[0] in self.ready)
+                row = self.ready.pop(self.wanted.popleft())
+                self.waiting -= len(row)
+                self.changed.notify_all()
+            self.rows.send_bytes(row)
+
+    def next_task(self):
+        """Wait for the next (number, place) to encode."""
+        with self.changed:
+            self.changed.wait_for(self.may_encode)
+            tasks = self.urgent or self.todo
+            number = next(iter(tasks))
+            return number, tasks.pop(number)
+
+    def may_encode(self):
+        """Whether there is room for a row, or the trainer waits for the next one at this moment."""
+        room = not self.ready or self.waiting + self.largest <= self.budget
+        starving = self.wanted and self.wanted[0] in self.urgent
+        return starving or room and (self.urgent or self.todo)
+
+
+def encoded_message(encode, place):
+    """The pickle of a row, or of the exception in its place."""
+    try:
+        return pickle.dumps(encoded_or_error(encode, place))
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # where in the worker it was
+        return pickle.dumps(error)
 
 
 def encoded_or_error(encode, place):
@@ -1103,8 +1207,10 @@ def check_rows(records, encode, log, count=3):
         except ValueError as error:
             last = f"record {record['id']}: {error}"
             continue
-        if row and len(rows) < count:
+        if row:
             rows.append(row)
+        if len(rows) == count:
+            break
     if not rows:
         log.fail(f"none of the first rows can be used: {last}")
     return rows
@@ -1355,7 +1461,7 @@ MAY_CHANGE = {
     "engine", "tp", "gpu_memory_utilization", "servers", "workers", "token_budget", "rollout_tokens",
     "gradient_checkpointing", "cpu_offload", "shard_ranks", "attn",
     "eval_data", "eval_every", "eval_n", "save_every", "samples_every", "keep",
-    "stall", "max_mismatch",  # when to give up
+    "stall", "dist_timeout", "timeout", "max_mismatch",  # when to give up
     "tau",  # filters what has been sampled
 }
 
@@ -1802,26 +1908,28 @@ def evaluate(policy, rows, dummy, cfg):
 
 def main(cfg):
     """Train: draw rows, update, log, evaluate and save."""
-    rank, world, device = init_distributed()
+    rank, world, device = init_distributed(cfg.dist_timeout)
     end_on_signals()
     with one_line_errors():
         check_at_least(1, cfg, "steps", "batch_size", "token_budget", "max_tokens", "eval_every", "eval_n",
                        "save_every", "keep")
+        check_at_least(-1, cfg, "workers")
         run = open_run(cfg, device, need=("response",))
         if cfg.epochs:
             steps = round(cfg.epochs * len(run.records) / cfg.batch_size)
             cfg = dataclasses.replace(cfg, steps=max(1, steps))
-        dummy = blank_prompt(run.processor, cfg.max_pixels)
+        dtype = run.policy.compute_dtype
+        dummy = blank_prompt(run.processor, cfg.max_pixels, dtype)
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
     everything = records + run.held_out
     stop = stop_ids(policy.generation_config, processor)[0]
     encode = functools.partial(encode_row, processor=processor, stop=stop, banned=set(policy.banned.tolist()),
-                               cfg=cfg)
+                               dtype=dtype, cfg=cfg)
     workers = Workers(lambda i, _: encode(everything[i]), cfg.workers)
     epochs = cfg.steps * cfg.batch_size / len(records)
     log.note(f"{len(records)} rows; {cfg.steps} steps of {cfg.batch_size} on {world} rank(s) "
-             f"= {epochs:.2f} epochs")
+             f"= {epochs:.2f} epochs; images are prepared by {len(workers.crew)} process(es) a rank")
     rows = check_rows(records, encode, log)
     with refusing(policy.config.model_type, log):
         self_check(policy, rows, dummy, log)

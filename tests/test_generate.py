@@ -364,15 +364,15 @@ def server(group, family, tmp_path, monkeypatch):
     """A Server whose two vLLMs answer from `replies`, and what was sent to them."""
     sent = []
 
-    def call(self, url, route, body=None):
+    def call(self, url, route, body=None, until=None, read=None):
         sent.append((url, route, body))
         if route == "/v1/models":
-            return {"data": [{"id": "served"}]}
+            return "served"
         if route != "/v1/chat/completions":
             return None
         choices = [{"token_ids": [5, 6 + k], "finish_reason": ("stop", "length")[k],
                     "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1.0 - k}]}} for k in range(body["n"])]
-        return {"prompt_token_ids": ids_of[json.dumps(body["messages"])], "choices": choices}
+        return read({"prompt_token_ids": ids_of[json.dumps(body["messages"])], "choices": choices})
 
     ids_of = {}
     monkeypatch.setattr(evaluation.Server, "call", call)

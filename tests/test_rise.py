@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ import eval as evaluation
 import sft
 import grpo
 import rise
+from conftest import RECORDS
 from test_stages import close, metrics, newest, run, weights
 
 CPU = torch.device("cpu")
@@ -85,7 +87,14 @@ def stage(world, group):
 
 
 def encoded(stage, questions, cfg=None):
-    return {q: rise.encode_cot(stage.records[q], stage.processor, cfg or stage.cfg) for q in questions}
+    return {q: rise.encode_cot(stage.records[q], stage.processor, torch.float32, cfg or stage.cfg) for q in questions}
+
+
+def hands(stage, cfg=None, count=0):
+    """Workers, records and processor, as two_hops takes them."""
+    encode = partial(rise.encode_hop, records=stage.records, processor=stage.processor, dtype=torch.float32,
+                     cfg=cfg or stage.cfg)
+    return sft.Workers(encode, count), stage.records, stage.processor
 
 
 def fake_generate(monkeypatch, processor, write):
@@ -122,7 +131,7 @@ def test_hop_2_sees_the_scrubbed_rationale_and_never_the_annotation(stage, monke
     """Neither the gold, nor the problem that shows it, nor a placeholder that the policy spelled out."""
     cfg, prompts = dataclasses.replace(stage.cfg, blind=blind), encoded(stage, [0])
     fake_generate(monkeypatch, stage.processor, lambda text, n: said)
-    cots, texts, backs = rise.two_hops(stage.engine, prompts, stage.records, stage.processor, 1, cfg)
+    cots, texts, backs = rise.two_hops(stage.engine, prompts, *hands(stage), 1, cfg)
     gold, first = stage.records[0]["answer"], rewards.cot_prompt(stage.records[0])
     assert gold in stage.processor.tokenizer.decode(prompts[0]["input_ids"][0])
     assert [cot.text for cot in cots] == [stage.processor.tokenizer.decode(cots[0].response,
@@ -152,7 +161,7 @@ def test_order_is_prompt_major(stage, monkeypatch):
         return f"tag {'ab'[owner[0] == 2]} {'xyz'[n]}" if owner else told
 
     calls = fake_generate(monkeypatch, stage.processor, write)
-    cots, texts, backs = rise.two_hops(stage.engine, prompts, stage.records, stage.processor, 1, stage.cfg)
+    cots, texts, backs = rise.two_hops(stage.engine, prompts, *hands(stage), 1, stage.cfg)
     expected = [f"tag {q} {g}" for q in "ab" for g in "xyz"]
     assert texts == [cot.text for cot in cots] == [back.text for back in backs] == expected
     assert [cot.question for cot in cots] == [5, 5, 5, 2, 2, 2]
@@ -171,12 +180,54 @@ def test_samples_differ_though_the_checkpoint_asks_for_greedy(world, stage, tmp_
     cfg, drawn = dataclasses.replace(stage.cfg, group_size=8), []
     for folder in (stage.path, str(tmp_path / "cold")):
         engine = evaluation.build_engine(folder, stage.processor, cfg, CPU)
-        hops = rise.two_hops(engine, encoded(stage, [0, 1]), stage.records, stage.processor, 1, cfg)
+        hops = rise.two_hops(engine, encoded(stage, [0, 1]), *hands(stage), 1, cfg)
         drawn.append([rollout.text for rollouts in (hops[0], hops[2]) for rollout in rollouts])
     assert drawn[0] == drawn[1] and len(set(drawn[0][:8])) > 1
     greedy = dataclasses.replace(cfg, temperature=0.0)
-    cots, _, _ = rise.two_hops(stage.engine, encoded(stage, [0]), stage.records, stage.processor, 1, greedy)
+    cots, _, _ = rise.two_hops(stage.engine, encoded(stage, [0]), *hands(stage), 1, greedy)
     assert len({cot.text for cot in cots}) == 1
+
+
+def alike(a, b):
+    """Whether two prompts of encode_prompt are the same in everything."""
+    if a.keys() != b.keys() or a["request"].keys() != b["request"].keys():
+        return False
+    pictures = [[image.tobytes() for image in prompt["request"]["images"]] for prompt in (a, b)]
+    said = [[prompt["request"]["ids"], prompt["request"]["messages"]] for prompt in (a, b)]
+    same = [torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a if name != "request"]
+    return all(same) and pictures[0] == pictures[1] and said[0] == said[1]
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_hop_2_is_encoded_in_the_workers_and_sends_no_pixels(stage, monkeypatch, blind):
+    """While the trainer waits with the others; every prompt is as encode_prompt makes it in one go."""
+    cfg, prompts = dataclasses.replace(stage.cfg, blind=blind), encoded(stage, [0, 3])
+    fake_generate(monkeypatch, stage.processor, lambda text, n: f"sky {'xyz'[n]}")
+    workers, records, processor = hands(stage, cfg, count=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(rise, "encode_prompt", lambda *_: pytest.fail("the trainer encodes"))
+        _, texts, backs = rise.two_hops(stage.engine, prompts, workers, records, processor, 1, cfg)
+    workers.close()
+    for text, back in zip(texts, backs, strict=True):
+        q, _ = back.question
+        images = [] if blind else prompts[q]["request"]["images"]
+        second = rise.hop(records[q], rewards.reconstruct_prompt(records[q], text), images)
+        assert alike(prompts[back.question], sft.encode_prompt(second, processor, cfg.max_pixels))
+        assert blind or prompts[back.question]["pixel_values"] is prompts[q]["pixel_values"]
+    sent = rise.encode_reconstructions(records[0], images, texts, processor, cfg)
+    assert len(sent) == 6 and not any("pixel_values" in prompt or "images" in prompt["request"] for prompt in sent)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_pixels_of_hop_1_are_those_of_hop_2(family, name):
+    """For each family's processor: with no image, one and two, and however many words stand around them."""
+    record, cfg = dict(RECORDS[name], answer="one"), rise.Config(max_pixels=10**6)
+    first = rise.encode_cot(record, family.processor, torch.bfloat16, cfg)
+    images = first["request"]["images"]
+    [sent] = rise.encode_reconstructions(record, images, ["red one two"], family.processor, cfg)
+    second = rise.hop(record, rewards.reconstruct_prompt(record, "red one two"), images)
+    whole = sft.encode_prompt(second, family.processor, 10**6, dtype=torch.bfloat16)
+    assert alike(rise.with_pixels(sent, first, blind=False), whole)
 
 
 # ----- reward
@@ -262,7 +313,7 @@ def test_gradient_reaches_the_graded_segment_only(world, group, monkeypatch, tmp
 
 def train(world, monkeypatch, tmp_path, *flags):
     """rise.main in this process, whose process group it neither makes nor ends."""
-    monkeypatch.setattr(rise, "init_distributed", lambda: (0, 1, CPU))
+    monkeypatch.setattr(rise, "init_distributed", lambda _: (0, 1, CPU))
     monkeypatch.setattr(rise.dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(rise, "catch_signals", lambda: [])
     monkeypatch.chdir(world)

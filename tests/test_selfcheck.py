@@ -290,7 +290,7 @@ def in_this_process(monkeypatch, group):
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     for stage in (grpo, sft):
-        monkeypatch.setattr(stage, "init_distributed", lambda: (0, 1, CPU))
+        monkeypatch.setattr(stage, "init_distributed", lambda _: (0, 1, CPU))
     handlers = {number: signal.getsignal(number) for number in sft.STOPS}
     yield
     for number, handler in handlers.items():
@@ -313,7 +313,8 @@ def test_eval_does_not_answer_prompts_beyond_the_limit(run, tiny):
     """They count as failed rows, with the reason; the others are answered."""
     records = [dict(tiny.records[0], id="short"), dict(tiny.records[0], id="long", question="red " * 300)]
     cfg = evaluation.Config(max_prompt_tokens=200, max_new_tokens=4)
-    short, long = evaluation.answer_rows(records, run.engine, run.processor, cfg)
+    workers = sft.Workers(lambda r, _: sft.encode_prompt(r, run.processor, 10**6, cfg.max_prompt_tokens), 0)
+    short, long = evaluation.answer_rows(records, run.engine, run.processor, workers, cfg)
     assert "error" not in short[1][0] and short[1][0]["tokens"] > 0
     assert "tokens, --max_prompt_tokens is 200" in long[1][0]["error"] and long[1][0]["tokens"] == 0
 

@@ -15,6 +15,7 @@ import torch
 from conftest import wait_until
 from test_stages import environment, run
 
+import eval as evaluation
 import sft
 
 EMPTY = [[], [3, 1], [], [], [4], [1, 5, 9], []]
@@ -321,3 +322,131 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path, size):
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
+
+
+# ----- what waits is bounded in bytes
+
+
+class Counted:
+    """Bytes whose copies are counted while they are on their way: made in a worker, arrived in the trainer."""
+    made = multiprocessing.Value("q", 0)
+    arrived = multiprocessing.Value("q", 0)
+    most = multiprocessing.Value("q", 0)
+
+    def __init__(self, size):
+        self.size = size
+        with self.made.get_lock():
+            self.made.value += size
+            self.most.value = max(self.most.value, self.made.value - self.arrived.value)
+
+    def __reduce__(self):
+        return Counted.come, (bytes(self.size),)
+
+    @classmethod
+    def come(cls, data):
+        with cls.made.get_lock():
+            cls.arrived.value += len(data)
+        return len(data)
+
+    @classmethod
+    def clear(cls):
+        cls.made.value = cls.arrived.value = cls.most.value = 0
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bytes_that_wait_are_bounded(crew, monkeypatch, workers):
+    """Batches of 48 MiB, of which 8 MiB may wait; each worker sends one row and encodes one beside that."""
+    monkeypatch.setattr(sft.Workers, "AHEAD", 8 * MIB)
+    Counted.clear()
+    one = crew(lambda i, step: Counted(MIB * (1 + i % 3)), workers)
+    batches = [range(start, start + 24) for start in range(0, 96, 24)]
+    sizes = []
+    for rows in one.prepared(batches):
+        sizes += [row for _, row in rows]
+        for again in ([], [5, 7]):  # other rows, wanted in between, do not drive out what is ready
+            [replayed] = one.prepared([again])
+            assert [row for _, row in replayed] == [MIB * (1 + i % 3) for i in again]
+        time.sleep(0.3)  # the trainer's step: what may be encoded ahead is
+        waiting = Counted.made.value - Counted.arrived.value
+        assert waiting <= 8 * MIB
+        assert waiting >= 3 * MIB or len(sizes) == 96
+    assert sizes == [MIB * (1 + i % 3) for i in range(96)]
+    assert Counted.most.value <= (8 + 2 * 3 * workers) * MIB, Counted.most.value / MIB
+
+
+def test_a_row_beyond_the_bound_comes_nevertheless(crew, monkeypatch):
+    monkeypatch.setattr(sft.Workers, "AHEAD", MIB)
+    Counted.clear()
+    one = crew(lambda i, step: Counted(i), 2)
+    batches = [[3 * MIB, 1, 4 * MIB], [1], [5 * MIB] * 5]
+    assert [[row for _, row in rows] for rows in one.prepared(batches)] == batches
+
+
+def test_what_is_wanted_comes_before_what_was_asked_ahead(crew, tmp_path):
+    """Else a step's second hop would wait until all of the next step's images are encoded."""
+    def slow(i, step):
+        time.sleep(0.05)
+        (tmp_path / str(i)).touch()
+        return i
+
+    one = crew(slow, 1)
+    ahead = one.prepared([[0], range(1, 60)])
+    assert next(ahead) == [(0, 0)]
+    [rows] = one.prepared([[100, 101, 102]])
+    assert [i for i, _ in rows] == [100, 101, 102] and not (tmp_path / "20").exists()
+    assert [i for i, _ in next(ahead)] == [*range(1, 60)]
+
+
+def test_after_an_exception_the_next_rows_are_the_right_ones(crew):
+    """What the other rows of that batch were is not taken for theirs."""
+    def broken(i, step):
+        if i == 1:
+            raise KeyError("of its own")
+        return i
+
+    one = crew(broken, 2)
+    with pytest.raises(KeyError):
+        next(one.prepared([[0, 1, 2, 3, 4, 5]]))
+    assert list(one.prepared([[6, 7, 8]])) == [[(6, 6), (7, 7), (8, 8)]]
+
+
+@pytest.mark.parametrize("cores, ranks, gpu, count", [
+    (2, 1, True, 1), (1, 1, True, 1), (16, 1, True, 8), (16, 2, True, 7), (192, 8, True, 8), (64, 16, True, 3),
+    (8, 8, True, 1), (64, 1, False, 1)])
+def test_how_many_by_the_cores(monkeypatch, cores, ranks, gpu, count):
+    """The trainer's own core is left out; without a GPU all are its own."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert sft.worker_count(-1) == count
+    assert [sft.worker_count(asked) for asked in (0, 1, 5)] == [0, 1, 5]
+
+
+def test_evaluation_prepares_the_next_round_while_it_answers_one(tiny, group, tmp_path, monkeypatch):
+    """The third round's images are not there yet: what is ahead is bounded."""
+    def noted(record, *args):
+        (tmp_path / record["id"]).touch()
+        return encode_prompt(record, *args)
+
+    def generate(engine, prompts, seeds, cfg):
+        if not answered:
+            wait_until(lambda: all((tmp_path / f"row{i}").exists() for i in range(4)), seconds=20)
+            time.sleep(0.3)
+            assert not (tmp_path / "row4").exists()
+        answered.append(len(prompts))
+        return [evaluation.Sample([1], torch.zeros(1), False) for _ in prompts]
+
+    answered, encode_prompt = [], sft.encode_prompt
+    monkeypatch.setattr(evaluation, "encode_prompt", noted)
+    monkeypatch.setattr(evaluation, "generate", generate)
+    records = [dict(record, id=f"row{i}") for i, record in enumerate(tiny.records[:6])]
+    answer = evaluation.open_engine(tiny.model, evaluation.Config(max_new_tokens=2, batch_rows=2, workers=1))
+    assert [record["id"] for record, _ in answer(records)] == [f"row{i}" for i in range(6)]
+    assert answered == [2, 2, 2]
+    processes = multiprocessing.active_children()
+    assert len(processes) == 1
+    del answer  # as the next model is opened
+    assert multiprocessing.active_children() == []
