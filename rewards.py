@@ -153,19 +153,19 @@ def build_prompt(record: dict) -> str:
 
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 BOX_GLUE = re.compile(r"(?:[\s$,;()\\]|q?quad|and\b|or\b|text\{[^{}]{,40}\})+")
-CUE = re.compile(r"(?:\b(?:final answer|answers?|correct (?:option|choice)s?|solution|result)\b(?:(?!not\b|n't)[^.:：\n]){,60}?"
-                 r"(?:\b(?:is|are|be|equals)\b|[:：=])|答案|结果|选(?!项)|final answer\s|^\W*answer\W*\n"
+CUE = re.compile(r"(?:\b(?:final answer|answers?|ans|correct (?:option|choice)s?|solution|result)\b(?:(?!not\b|n't)[^.:：\n]){,60}?"
+                 r"(?:\b(?:is|are|be|equals)\b|[:：=→]|\s-\s)|答案|答[:：]|结果|选(?!项)|final answer\s|^\W*answer\W*\n"
                  r"|\b(?:wait|actually|correction|on second thought)\b|\A(?=[-\d./]{1,20}\n+[A-Z]))"
                  r"[\s,:：=】是为]*(?:\\\[|\$\$)?\s*", re.IGNORECASE + re.MULTILINE)
 CUED_AFTER = re.compile(r"^(?:.*\. )?(?:so|thus|hence|therefore)?,?\s?(?!this|that|it|which|what)(\S.{,60}?) "
-                        r"is (?:the|our|my) (?:final |correct )?answer\b", re.IGNORECASE + re.MULTILINE)
+                        r"is (?:the|our|my) (?:final |correct |best |right )?(?:answer|choice|option)\b", re.IGNORECASE + re.MULTILINE)
 SAID = re.compile(r"\b(?:is|are|was|were|choose|wait)\b", re.IGNORECASE)
 BOLD = re.compile(r"(?<![\w)}\]])\*\*|\*\*(?![\w(-])|</s>")
 # reasons, conditions and questions, whose numbers are not the answer
-ASIDE = re.compile(r"(?<=[\w)\]}$%°,])\s(?:(?:because|since)\b(?:[^.!?;\n]|\.(?=\S))*"
+ASIDE = re.compile(r"(?<=[\w)\]}$%°,])\s(?:(?:because|since|assuming)\b(?:[^.!?;\n]|\.(?=\S))*"
                    r"|(?:whether|if|when|where)\b(?:[^.,!?;\n]|[.,](?=\S))*)"
-                   r"|(?<![^.!?\n])[^.!?\n]+\?(?=\s|$)", re.IGNORECASE)
-SENTENCE_END = re.compile(r"(?<!\b[A-K])[.!?](?=\s|$)|[。；]|．(?!\d)|，(?!-?\d)|\n|\"\s*\}")
+                   r"|\s?\([^()]{,40}(?:rounded|decimal|nearest)[^()]{,40}\)|(?<![^.!?\n])[^.!?\n]+\?(?=\s|$)", re.IGNORECASE)
+SENTENCE_END = re.compile(r"(?<!\b[A-K])(?:[.?]|(?<!\d)!)(?=\s|$)|[。；]|．(?!\d)|，(?!-?\d)|\n|\"\s*\}")
 UNFINISHED = re.compile(r"<think>|\b(?:an|the|that|this|then|need to|of|in|with|and|or|we|is|are)\s*$",
                         re.IGNORECASE)
 
@@ -223,7 +223,7 @@ LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\\[dtc]?frac\s*(\{[^{}]*\}|\d)?\s*(\d)?",
      lambda m: r"\frac" + "".join(f"{{{part.strip('{}')}}}" for part in m.groups("") if part)),
     (r"\\mathrm\s*\{([a-zA-Z])\}", r"\1"),  # e, i, d: no units
-    (r"\\varnothing|∅", r"\\emptyset"), (r"\\([lg]eq)slant", r"\\\1"), (r"\\[\[\]]|\$\$", " "), (r"\*\*", "^"),
+    (r"\\varnothing|∅", r"\\emptyset"), (r"\\([lg]eq)slant", r"\\\1"), (r"\\[\[\]]|\$\$", " "), (r"\*\*", "^"), (r"(?<![\\A-Za-z])(log|ln|sin|cos|tan)(?![A-Za-z])", r"\\\1"),
     (r"\bx_\{?\d\}?\s*=", "x ="), (r"(?<=\d)(?:\s*\n\s*|\|)(?=-?\d)", ", "),
 )]
 WORDS = {word: i for i, word in enumerate("""zero one two three four five six seven eight nine ten eleven
@@ -279,9 +279,10 @@ STATED = re.compile(r"\b(?:is|are|was|were|be|equals?)\b(?:an?\b|total|of|about|
 INEQUALITY = r"\\(?:leq?|geq?|lt|gt)(?![a-z])|[<>]"
 # what makes a formula or a hedge of the words around a number
 FORMULA = re.compile(r"[\\^*+=<>/|\d!]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|or|minus|plus)\b")
-REFUTED = re.compile(r"(?:(?i:(?:\b|can)not(?: be| equal to)?|\b(?:than|instead of|at least|at most)|n't|rather than)\s"
-                     r"|不是)(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K](?![A-Za-z])\)?)(?:,? but\b)?"
-                     r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
+REFUTED = re.compile(r"(?:(?i:(?:\b|can)not(?: be| equal to)?|\b(?:than|instead of|at least|at most|up to)|n't|rather than)\s"
+                     r"|不是|[大小]于)(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K](?![A-Za-z])\)?)(?:,? but\b)?"
+                     r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b"
+                     r"|(?i:option )?\(?\b[A-K]\)? can be (?:excluded|ruled out)")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
 REFUSAL = re.compile(r"can(?:no|')t|unable to|impossible|insufficient|without |none of|no (?:info|option)"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)", re.IGNORECASE)
@@ -300,15 +301,17 @@ AROUND = re.compile(r"(?is)^(?!yes\b|no\b).*(?:\b(?:is|are|was|were|be|equals|eq
 LETTER = re.compile(r"(?:(?i:option|choice|answer)s?[\s:]+|[选项]+)?"
                     r"[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])((?:[\s.:?)\]}】]|-(?!\S))*)(.*)")
 ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b)\s?|(?<=[A-K)])\s?(?=\(?[A-K](?![a-z]))")
-HEDGE = re.compile(r"(?:^|\b(?:or|and)\s(?:maybe\s|perhaps\s|else\s)?|[/,;、或]\s?)\(?[A-K]\)?(?![\w']| [a-z])"
-                   r"|\s(?:\([A-K]\)|[A-K][.):])\s?\w")
-HEDGED = re.compile(r"\d\W{,3}(?:[a-z]+\W{1,3})?(?:\bor\b|或)\W{,3}(?:[a-z]+\W{1,3}){,2}-?\d"
-                    r"|\bboth\W{1,3}\d|\b(?:between|is|are|be)\W{1,3}[-+\d./]+ and [-+\d./]+$")
+HEDGE = re.compile(r"(?:^|\b(?:or|and)\s(?:maybe\s|perhaps\s|else\s)?|[/,;、或]\s?)\(?[A-K]\)?(?![\w']| [a-z])")
+LISTED = re.compile(HEDGE.pattern + r"|\s(?:\([A-K]\)|[A-K][.):])\s?\w")
+DOUBT = re.compile(r"\b(?i:or|nor)\b[\w\s]{,12}[\s(][A-K]\b|可能.*可能")
+HEDGED = re.compile(r"\d\W{,3}(?:[a-z]+\W{1,3})?(?:\b(?:or|possibly|perhaps|maybe)\b|或|可能)\W{,3}(?:\w+?\W{,3}){,3}?\d"
+                    r"|\b(?:both|neither)\W{1,3}\d|\b(?:between|is|are|be)\W{1,3}[-+\d./]+ and [-+\d./]+$|^or\b"
+                    r"|^\W*(?:is |from )*-?[\d.]+\W?(?:to|到)\W?[\d.]+\W*(?:之间)?$")
 ORDINAL = re.compile(r"\b(?i:(first)|(second)|(third)|(fourth)|(fifth)) (?i:option|choice)\b")
-LABELLED = re.compile(r"\(([A-K])\)|\b([A-K])\W? is (?:the )?(?:correct|right)\b|^\W*([A-K])(?:[.):]|\W*$)"
+LABELLED = re.compile(r"\(([A-K])\)|\b([A-K])\W? (?:fits|matches|is (?:the )?(?:correct|right))\b|^\W*([A-K])(?:[.):]|\W*$)"
                       r"|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}?(?: is:?|:) \W*([A-K])\b"
-                      r"|\b(?i:option|choice|choose|select|pick|leaving|go with)\W+([A-K])\b"
-                      r"|\b(?:is|be|it's|leaves|[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore),? \W*([A-K])(?=\W*$)|(?:选项|答案|是|选)\W*为?([A-K])")
+                      r"|\b(?i:option|choice|choose|select|pick|leaving|(?:go|left) with)\W+([A-K]\b|[a-k](?=\)))"
+                      r"|\b(?:is|be|[Ii]t's|leaves|[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore),? (?:\w+ly )?\W*([A-K])(?=\W*$)|(?:选项|答案|是|选)\W*为?([A-K])")
 LISTING = re.compile(r"(?:^|\n)[^\w\n]{,4}A[.):][^\n]{,200}(?:\n[^\w\n]{,4}[B-Z][.):][^\n]{,200})+"
                      r"|\(A\)[^\n]{,80}?\(B\)[^\n]{,80}?\(C\)[^\n]*")  # options repeated, not chosen from
 
@@ -384,7 +387,10 @@ def _conclusion(answer: str, prose: str) -> str:
         text = COUNTS.sub(lambda words: _digits(words[0]), _plain(claim).lower())
         if HEDGED.search(text):
             return ""
-        text = re.split("[=≈]", text)[-1]
+        exact, _, rounded = text.partition("≈")
+        if rounded and not re.search(rf"(?<![\w.}}]){DIGITS}\s*$", exact):
+            exact = rounded
+        text = exact.rpartition("=")[2]
         for number in list(STATED.finditer(text))[-1:] or list(MEASURE.finditer(text))[-1:]:
             return text[number.start(1):number.end()]
     return ""
@@ -437,7 +443,7 @@ def _label(item: str, choices: list[str]) -> str:
         letter, gap, rest = named.groups()
         at = ord(letter.upper()) - 65
         beside = not rest or at < len(choices) and _same_words(_fold(rest).strip("()"), choices[at])
-        if at < (len(choices) or 26) and (beside or gap.strip(" -")) and not HEDGE.search(rest):
+        if at < (len(choices) or 26) and (beside or gap.strip(" -") and not LISTED.search(rest)):
             return letter.upper()
     said = _fold(item)
     order = sorted(range(len(choices)), key=lambda i: choices[i] != said)  # as written, else by value
@@ -446,13 +452,13 @@ def _label(item: str, choices: list[str]) -> str:
 
 def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
     """The option letter that prose commits to, by letter, else by its value or text."""
-    if answer != prose and HEDGE.search(answer, 1):
+    if DOUBT.search(answer[:60]) if answer == prose else HEDGE.search(answer, 1):
         return ""
     claims = _claims(answer, prose)
     for claim in claims:
         named = [m[m.lastindex] for m in LABELLED.finditer(unicodedata.normalize("NFKC", claim))]
-        if named and ord(named[-1]) - 65 < (len(choices) or 11):
-            return named[-1]
+        if named and ord(named[-1].upper()) - 65 < (len(choices) or 11):
+            return named[-1].upper()
     if all(map(_value, choices)):
         return _label(_conclusion(answer, prose), choices)
     if REFUSAL.search(prose[-300:]):
@@ -491,11 +497,14 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
     if "=" in got and "=" in want and {got[0], want[0]} == {"x", "y"}:
         return False  # x = 5 and y = 5 are two lines
     if (want_value := _value(want)) and (got_value := _number(answer, prose)):
-        return _same_value(got_value, want_value, record.get("precision"))
+        rounded = _value(got.rpartition("≈")[2]) if "≈" in got else None
+        near = rounded and abs(rounded[0] - got_value[0]) <= abs(got_value[0]) / 100
+        values = (got_value, rounded) if near else (got_value,)
+        return any(_same_value(value, want_value, record.get("precision")) for value in values)
     if prose and REFUSAL.search(prose[-300:]):
         return False
-    in_words = record["answer_type"] == "number" or prose and want_value
-    return not (in_words and not re.search(r"[\\^*]", got)) and _same_formula(answer, gold)
+    in_words = (record["answer_type"] == "number" or want_value) and not re.search(r"[\\^*+]|\d!", got)
+    return not in_words and _same_formula(answer, gold)
 
 
 def _number(answer: str, prose: str) -> Value | None:
@@ -504,7 +513,7 @@ def _number(answer: str, prose: str) -> Value | None:
 
 
 def _same_formula(answer: str, gold: str) -> bool:
-    got, want = APPROXIMATION.sub("", _spelled(REFUTED.sub(" ", answer))).strip(" .,"), _spelled(gold)
+    got, want = APPROXIMATION.sub("", _spelled(REFUTED.sub(" ", answer))).strip(" .,\n"), _spelled(gold)
     got = got.removeprefix(r"\(").removesuffix(r"\)")
     if stated := VERB.match(got):
         return _grade_math(stated[1], "", want, {"answer_type": "math"})
