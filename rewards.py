@@ -152,14 +152,22 @@ def build_prompt(record: dict) -> str:
 # ----- extraction: which part of a response is its answer
 
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-BOX_GLUE = re.compile(r"(?:[\s$,;()\\]|q?quad|and\b|text\{[^{}]{,40}\})+")
-CUE = re.compile(r"\b(?:final answer|answers?|correct (?:option|choice)s?|solution|result)\b[^.:：\n]{,60}?"
-                 r"(?:\bis\b|\bare\b|\b(?:would|could) be\b|[:：=])\W{,3}?\s*"
-                 r"|(?:答案|结果)\s*[:：是为]*\s*|final answer\s+|^\W*answer\W*\n"
-                 r"|\b(?:wait|actually|correction|on second thought)\b[\s,:]*", re.IGNORECASE + re.MULTILINE)
+BOX_GLUE = re.compile(r"(?:[\s$,;()\\]|q?quad|and\b|or\b|text\{[^{}]{,40}\})+")
+CUE = re.compile(r"(?:\b(?:final answer|answers?|ans|correct (?:option|choice)s?|solution|result)\b(?:(?!not\b|n't)[^.:：\n]){,60}?"
+                 r"(?:\b(?:is|are|be|equals)\b|[:：=→]|\s-\s)|答案|答[:：]|结果|选(?!项)|final answer\s|^\W*answer\W*\n"
+                 r"|\b(?:wait|actually|correction|on second thought)\b|\A(?=[-\d./]{1,20}\n+[A-Z]))"
+                 r"[\s,:：=】是为]*(?:\\\[|\$\$)?\s*", re.IGNORECASE + re.MULTILINE)
+CUED_AFTER = re.compile(r"^(?:.*\. )?(?:so|thus|hence|therefore)?,?\s?(?!this|that|it|which|what)(\S.{,60}?) "
+                        r"is (?:the|our|my) (?:final |correct |best |right )?(?:answer|choice|option)\b", re.IGNORECASE + re.MULTILINE)
 SAID = re.compile(r"\b(?:is|are|was|were|choose|wait)\b", re.IGNORECASE)
-SENTENCE_END = re.compile(r"(?<!\b[A-K])[.!?](?=\s|$)|[。；]|，(?!-?\d)|\n")
-UNFINISHED = re.compile(r"<think>|\b(?:an|the|that|this|need to|of|in|with|and|or|we|is|are)\s*$")
+BOLD = re.compile(r"(?<![\w)}\]])\*\*|\*\*(?![\w(-])|</s>")
+# reasons, conditions and questions, whose numbers are not the answer
+ASIDE = re.compile(r"(?<=[\w)\]}$%°,])\s(?:(?:because|since|assuming)\b(?:[^.!?;\n]|\.(?=\S))*"
+                   r"|(?:whether|if|when|where)\b(?:[^.,!?;\n]|[.,](?=\S))*)"
+                   r"|\s?\([^()]{,40}(?:rounded|decimal|nearest)[^()]{,40}\)|(?<![^.!?\n])[^.!?\n]+\?(?=\s|$)", re.IGNORECASE)
+SENTENCE_END = re.compile(r"(?<!\b[A-K])(?:[.?]|(?<!\d)!)(?=\s|$)|[。；]|．(?!\d)|，(?!-?\d)|\n|\"\s*\}")
+UNFINISHED = re.compile(r"<think>|\b(?:an|the|that|this|then|need to|of|in|with|and|or|we|is|are)\s*$",
+                        re.IGNORECASE)
 
 
 def extract_answer(response: str) -> str | None:
@@ -170,9 +178,11 @@ def extract_answer(response: str) -> str | None:
 def _find_answer(response: str) -> tuple[str, str]:
     """(answer, the prose it is from). Prose is "" for a slot, unless that holds a sentence."""
     slot = _slot(response)
-    if slot is not None and len(slot) <= LONGEST and not (CUE.search(slot) or SAID.search(slot)):
-        return slot.strip(), ""
-    prose = (slot or response.rpartition("</think>")[2][-TAIL:]).replace("</s>", "").strip()
+    text = response.rpartition("</think>")[2][-TAIL:] if slot is None else slot
+    text = BOLD.sub("", text).strip()
+    if slot is not None and len(text) <= LONGEST and not (CUE.search(text) or SAID.search(text)):
+        return text, ""
+    prose = CUED_AFTER.sub(r"answer: \1", ASIDE.sub("", text)).strip()
     cues = [m.end() for m in CUE.finditer(prose) if m.end() < len(prose)]
     if UNFINISHED.search(prose) and not cues:
         return "", ""
@@ -203,8 +213,8 @@ def _last_box(text: str) -> str | None:
 # ----- notation: one spelling for what can be written in many ways
 
 SYMBOLS = str.maketrans({  # what Unicode's own compatibility forms leave as it is
-    "−": "-", "–": "-", "—": "-", "‐": "-", "⁄": "/", "∶": ":", "掳": "°", "≈": "=", "≃": "=",
-    "≤": r"\le ", "≥": r"\ge ", "≠": "not ", "π": r"\pi ", "±": r"\pm ", "∞": r"\infty ", "∪": r"\cup ",
+    "−": "-", "–": "-", "—": "-", "‐": "-", "⁄": "/", "∶": ":", "掳": "°", "≈": r"\approx ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "π": r"\pi ", "±": r"\pm ", "∞": r"\infty ", "∪": r"\cup ",
     "∈": r"\in ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot "})
 LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"(?:√|(?<![\\a-z])sqrt)\s*(?:(\d+|[a-z]\b)|\(([^()]*)\))?",
@@ -213,10 +223,14 @@ LATEX = [(re.compile(pattern), repl) for pattern, repl in (
     (r"\\[dtc]?frac\s*(\{[^{}]*\}|\d)?\s*(\d)?",
      lambda m: r"\frac" + "".join(f"{{{part.strip('{}')}}}" for part in m.groups("") if part)),
     (r"\\mathrm\s*\{([a-zA-Z])\}", r"\1"),  # e, i, d: no units
+    (r"\\varnothing|∅", r"\\emptyset"), (r"\\([lg]eq)slant", r"\\\1"), (r"\\[\[\]]|\$\$", " "), (r"\*\*", "^"), (r"(?<![\\A-Za-z])(log|ln|sin|cos|tan)(?![A-Za-z])", r"\\\1"),
+    (r"\bx_\{?\d\}?\s*=", "x ="), (r"(?<=\d)(?:\s*\n\s*|\|)(?=-?\d)", ", "),
 )]
 WORDS = {word: i for i, word in enumerate("""zero one two three four five six seven eight nine ten eleven
     twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
-COUNTS = re.compile(r"(?<!\d )\b(?:" + "|".join(WORDS) + r")\b")
+WORDS |= {f"{ten}ty": 10 * i for i, ten in enumerate("thir for fif six seven eigh nine".split(), 3)}
+COUNT = "|".join(sorted(WORDS, key=len, reverse=True))
+COUNTS = re.compile(rf"(?<!\d )\b(?:{COUNT})(?:[\s-](?:hundred(?: and)?|{COUNT}))*\b", re.IGNORECASE)
 NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
     (r"(?:(?<=\d)\s*(?:\\,)?(?:\\times|\\cdot|[x*])\s*(?:\\,)?|(?<![\w.^}\\]))"
      r"10\s?\^\s?(?:[{(]\s?([-+]?\d{1,3})\s?[})]|([-+]?\d{1,3}))(?!\d|\.\d)",
@@ -229,23 +243,31 @@ NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
      lambda m: m[0].replace(m[1], "")),
     (r"\\(?:left|right|[,!;:()\[\] $])|[$*`~]|__|\\q?quad", " "),
     (r"\s?\\?%|\s(?:percent|per cent|pct)\b", "%"),
-    (r"\\(approx|mu|Omega)\b\s*", lambda m: {"a": "=", "m": "μ", "O": "Ω"}[m[1][0]]),
+    (r"\\(approx|mu|Omega)\b\s*", lambda m: {"a": "≈", "m": "μ", "O": "Ω"}[m[1][0]]),
+    (r"\(((?:about|approx|roughly|≈)[^()]*)\)", r"\1"),
+    (r"[\s,]*(?:\bor |\bwhich is )?(?:\b(?:about|approximately|approx\.?|roughly)\s|≈)\s*(?=[€£¥]?-?[.\d])", " ≈ "),
+    (r"\b([apAP])\.\s?([mM])\b\.?", r"\1\2"),
     (r"\b(?:negative|minus)\s(?=\.?\d|" + COUNTS.pattern + ")", "-"),
     (r"(?<![\w./^])(\d{1,6}) (?:and )?(\d{1,6})/(\d{1,6})(?![\d/])",
      lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),
 )]
 # what SYMBOLS, LATEX and NOTATION rewrite, in brief
-DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b|negat|minus")
+DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b|negat|minus"
+                     r"|about|approx|roughly|[apAP]\.\s?[mM]\b")
 # a number that no longer number or formula goes on from, such as 2\sqrt{3}, 2x, 2+3i or 10:30
 DIGITS = (r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?"
-          r"(?![\d/]|[.:]\d|\^|[xyzie]\b|\s?\\(?:sqrt|pi|frac)|\s?[-+]\s?(?:\\|\d*[a-z]\b))")
+          r"(?![\d/_]|[.:]\d|\^|[a-bd-fijnp-rt-z]\b|\s?\\(?:sqrt|pi|frac)|\s?[-+]\s?(?:\\|\d*[a-z]\b))")
 NUMBER = r"(?<![\w.{^])(?<!\d:)(?:[-+]|(?<![\w)%] )[-+]\s)?[€£¥]?" + DIGITS  # no sign in "7 - 2"
 SCALES = {"%": Fraction(1, 100), "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
           "万": 10**4, "亿": 10**8}
-PREFIXES = {"n": -9, "μ": -6, "m": -3, "c": -2, "": 0, "k": 3}
+PREFIXES = {"n": -9, "μ": -6, "m": -3, "c": -2, "": 0, "k": 3, "M": 6}
 # each kind of unit has a factor of its own: kg convert to g, yet to no number and to no m
 SCALES |= {prefix + unit: 7**(20 + i) * Fraction(10)**power
-           for i, unit in enumerate("mgLJVAW") for prefix, power in PREFIXES.items()}
+           for i, unit in enumerate("m g L J V A W N F s Hz Pa eV".split())
+           for prefix, power in PREFIXES.items()}
+for words, seconds in (("sec second", 1), ("min minute", 60), ("h hr hour", 3600), ("day", 86400)):
+    for word in words.split():
+        SCALES[word] = SCALES[word + "s"] = SCALES["s"] * seconds
 SCALE = rf"(?:\s?({'|'.join(SCALES)})(?![A-Za-z/]|\s?(?:\^|\\cdot)))?"
 UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmhACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|[\u4e00-\u9fff]+"
              r"|(?<=[\s/(])(?!and\b|or\b|plus\b|minus\b|times\b)[A-Za-z]{2,})"
@@ -256,13 +278,17 @@ STATED = re.compile(r"\b(?:is|are|was|were|be|equals?)\b(?:an?\b|total|of|about|
                     rf"((?:[-+]\s?)?[€£¥]?{DIGITS}){SCALE}", re.ASCII)
 INEQUALITY = r"\\(?:leq?|geq?|lt|gt)(?![a-z])|[<>]"
 # what makes a formula or a hedge of the words around a number
-FORMULA = re.compile(r"[\\^*+=<>/|\d!]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|minus|plus)\b")
-REFUTED = re.compile(r"(?:(?i:(?:\b|can)not(?: be| equal to)?|\b(?:than|instead of|at least|at most)|n't)\s"
-                     r"|不是)(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K](?![A-Za-z])\)?)(?:,? but\b)?"
-                     r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b")
+FORMULA = re.compile(r"[\\^*+=<>/|\d!]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|or|minus|plus)\b")
+REFUTED = re.compile(r"(?:(?i:(?:\b|can)not(?: be| equal to)?|\b(?:than|instead of|at least|at most|up to)|n't|rather than)\s"
+                     r"|不是|[大小]于)(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K](?![A-Za-z])\)?)(?:,? but\b)?"
+                     r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b"
+                     r"|(?i:option )?\(?\b[A-K]\)? can be (?:excluded|ruled out)")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
 REFUSAL = re.compile(r"can(?:no|')t|unable to|impossible|insufficient|without |none of|no (?:info|option)"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)", re.IGNORECASE)
+VERB = re.compile(r"(?s).*(?:\b(?:is|are|be|equals|equal to|obtain|get|gives)\b:?|(?<=[a-z]):)\s+"
+                  r"((?!equal to)(?:[^a-z].*|[a-z]\b.*))")
+APPROXIMATION = re.compile(r"(?s)(?<=[\w})\]])[\s,(]{,3}(?:\bor\s|which is\s)?(?:\\approx|\b(?:about|approximately)\b).*")
 ASSIGNED = re.compile(r"^(?:(?:[^=\d+*/<>^!-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
                       r"|(?:[\d\s+*/().-]|\\times|\\cdot){3,60}=\s?(?=[-.\d]))"
                       r"|\s?=\s?[A-Za-z]$")
@@ -270,16 +296,22 @@ FILLERS = set("a an the it they this that there its their is are was were be wil
               " than in on at for by with as and or also has have does do".split())
 CALL = re.compile(r"\b(\w+)\s*\(\s*(\w+)\s*,[\s\"'`‘’“”]*([\w-]+)[\s\"'`‘’“”]*\)", re.ASCII)
 # what a sentence says: "The bar is red", "Yes, it is", "red, not blue"
-AROUND = re.compile(r"(?is)^(?!yes\b|no\b).*\b(?:is|are|was|were|shows?|at|in|by|year)\s"
+AROUND = re.compile(r"(?is)^(?!yes\b|no\b).*(?:\b(?:is|are|was|were|be|equals|equal to|shows?|at|in|by|year)|:)\s"
                     r"|(?<=^yes),(?! no).*|(?<=^no),(?! yes).*|(?<=\w),? \(?not .*")
 LETTER = re.compile(r"(?:(?i:option|choice|answer)s?[\s:]+|[选项]+)?"
                     r"[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])((?:[\s.:?)\]}】]|-(?!\S))*)(.*)")
 ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b)\s?|(?<=[A-K)])\s?(?=\(?[A-K](?![a-z]))")
-HEDGE = re.compile(r"(?:^|\b(?:or|and)\s|[/,;、或]\s?)\(?[A-K]\)?(?![\w']| [a-z])")
-LABELLED = re.compile(r"\(([A-K])\)|\b([A-K])\W? is (?:the )?(?:correct|right)\b|^\W*([A-K])(?:[.):]|\W*$)"
+HEDGE = re.compile(r"(?:^|\b(?:or|and)\s(?:maybe\s|perhaps\s|else\s)?|[/,;、或]\s?)\(?[A-K]\)?(?![\w']| [a-z])")
+LISTED = re.compile(HEDGE.pattern + r"|\s(?:\([A-K]\)|[A-K][.):])\s?\w")
+DOUBT = re.compile(r"\b(?i:or|nor)\b[\w\s]{,12}[\s(][A-K]\b|可能.*可能")
+HEDGED = re.compile(r"\d\W{,3}(?:[a-z]+\W{1,3})?(?:\b(?:or|possibly|perhaps|maybe)\b|或|可能)\W{,3}(?:\w+?\W{,3}){,3}?\d"
+                    r"|\b(?:both|neither)\W{1,3}\d|\b(?:between|is|are|be)\W{1,3}[-+\d./]+ and [-+\d./]+$|^or\b"
+                    r"|^\W*(?:is |from )*-?[\d.]+\W?(?:to|到)\W?[\d.]+\W*(?:之间)?$")
+ORDINAL = re.compile(r"\b(?i:(first)|(second)|(third)|(fourth)|(fifth)) (?i:option|choice)\b")
+LABELLED = re.compile(r"\(([A-K])\)|\b([A-K])\W? (?:fits|matches|is (?:the )?(?:correct|right))\b|^\W*([A-K])(?:[.):]|\W*$)"
                       r"|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}?(?: is:?|:) \W*([A-K])\b"
-                      r"|\b(?i:option|choice|choose|select|pick|leaving|go with)\W+([A-K])\b"
-                      r"|\b(?:is|be|it's|leaves) \W*([A-K])(?=\W*$)|(?:选项|答案|是|选)\W*为?([A-K])")
+                      r"|\b(?i:option|choice|choose|select|pick|leaving|(?:go|left) with)\W+([A-K]\b|[a-k](?=\)))"
+                      r"|\b(?:is|be|[Ii]t's|leaves|[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore),? (?:\w+ly )?\W*([A-K])(?=\W*$)|(?:选项|答案|是|选)\W*为?([A-K])")
 LISTING = re.compile(r"(?:^|\n)[^\w\n]{,4}A[.):][^\n]{,200}(?:\n[^\w\n]{,4}[B-Z][.):][^\n]{,200})+"
                      r"|\(A\)[^\n]{,80}?\(B\)[^\n]{,80}?\(C\)[^\n]*")  # options repeated, not chosen from
 
@@ -313,7 +345,10 @@ Value = tuple[Fraction, Fraction | int]  # a number as written, and the unit tha
 @functools.lru_cache(1024)
 def _value(text: str, alone: bool = True) -> Value | None:
     """The value of a plain text: one number, perhaps with `x =` and a unit; if not `alone`, among words."""
-    text = ASSIGNED.sub("", text)
+    if "≈" in text:
+        exact, _, rounded = text.rpartition("≈")
+        return _value(exact.rpartition("=")[2], alone) or _value(rounded, alone)
+    text = ASSIGNED.sub("", text.strip())
     number, around = MEASURE.search(text), MEASURE.sub("#", text, count=1)
     fits = around == "#" if alone else not (FORMULA.search(around) or REFUSAL.search(around))
     if not (number and fits):
@@ -349,9 +384,13 @@ def _conclusion(answer: str, prose: str) -> str:
     if answer == prose and REFUSAL.search(prose[-300:]):
         return ""
     for claim in _claims(answer, prose):
-        text = COUNTS.sub(lambda m: str(WORDS[m[0]]), _plain(claim).rpartition("=")[2].lower())
-        if re.search(r"\d\W{,3}or\W{1,3}\d", text):
+        text = COUNTS.sub(lambda words: _digits(words[0]), _plain(claim).lower())
+        if HEDGED.search(text):
             return ""
+        exact, _, rounded = text.partition("≈")
+        if rounded and not re.search(rf"(?<![\w.}}]){DIGITS}\s*$", exact):
+            exact = rounded
+        text = exact.rpartition("=")[2]
         for number in list(STATED.finditer(text))[-1:] or list(MEASURE.finditer(text))[-1:]:
             return text[number.start(1):number.end()]
     return ""
@@ -385,7 +424,8 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
     if not label:
         return _grade_text(answer, prose, gold, record)
     if prose:
-        answer, prose = LISTING.sub("", answer), LISTING.sub("", prose)
+        answer, prose = (ORDINAL.sub(lambda m: f"option {chr(64 + m.lastindex)}", LISTING.sub("", text))
+                         for text in (answer, prose))
     return label == (_labels(answer, choices)
                      or prose and _label_in(answer, prose, choices, record.get("question", "")))
 
@@ -403,7 +443,7 @@ def _label(item: str, choices: list[str]) -> str:
         letter, gap, rest = named.groups()
         at = ord(letter.upper()) - 65
         beside = not rest or at < len(choices) and _same_words(_fold(rest).strip("()"), choices[at])
-        if at < (len(choices) or 26) and (beside or gap.strip(" -")) and not HEDGE.search(rest):
+        if at < (len(choices) or 26) and (beside or gap.strip(" -") and not LISTED.search(rest)):
             return letter.upper()
     said = _fold(item)
     order = sorted(range(len(choices)), key=lambda i: choices[i] != said)  # as written, else by value
@@ -412,13 +452,13 @@ def _label(item: str, choices: list[str]) -> str:
 
 def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
     """The option letter that prose commits to, by letter, else by its value or text."""
-    if answer != prose and HEDGE.search(answer, 1):
+    if DOUBT.search(answer[:60]) if answer == prose else HEDGE.search(answer, 1):
         return ""
     claims = _claims(answer, prose)
     for claim in claims:
         named = [m[m.lastindex] for m in LABELLED.finditer(unicodedata.normalize("NFKC", claim))]
-        if named and ord(named[-1]) - 65 < (len(choices) or 11):
-            return named[-1]
+        if named and ord(named[-1].upper()) - 65 < (len(choices) or 11):
+            return named[-1].upper()
     if all(map(_value, choices)):
         return _label(_conclusion(answer, prose), choices)
     if REFUSAL.search(prose[-300:]):
@@ -426,7 +466,7 @@ def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str
     texts = "|".join(sorted(map(re.escape, filter(None, choices)), key=len, reverse=True))
     for claim in map(_fold, claims):
         if hits := re.findall(rf"(?<![\w.])(?:{texts})(?!\w|\.\d)", claim):
-            hedge = len(set(hits)) > 1 and " or " in claim
+            hedge = len(set(hits)) > (1 if " or " in claim else max(len(choices) - 1, 2))
             return "" if hedge else chr(65 + choices.index(hits[0]))
     told = [(_content(claim), bool(NEGATION.search(claim))) for claim in claims]
     if sorted(choices) == ["no", "yes"]:  # then a sentence in the question's words is a yes
@@ -457,10 +497,14 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
     if "=" in got and "=" in want and {got[0], want[0]} == {"x", "y"}:
         return False  # x = 5 and y = 5 are two lines
     if (want_value := _value(want)) and (got_value := _number(answer, prose)):
-        return _same_value(got_value, want_value, record.get("precision"))
+        rounded = _value(got.rpartition("≈")[2]) if "≈" in got else None
+        near = rounded and abs(rounded[0] - got_value[0]) <= abs(got_value[0]) / 100
+        values = (got_value, rounded) if near else (got_value,)
+        return any(_same_value(value, want_value, record.get("precision")) for value in values)
     if prose and REFUSAL.search(prose[-300:]):
         return False
-    return bool(record["answer_type"] == "math" or re.search(r"[\\^*]", got)) and _same_formula(answer, gold)
+    in_words = (record["answer_type"] == "number" or want_value) and not re.search(r"[\\^*+]|\d!", got)
+    return not in_words and _same_formula(answer, gold)
 
 
 def _number(answer: str, prose: str) -> Value | None:
@@ -469,8 +513,9 @@ def _number(answer: str, prose: str) -> Value | None:
 
 
 def _same_formula(answer: str, gold: str) -> bool:
-    got, want = _spelled(answer), _spelled(gold)
-    if stated := re.match(r"(?s).*\b(?:is|are) ([^a-z].*|[a-z]\b.*)", got):
+    got, want = APPROXIMATION.sub("", _spelled(REFUTED.sub(" ", answer))).strip(" .,\n"), _spelled(gold)
+    got = got.removeprefix(r"\(").removesuffix(r"\)")
+    if stated := VERB.match(got):
         return _grade_math(stated[1], "", want, {"answer_type": "math"})
     if "=" in got and "=" in want and re.search(r"\\frac\s*\{d|'", got + want):
         return False  # derivatives are not to be solved for
@@ -514,6 +559,7 @@ UNIT_TAIL = re.compile(
 def _marked(text: str) -> str:
     """Text as math-verify wants it: formulas in $..$, unless words show that it must look for them itself."""
     text = UNIT_TAIL.sub("", WORD_LABEL.sub("", text))
+    text = re.sub(r"(?<=\d)([A-Za-z])(?=[A-Za-z]\b)", r"\1\\cdot ", text)  # 2ab is no 2 in a unit
     prose = len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) > 2
     return text if prose or re.search(r"\$.*\$|\\[(\[]|\\boxed", text) else f"${text.replace('$', '')}$"
 
@@ -890,7 +936,6 @@ def rationale_of(response: str) -> str:
 LONGEST_RATIONALE = 8000  # characters that scrub keeps, and that leaks reads at a time
 COUNTING = " ".join(map(str, range(20)))
 NUMERALS = {word: str(i) for word, i in WORDS.items()}
-NUMERALS |= {f"{ten}ty": f"{i}0" for i, ten in enumerate("twen thir for fif six seven eigh nine".split(), 2)}
 NUMERALS |= {"hundred": "h", "thousand": "1000", "point": ".", "percent": "%"}
 SHARES = {"half": 2, "halves": 2, "third": 3, "quarter": 4, "fifth": 5, "tenth": 10, "hundredth": 100}
 SHARES = {share + s: f"/{parts}" for share, parts in SHARES.items() for s in ("", "s")}
@@ -936,10 +981,14 @@ def leaks(text: str, record: dict) -> list[str]:
 
 
 def _in_digits(run: re.Match) -> str:
-    """Number words as digits: "hundred-and-twenty" 120, "three, four, zero" 3 4 0. Counting up stays."""
-    said = " ".join(SPELLINGS[word] for word in re.findall(SPELLING, run[0].lower()))
-    if f" {said} " in f" {COUNTING} ":
-        return run[0]
+    """Number words as digits, but for counting up."""
+    said = _digits(run[0])
+    return run[0] if f" {said} " in f" {COUNTING} " else said
+
+
+def _digits(words: str) -> str:
+    """Number words as digits: "hundred-and-twenty" 120, "three, four, zero" 3 4 0."""
+    said = " ".join(SPELLINGS[word] for word in re.findall(SPELLING, words.lower()))
     said = re.sub(r"\b([2-9])0 ([1-9])\b(?! h)", r"\1\2", said)
     said = re.sub(r"\b(\d*[1-9] )?h\b( \d\d?\b(?! h))?",
                   lambda number: str(100 * int(number[1] or 1) + int(number[2] or 0)), said)
