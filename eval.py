@@ -200,6 +200,23 @@ class Sample(NamedTuple):
     truncated: bool  # cut at max_new_tokens
 
 
+def check_engine(cfg):
+    """Refuse what a run that trains cannot sample with. Raises ValueError naming the flag."""
+    if cfg.engine == "vllm" and not importlib.util.find_spec("vllm"):
+        raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
+    if (cfg.engine == "server") != bool(cfg.servers):
+        raise ValueError("--engine server and --servers URL... go together")
+    if cfg.servers and not 0 < cfg.timeout < 60 * cfg.dist_timeout:
+        raise ValueError(f"--timeout {cfg.timeout:g}: a server must be given up, in so many seconds, while "
+                         f"the other ranks still wait, for --dist_timeout {cfg.dist_timeout:g} minutes")
+    if cfg.tp > 1 and (cfg.engine != "vllm" or dist.get_world_size() % cfg.tp):
+        raise ValueError(f"--tp {cfg.tp} needs --engine vllm and a multiple of {cfg.tp} ranks")
+    if not 0 < cfg.gpu_memory_utilization <= 1:
+        raise ValueError("--gpu_memory_utilization is a share, above 0 and at most 1")
+    if cfg.temperature <= 0:
+        raise ValueError("--temperature must be above 0: greedy rollouts of a group are all the same")
+
+
 def build_engine(path, processor, cfg, device):
     """What samples: a plain copy of the model outside FSDP (--engine hf), or vLLM in this process (vllm)."""
     if cfg.engine == "server":
@@ -295,6 +312,36 @@ class VLLM:
         return all_requests, all_params, starts[ranks.rank_in_group]
 
 
+    def reload(self, weights):
+        """Take (name, tensor) pairs, named as in checkpoints; wake up, and forget what was cached."""
+        if self.asleep:
+            torch.cuda.empty_cache()  # waking up needs what the trainer's allocator keeps
+            self.llm.wake_up(["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.apply_model(repack_heads)
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+
+
+def repack_heads(model):
+    """On CPU vLLM keeps a packed copy of the output head; reloading tied embeddings leaves it behind."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def sleep_engine(engine):
+    """Lend vLLM's GPU memory to the trainer until `reload`: level 2 drops weights and KV cache."""
+    if isinstance(engine, VLLM) and torch.cuda.is_available():
+        engine.llm.sleep(level=2)
+        engine.asleep = True
+
+
 class Server:
     """vLLM servers on other GPUs or nodes: rollouts over HTTP, weights through a folder that all can read.
 
@@ -316,7 +363,7 @@ class Server:
         """GET, or POST a body; returns the JSON reply, or what `read` finds in it.
 
         until: when the reply must be there, by time.monotonic; None = --timeout from now. Raises
-        ConnectionError naming the server: there is no answer, one that says no, or another than `read` expects.
+        ConnectionError naming the server: no answer, one that says no, or another than `read` expects.
         """
         data = None if body is None else json.dumps(body).encode()
         seconds = self.timeout if until is None else max(0.1, until - time.monotonic())

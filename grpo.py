@@ -40,7 +40,6 @@ import bisect
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import math
 import random
@@ -64,7 +63,7 @@ from sft import (TOLERANCE, Group, RunLog, Stopwatch, Watchdog, Workers, attenti
                  end_on_signals, full_weights, gather, global_max, global_sum, group_batches, host_memory,
                  init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, one_line_errors, open_run,
                  optimizer_step, peak_memory, readable, refusing, rehearse, save_checkpoint, self_check)
-from eval import Server, VLLM, build_engine, generate
+from eval import build_engine, check_engine, generate, sleep_engine
 
 
 @dataclass(frozen=True)
@@ -204,37 +203,7 @@ def sync_weights(policy, engine):
             target[name].copy_(weight)
         return
 
-    # Other engines know parameters by the names that checkpoints of the family use.
-    weights = checkpoint_names(policy, weights)
-    if isinstance(engine, Server):
-        engine.reload(weights)
-        return
-    if engine.asleep:
-        torch.cuda.empty_cache()  # waking up needs what the trainer's allocator keeps
-        engine.llm.wake_up(["weights"])
-    engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    engine.llm.apply_model(repack_heads)
-    if engine.asleep:
-        engine.llm.wake_up(["kv_cache"])
-        engine.asleep = False
-    engine.llm.reset_prefix_cache()
-    engine.llm.reset_mm_cache()
-    engine.llm.llm_engine.reset_encoder_cache()
-
-
-def repack_heads(model):
-    """On CPU vLLM keeps a packed copy of the output head; reloading tied embeddings leaves it behind."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
-
-
-def sleep_engine(engine):
-    """Lend vLLM's GPU memory to the trainer until sync_weights: level 2 drops weights and KV cache."""
-    if isinstance(engine, VLLM) and torch.cuda.is_available():
-        engine.llm.sleep(level=2)
-        engine.asleep = True
+    engine.reload(checkpoint_names(policy, weights))
 
 
 # ----- rewards and advantages ------------------------------------------------------------------------------
@@ -1173,23 +1142,6 @@ def check_run(policy, optimizer, engine, prompts, processor, dummy, log, cfg):
     log.note(f"self-check passed: the sampler is {gap:.1e} nats a token from the trainer; a step with "
              f"mismatch/mean above {most:.2g} ends the run")
     return most
-
-
-def check_engine(cfg):
-    """Refuse an engine that cannot work. Raises ValueError naming the flag."""
-    if cfg.engine == "vllm" and not importlib.util.find_spec("vllm"):
-        raise ValueError("--engine vllm: vLLM is not installed, see requirements-gpu.txt")
-    if (cfg.engine == "server") != bool(cfg.servers):
-        raise ValueError("--engine server and --servers URL... go together")
-    if cfg.servers and not 0 < cfg.timeout < 60 * cfg.dist_timeout:
-        raise ValueError(f"--timeout {cfg.timeout:g}: a server must be given up, in so many seconds, while "
-                         f"the other ranks still wait, for --dist_timeout {cfg.dist_timeout:g} minutes")
-    if cfg.tp > 1 and (cfg.engine != "vllm" or dist.get_world_size() % cfg.tp):
-        raise ValueError(f"--tp {cfg.tp} needs --engine vllm and a multiple of {cfg.tp} ranks")
-    if not 0 < cfg.gpu_memory_utilization <= 1:
-        raise ValueError("--gpu_memory_utilization is a share, above 0 and at most 1")
-    if cfg.temperature <= 0:
-        raise ValueError("--temperature must be above 0: greedy rollouts of a group are all the same")
 
 
 def check(cfg):

@@ -66,10 +66,9 @@ from sft import (RunLog, Stopwatch, Watchdog, Workers, blank_prompt, catch_signa
                  check_same_run, claim, compute_dtype, data_order, encode_prompt, end_on_signals,
                  global_max, global_sum, host_memory, init_distributed, load_policy, lr_at, one_line_errors,
                  open_run, peak_memory, pixel_names, readable, refusing, save_checkpoint)
-from eval import build_engine
-from grpo import (MEASURED, check_engine, check_run, encode_share, end_if_mismatched, group_advantages,
-                  has_gradient, rollout_seed, sample_rollouts, sleep_engine, sync_weights, train_on,
-                  update_metrics, which_update)
+from eval import build_engine, check_engine, sleep_engine
+from grpo import (MEASURED, check_run, encode_share, end_if_mismatched, group_advantages, has_gradient,
+                  rollout_seed, sample_rollouts, sync_weights, train_on, update_metrics, which_update)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -330,7 +330,7 @@ def stops_blocked():
 # ----- the policy ------------------------------------------------------------------------------------------
 
 
-VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")  # what is of the vision tower has such a name
+VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")  # in the names of the vision tower
 
 
 def load_policy(path, cfg, device, trainable=True):
