@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -295,6 +296,32 @@ def in_this_process(monkeypatch, group):
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def test_a_loader_that_is_late_shows_in_the_log(tiny, tmp_path, in_this_process, monkeypatch):
+    """time/data is what a step waits for its images: four questions at 0.1 s each."""
+    def slow(*args, **kwargs):
+        time.sleep(0.1)
+        return encode(*args, **kwargs)
+
+    encode = grpo.encode_prompt
+    monkeypatch.setattr(grpo, "encode_prompt", slow)
+    cfg = small_run(tiny, tmp_path, data=str(tiny.mini / "counting_train.jsonl"))
+    grpo.main(cfg)
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["time/step"] > row["time/data"] >= 0.4 for row in rows)
+
+
+def test_a_run_that_is_at_its_end_says_so(tiny, tmp_path, in_this_process, capsys):
+    cfg = small_run(tiny, tmp_path, data=str(tiny.mini / "counting_train.jsonl"))
+    grpo.main(cfg)
+    before = (tmp_path / "out/metrics.jsonl").read_text()
+    for steps in (2, 1):
+        with pytest.raises(SystemExit) as stop:
+            grpo.main(dataclasses.replace(cfg, resume=True, steps=steps))
+        assert not stop.value.code
+        assert f"out is at step 2 of {steps}: nothing is left to do" in capsys.readouterr().out
+    assert (tmp_path / "out/metrics.jsonl").read_text() == before
 
 
 def test_prompts_beyond_the_limit_are_left_out_and_counted(tiny, tmp_path, in_this_process, capsys):
