@@ -63,7 +63,7 @@ from sft import (TOLERANCE, Group, RunLog, Stopwatch, Watchdog, Workers, attenti
                  end_on_signals, full_weights, gather, global_max, global_sum, group_batches, host_memory,
                  init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, one_line_errors, open_run,
                  optimizer_step, peak_memory, readable, refusing, rehearse, save_checkpoint, self_check)
-from eval import build_engine, check_engine, generate, sleep_engine
+from eval import SLOW, add_rewards, build_engine, check_engine, generate, sleep_engine, slow_scores
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,10 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     gpu_memory_utilization: float = 0.5  # share of the GPU that vLLM may use while the trainer waits
     servers: tuple[str, ...] = ()  # base URLs of `vllm serve` processes, for --engine server
     timeout: float = 2700.0  # server: seconds to wait for one whole answer
-    reward: str = "accuracy=1"  # weighted sum of rewards, name=weight,...
+    reward: str = "accuracy=1"  # weighted sum, name=weight,..; a name may be FILE.py:FUNCTION, or judge
+    reward_timeout: float = 60.0  # seconds for a call of a function of your own, or of the judge
+    judge_url: str = ""  # reward judge: its OpenAI-compatible server, with /v1
+    judge_model: str = ""  # reward judge: its name there, "" = the first that it lists
     prompts_per_step: int = 64  # questions per step, over all ranks
     group_size: int = 8  # rollouts per question (G)
     max_prompt_tokens: int = 8192  # questions with a longer prompt are skipped: no prompt is ever cut
@@ -142,6 +145,7 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     eval_n: int = 200  # held-out questions used
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
+    log: str = "off"  # where metrics, samples and flags go as well: off | wandb | tensorboard
     stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
     dist_timeout: float = 60.0  # minutes that a rank waits for the others
     samples_every: int = 5  # steps between entries of samples.jsonl
@@ -211,13 +215,17 @@ def sync_weights(policy, engine):
 
 def score_rollouts(rollouts, records, spec, step, cfg):
     """Set every rollout's reward; returns what each is made of, {reward name: value, "solved": bool}."""
-    parts = []
+    pairs = []
     for r in rollouts:
         record = dict(records[r.question], truncated=r.truncated, forced=bool(r.trigger))
+        pairs.append((r.text, record))
+    slow = {name: slow_scores(name, pairs, cfg.reward_timeout) for name in spec if name in SLOW}
+    parts = []
+    for i, (r, (text, record)) in enumerate(zip(rollouts, pairs)):
         part = {}
         r.reward = 0.0
         for name, weight in spec.items():
-            part[name] = REWARDS[name](r.text, record)
+            part[name] = slow[name][i] if name in slow else REWARDS[name](text, record)
             r.reward += weight * part[name]
         if r.truncated and cfg.truncated == "zero":
             r.reward = 0.0
@@ -241,7 +249,17 @@ def add_length_bonus(rollouts, parts, cfg):
 
 
 def group_advantages(rewards, std=True, eps=1e-4):
-    """(Q, G) rewards -> advantages r - mean, over the sample std + eps if `std`; equal rewards give 0."""
+    """(Q, G) rewards -> advantages r - mean, over the sample std + eps if `std`; equal rewards give 0.
+
+    A reward that is nan, since its judge was silent, gets 0 and does not count for the others.
+    """
+    if rewards.isnan().any():
+        advantages = torch.zeros_like(rewards)
+        for row, of_row in zip(rewards, advantages):
+            known = ~row.isnan()
+            if known.sum() > 1:
+                of_row[known] = group_advantages(row[known][None], std, eps)[0]
+        return advantages
     centred = rewards - rewards.mean(1, keepdim=True)
     same = (rewards == rewards[:, :1]).all(1, keepdim=True)
     if std:
@@ -393,6 +411,11 @@ def train_on(per_update, policy, reference, optimizer, prompts, dummy, step, log
 def has_gradient(r, cfg):
     """Whether a rollout takes part in the update: without an advantage only a KL term moves anything."""
     return bool(r.advantage or cfg.kl_beta)
+
+
+def left_out(r, cfg):
+    """Whether a rollout does not even count in the denominator: cut, with --truncated mask, or not judged."""
+    return r.truncated and cfg.truncated == "mask" or math.isnan(r.reward)
 
 
 def which_update(place, total, updates):
@@ -695,7 +718,7 @@ def select(rollouts, questions, buffer, step, cfg):
     effective = {}
     lacking = 0
     for i, r in enumerate(rollouts):
-        if r.truncated and cfg.truncated == "mask":
+        if left_out(r, cfg):
             continue
         if not r.advantage and cfg.ssr != "off":
             lacking += 1
@@ -739,7 +762,7 @@ def refill(rollouts, questions, waiting, step, cfg):
     position_of = {q: position for position, q in enumerate(questions)}
     groups = {}
     for r in rollouts:
-        if not (r.truncated and cfg.truncated == "mask"):
+        if not left_out(r, cfg):
             groups.setdefault((step, position_of[r.question]), []).append(r)
     for key, group in groups.items():
         if any(r.advantage for r in group):
@@ -970,22 +993,26 @@ class Means:
 def rollout_metrics(rollouts, batch, parts, spec, cfg):
     """Rewards, groups and lengths over all ranks; `batch` is what counts in the loss."""
     of_groups = ["reward/std", "groups/effective_frac", *(f"groups/{level}" for level in LEVELS)]
-    of_rollouts = ["reward/mean", "len/mean", "len/truncated", "len/reflect"]
+    of_rollouts = ["reward/mean", "reward/missing", "len/mean", "len/truncated", "len/reflect"]
     of_rewards = [f"reward/{name}" for name in spec]
     means = Means(*of_groups, *of_rollouts, *of_rewards, "groups/trained_frac")
     for r, part in zip(rollouts, parts):
         means.add("len/mean", len(r))
         means.add("len/truncated", r.truncated)
         means.add("len/reflect", reflections(r.text) > 0)
+        means.add("reward/missing", math.isnan(r.reward))
         for name in spec:
-            means.add(f"reward/{name}", part[name])
+            if not math.isnan(part[name]):
+                means.add(f"reward/{name}", part[name])
     for r in batch:
         means.add("groups/trained_frac", r.advantage != 0)
     groups = len(rollouts) // cfg.group_size
     rewards = torch.tensor([r.reward for r in rollouts]).view(groups, cfg.group_size)  # (Q, G)
-    differing = (rewards != rewards[:, :1]).any(1)
-    means.add("reward/mean", rewards.sum(), rewards.numel())
-    means.add("reward/std", rewards.std(1).sum(), groups)
+    least = rewards.nan_to_num(nan=math.inf).amin(1)
+    differing = rewards.nan_to_num(nan=-math.inf).amax(1) > least
+    deviations = rewards.std(1)
+    means.add("reward/mean", rewards.nansum(), rewards.numel() - int(rewards.isnan().sum()))
+    means.add("reward/std", deviations.nansum(), int(deviations.isfinite().sum()))
     means.add("groups/effective_frac", differing.sum(), groups)
     for start in range(0, len(parts), cfg.group_size):
         right = [part["solved"] for part in parts[start:start + cfg.group_size]]
@@ -1177,6 +1204,7 @@ def main(cfg):
         stages = check(cfg)
         if stages:
             cfg = dataclasses.replace(cfg, steps=sum(stage.steps for stage in stages))
+        add_rewards(cfg.reward, cfg)
         spec = parse_reward_spec(cfg.reward)
         run = open_run(cfg, device, need=("answer",))
         everything = run.records + run.held_out
@@ -1310,6 +1338,8 @@ def main(cfg):
 
         # 8. log
         metrics = rollout_metrics(rollouts, batch, parts, spec, stage_cfg)
+        if metrics["reward/missing"] == 1:
+            log.fail(f"step {step}: the judge was silent on every rollout: {SLOW['judge'].fault}")
         metrics |= update_metrics(totals, (*MEASURED, "loss/nll"), cfg)
         tokens = global_sum([sum(map(len, rollouts)), sum(map(len, trained))])
         metrics["tokens/gen"], metrics["tokens/train"] = tokens

@@ -134,6 +134,7 @@ class Config:
     eval_n: int = 200  # held-out questions used
     save_every: int = 20  # steps between checkpoints (one is always written at the end)
     keep: int = 2  # checkpoints kept
+    log: str = "off"  # where metrics, samples and flags go as well: off | wandb | tensorboard
     stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
     dist_timeout: float = 60.0  # minutes that a rank waits for the others
 

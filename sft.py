@@ -28,6 +28,7 @@ import datetime
 import faulthandler
 import fcntl
 import functools
+import importlib.util
 import inspect
 import io
 import itertools
@@ -115,6 +116,7 @@ class Config:
     eval_n: int = 200  # held-out rows used
     save_every: int = 100  # steps between checkpoints (one is always written at the end)
     keep: int = 1  # checkpoints kept
+    log: str = "off"  # where metrics, samples and flags go as well: off | wandb | tensorboard
     stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
     dist_timeout: float = 60.0  # minutes that a rank waits for the others
 
@@ -1458,10 +1460,12 @@ def peak_memory(device):
 # What a resumed run may change: how long, how fast and where it runs. Other flags make it another run.
 MAY_CHANGE = {
     "out", "resume", "strict", "steps", "epochs", "lr", "warmup", "schedule", "lr_floor",
-    "engine", "tp", "gpu_memory_utilization", "servers", "workers", "token_budget", "rollout_tokens",
+    "engine", "tp", "gpu_memory_utilization", "servers", "judge_url", "workers",
+    "token_budget", "rollout_tokens",
     "gradient_checkpointing", "cpu_offload", "shard_ranks", "attn",
     "eval_data", "eval_every", "eval_n", "save_every", "samples_every", "keep",
-    "stall", "dist_timeout", "timeout", "max_mismatch",  # when to give up
+    "stall", "dist_timeout", "timeout", "reward_timeout", "max_mismatch",  # when to give up
+    "log",
     "tau",  # filters what has been sampled
 }
 
@@ -1518,6 +1522,8 @@ def open_run(cfg, device, need):
     if cfg.shard_ranks < 0 or cfg.shard_ranks and world % cfg.shard_ranks:
         raise ValueError(f"--shard_ranks {cfg.shard_ranks} does not divide the {world} rank(s) of this run")
     writers()
+    if cfg.log != "off" and not importlib.util.find_spec(cfg.log):
+        raise ValueError(f"--log {cfg.log}: pip install {cfg.log}")
     start = newest_step(cfg.out) if cfg.resume else None
     if start:
         check_same_run(cfg)
@@ -1827,6 +1833,7 @@ class RunLog:
                 if (self.out / name).exists():
                     self.drop_lines_after(done, self.out / name)
             self.write_config(cfg)
+            self.track = tracker(cfg, done)
         # Piped into a file, a line every ten seconds is enough.
         self.bar = tqdm(total=cfg.steps, initial=done, disable=self.rank > 0, dynamic_ncols=True,
                         mininterval=0.2 if sys.stderr.isatty() else 10)
@@ -1878,6 +1885,8 @@ class RunLog:
                 f.writelines(lines)
         except OSError as error:
             self.fail(f"{path} cannot be written: {error.strerror}")
+        if self.track:
+            self.track(name, rows)
 
     def step(self, step, metrics, shown):
         """Write a step's metrics; those in `shown` stand beside the progress bar."""
@@ -1885,6 +1894,51 @@ class RunLog:
         beside = {name: f"{metrics[name]:.3g}" for name in shown if name in metrics}
         self.bar.set_postfix(beside, refresh=False)
         self.bar.update()
+
+
+def tracker(cfg, done):
+    """What rows of a run's files are told to as well, by --log; None = nothing. The files stay the record.
+
+    A resumed run goes on with its curve.
+    """
+    if cfg.log == "wandb":
+        return wandb_tracker(cfg)
+    return tensorboard_tracker(cfg, done) if cfg.log == "tensorboard" else None
+
+
+def wandb_tracker(cfg):
+    import wandb
+    name = Path(cfg.out) / "wandb_id.txt"  # a new run has a new folder
+    known = name.read_text() if name.exists() else None
+    run = wandb.init(project="nanovlr", name=cfg.out, id=known, resume="allow",
+                     config=dataclasses.asdict(cfg))
+    name.write_text(run.id)
+
+    def track(name, rows):
+        for row in rows if name == "metrics.jsonl" else []:
+            run.log(row, step=row["step"])
+        if name == "samples.jsonl" and rows:
+            table = wandb.Table(columns=list(rows[0]), data=[list(map(str, row.values())) for row in rows])
+            run.log({"samples": table}, step=rows[0]["step"])
+
+    return track
+
+
+def tensorboard_tracker(cfg, done):
+    from torch.utils.tensorboard import SummaryWriter
+    # What an interrupted run logged after its checkpoint is not shown.
+    writer = SummaryWriter(Path(cfg.out) / "tensorboard", purge_step=done + 1 if done else None)
+    writer.add_text("config", f"```\n{json.dumps(dataclasses.asdict(cfg), indent=1)}\n```")
+
+    def track(name, rows):
+        for row in rows:
+            if name == "metrics.jsonl":
+                for key, value in row.items():
+                    writer.add_scalar(key, value, row["step"])
+            elif name == "samples.jsonl":
+                writer.add_text(name, f"```\n{json.dumps(row, indent=1)}\n```", row["step"])
+
+    return track
 
 
 # ----- this stage ------------------------------------------------------------------------------------------
