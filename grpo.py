@@ -690,9 +690,7 @@ class ReplayBuffer:
     def add(self, fresh, cap):
         """Enter this rank's {key: rollout}; beyond `cap` entries the oldest leave. Collective."""
         entered = [(key, abs(r.advantage)) for key, r in fresh.items()]
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, entered)
-        entered = sorted(itertools.chain.from_iterable(shares))
+        entered = sorted(itertools.chain.from_iterable(gather(entered)))
         self.entries = (self.entries + entered)[-cap:]
         kept = {key for key, _ in self.entries}
         held = self.held | fresh

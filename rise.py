@@ -63,7 +63,7 @@ from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, f
 from data_prep import (check_at_least, check_record, check_records, complete_rows, parse_config, read_records,
                        resolve_model, save_image, write_records)
 from sft import (RunLog, Stopwatch, Watchdog, Workers, blank_prompt, catch_signals, check_rows,
-                 check_same_run, claim, compute_dtype, data_order, encode_prompt, end_on_signals,
+                 check_same_run, claim, compute_dtype, data_order, encode_prompt, end_on_signals, gather,
                  global_max, global_sum, host_memory, init_distributed, load_policy, lr_at, one_line_errors,
                  open_run, peak_memory, pixel_names, readable, refusing, save_checkpoint)
 from eval import build_engine, check_engine, sleep_engine
@@ -154,29 +154,26 @@ def encode_cot(record, processor, dtype, cfg):
     return encode_prompt(first, processor, cfg.max_pixels, cfg.max_prompt_tokens, dtype)
 
 
-def encode_reconstructions(record, images, texts, processor, cfg):
-    """encode_prompt of hop 2 with each text, less pixels and images: hop 1 has them, they need not travel."""
-    prompts = []
-    for text in texts:
-        second = hop(record, reconstruct_prompt(record, text), images)
-        prompt = encode_prompt(second, processor, cfg.max_pixels)
-        for name in pixel_names(prompt):
-            del prompt[name]
-        del prompt["request"]["images"]
-        prompts.append(prompt)
-    return prompts
+def encode_reconstruction(record, images, text, processor, cfg):
+    """encode_prompt of hop 2 without pixels and images: hop 1 has them, they need not travel."""
+    second = hop(record, reconstruct_prompt(record, text), images)
+    prompt = encode_prompt(second, processor, cfg.max_pixels)
+    for name in pixel_names(prompt):
+        del prompt[name]
+    del prompt["request"]["images"]
+    return prompt
 
 
 def encode_hop(asked, step, records, processor, dtype, cfg):
-    """What the workers are asked for: hop 1 of a question, or hop 2 of (question, images, texts)."""
+    """What the workers are asked for: hop 1 of a question, or hop 2 of (question, images, rationale)."""
     if isinstance(asked, int):
         return encode_cot(records[asked], processor, dtype, cfg)
-    q, images, texts = asked
-    return encode_reconstructions(records[q], images, texts, processor, cfg)
+    q, images, text = asked
+    return encode_reconstruction(records[q], images, text, processor, cfg)
 
 
 def with_pixels(prompt, first, blind):
-    """A prompt of hop 2 as encode_reconstructions sent it, complete: it shares the pixels of its hop 1."""
+    """What encode_reconstruction left out, put back: it shares the pixels of its hop 1."""
     shown = {} if blind else {name: first[name] for name in pixel_names(first)}
     images = [] if blind else first["request"]["images"]
     return shown | prompt | {"request": prompt["request"] | {"images": images}}
@@ -203,16 +200,14 @@ def two_hops(engine, prompts, workers, records, processor, step, cfg):
 
     # Hop 2: image and scrubbed rationale -> annotation.
     asked = []
-    for place, q in enumerate(list(prompts)):
+    for (q, _), text in zip(keys, texts):
         images = [] if cfg.blind else prompts[q]["request"]["images"]
-        start = place * cfg.group_size
-        asked.append((q, images, texts[start:start + cfg.group_size]))
+        asked.append((q, images, text))
     [drawn] = workers.prepared([asked], step)
-    for (q, _, _), group in drawn:
-        if isinstance(group, ValueError):
-            raise group
-        for g, prompt in enumerate(group):
-            prompts[q, g] = with_pixels(prompt, prompts[q], cfg.blind)
+    for (q, g), (_, prompt) in zip(keys, drawn):
+        if isinstance(prompt, ValueError):
+            raise prompt
+        prompts[q, g] = with_pixels(prompt, prompts[q], cfg.blind)
     seeds = [rollout_seed(cfg, step, q, f"{g}/reconstruction") for q, g in keys]
     reconstructions = sample_rollouts(engine, keys, prompts, seeds, tokenizer, cfg)
     return cots, texts, reconstructions
@@ -261,10 +256,8 @@ def is_parsed(response, record):
 
 def gathered(rows, questions):
     """All ranks' rows (question, sample, parts), in the order of `questions`. Collective."""
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, rows)
     place_of = {q: place for place, q in enumerate(questions)}
-    return sorted(itertools.chain.from_iterable(shares), key=lambda row: (place_of[row[0]], row[1]))
+    return sorted(itertools.chain.from_iterable(gather(rows)), key=lambda row: (place_of[row[0]], row[1]))
 
 
 def write_rationales(log, step, rows, records):
@@ -407,6 +400,7 @@ def sample_all(cfg, source, rank, world, device):
         order.append(everything[start:start + cfg.prompts_per_step])
     shares = [questions[rank::world] for questions in order]
     drawn_ahead = workers.prepared(shares)
+    log.note(f"{len(records)} records; images are prepared by {len(workers.crew)} process(es) a rank")
     stopping = catch_signals()
     for step, questions, drawn in zip(itertools.count(done + 1), order, drawn_ahead):
         prompts = readable(drawn, records, cfg.strict, log)

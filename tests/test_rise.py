@@ -214,8 +214,8 @@ def test_hop_2_is_encoded_in_the_workers_and_sends_no_pixels(stage, monkeypatch,
         second = rise.hop(records[q], rewards.reconstruct_prompt(records[q], text), images)
         assert alike(prompts[back.question], sft.encode_prompt(second, processor, cfg.max_pixels))
         assert blind or prompts[back.question]["pixel_values"] is prompts[q]["pixel_values"]
-    sent = rise.encode_reconstructions(records[0], images, texts, processor, cfg)
-    assert len(sent) == 6 and not any("pixel_values" in prompt or "images" in prompt["request"] for prompt in sent)
+    sent = rise.encode_reconstruction(records[0], images, texts[0], processor, cfg)
+    assert "pixel_values" not in sent and "images" not in sent["request"]
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -224,7 +224,7 @@ def test_pixels_of_hop_1_are_those_of_hop_2(family, name):
     record, cfg = dict(RECORDS[name], answer="one"), rise.Config(max_pixels=10**6)
     first = rise.encode_cot(record, family.processor, torch.bfloat16, cfg)
     images = first["request"]["images"]
-    [sent] = rise.encode_reconstructions(record, images, ["red one two"], family.processor, cfg)
+    sent = rise.encode_reconstruction(record, images, "red one two", family.processor, cfg)
     second = rise.hop(record, rewards.reconstruct_prompt(record, "red one two"), images)
     whole = sft.encode_prompt(second, family.processor, 10**6, dtype=torch.bfloat16)
     assert alike(rise.with_pixels(sent, first, blind=False), whole)
