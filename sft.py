@@ -24,7 +24,6 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import faulthandler
 import fcntl
 import functools
@@ -1594,7 +1593,7 @@ def writers():
 
     Made at start: ranks meet at torchrun to make one, and those that lose torchrun still save.
     """
-    return dist.new_group(timeout=datetime.timedelta(days=1), backend="gloo")
+    return dist.new_group(timeout=timedelta(days=1), backend="gloo")
 
 
 def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None, wait=True):

@@ -85,7 +85,8 @@ def compare(path, expected, cfg):
     trained = {name for name in expected if not (cfg.freeze_vision and of_vision.search(name))}
     assert found.keys() == trained and any(n.endswith("embed_tokens.weight") for n in trained)
     for name in trained:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5, msg=lambda text: f"{name} {text}")
+        close_to = torch.testing.assert_close
+        close_to(found[name], expected[name], atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name} {text}")
     squares = sum(expected[name].double().square().sum() for name in trained)
     torch.testing.assert_close(norm.double(), squares.sqrt(), atol=0, rtol=1e-5)
 
