@@ -519,7 +519,8 @@ def memory_needed(policy, rows, cfg, shards, engine=False, reference=False):
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     inner = [m for m in policy.modules() if isinstance(m, FSDPModule) and m is not policy]
     root = total - sum(map(numbers_of, inner))
-    block = max(numbers_of(m) for m in inner if isinstance(m, GradientCheckpointingLayer))
+    layers = [numbers_of(m) for m in inner if isinstance(m, GradientCheckpointingLayer)]
+    block = max(layers, default=0)
     matrix = policy.get_output_embeddings()
     head, alone = matrix.weight.numel(), isinstance(matrix, FSDPModule)
     written = sum(int(group.written().sum()) for row in rows for group in as_groups(row))

@@ -159,7 +159,11 @@ def measured(name, ranks, cfg, group, real=False):
             # gradient's size, with which it finds out, would be counted.
             torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             optimizer.step()
-            policy.forward = MethodType(sft.token_logprobs, policy)  # the tracker looks at forward only
+            # The tracker looks at forward only.
+            matrix = policy.get_output_embeddings()
+            policy.forward = MethodType(sft.token_logprobs, policy)
+            matrix.forward = MethodType(sft.head_logprobs, matrix)
+            matrix.logprobs = matrix.__call__
             tracker = Tracker(policy, optimizer)
             tracker.track_inputs((inputs, mask))
             with tracker:
@@ -183,7 +187,7 @@ def table(models, ranks):
             for flags, values in FLAGS.items():
                 if flags != "gradient_checkpointing" and world != 8:
                     continue
-                pairs = zip(*measured(name, world, sft.Config(**values), group))
+                pairs = zip(*measured(name, world, sft.Config(attn="sdpa", **values), group))
                 for offload, (estimate, simulation) in zip(("", "cpu_offload"), pairs):
                     given = ", ".join(filter(None, (flags, offload)))
                     print("|", " | ".join([name, str(world), given, f"{estimate / GIB:.1f}", f"{simulation / GIB:.1f}",
@@ -196,16 +200,18 @@ def plan(models, ranks):
     print("| model | GPUs |", *(f"{card} |" for card in CARDS))
     print("|---" * (2 + len(CARDS)) + "|")
     for name in models:
-        for world in ranks:
-            choices = []  # flags, bytes of an update, of them what stays while the engine samples
-            for values, flags in (({}, "as it is"), (dict(gradient_checkpointing=True), "C")):
-                cfg = sft.Config(**values)
-                with loaded(name, world, cfg, FakeTensorMode(allow_non_fake_inputs=True)) as policy:
-                    weights = 2 * sft.numbers_of(policy)
+        choices = {world: [] for world in ranks}  # flags, bytes of an update, of them what stays while vLLM samples
+        for values, flags in (({}, "as it is"), (dict(gradient_checkpointing=True), "C")):
+            cfg = sft.Config(attn="sdpa", **values)
+            with loaded(name, 8, cfg, FakeTensorMode(allow_non_fake_inputs=True)) as policy:
+                weights = 2 * sft.numbers_of(policy)
+                for world in ranks:
                     plain, offloaded, states = estimated(policy, batch_of(policy, group, cfg), cfg, world)
-                choices.append((flags, plain, states))
-            choices.append(("C, O", offloaded, 0))
-            cells = [least(choices, weights, world, 0.9 * card) for card in CARDS.values()]
+                    choices[world].append((flags, plain, states))
+                    if values:
+                        choices[world].append((f"{flags}, O", offloaded, 0))
+        for world in ranks:
+            cells = [least(choices[world], weights, world, 0.9 * card) for card in CARDS.values()]
             print("|", " | ".join([name, str(world), *cells]), "|", flush=True)
 
 
@@ -223,7 +229,7 @@ def quick():
     wrong = 0
     group = question(16, 20, 4, 60)
     for flags, values in FLAGS.items():
-        cfg = sft.Config(token_budget=1000, **values)
+        cfg = sft.Config(attn="sdpa", token_budget=1000, **values)
         estimate, simulation = measured("small", 8, cfg, group)
         _, reality = measured("small", 8, cfg, group, real=True)
         for number, offload in enumerate(("", "cpu_offload")):

@@ -14,6 +14,8 @@ import sft
 
 ROOT = Path(__file__).resolve().parents[1]
 CFG = grpo.Config()
+# Norms of q and k count as of all heads each; Gemma's norms multiply in fp32, too.
+ALLOWED = {"qwen3-vl": 0.16, "gemma3": 0.22}
 
 
 def kept_in_blocks(model, inputs, mask):
@@ -51,7 +53,7 @@ def test_activations_are_what_autograd_keeps(family):
     real = kept_in_blocks(model, inputs, mask)
     stored, in_block, unknown = sft.activations(family.policy, rows, CFG)
     assert not unknown
-    assert stored == pytest.approx(real, rel=0.25)
+    assert stored == pytest.approx(real, rel=ALLOWED.get(family.name, 0.05))
     assert 0 < in_block < stored
 
 
