@@ -508,8 +508,9 @@ def memory_needed(policy, rows, cfg, shards, engine=False, reference=False):
     buffers: the root's weights, in which are embedding and head unless they are groups of their own, and the
         most that is needed beside them and the activations at one of three moments:
         at the head its gradient and three chunks of fp32 logits (ResponseLogprob); alone, its weights, too
-        in a block's backward pass the weights of two blocks, the gradients of one, and these in fp32 to be
-            reduced; what the block needs to go backward; the head's gradient, which waits for the root's
+        in a block's backward pass the weights of two blocks, the gradients of one; in fp32 those of the group
+            before it, which are reduced; what the block needs to go backward; the head's gradient, if it
+            waits for the root's
         at the end the root's gradients, and these in fp32, when nothing is left of the activations
 
     What CUDA and NCCL take for themselves and what the allocator cannot use come on top.
@@ -531,10 +532,10 @@ def memory_needed(policy, rows, cfg, shards, engine=False, reference=False):
     frozen = each * total * reference / shards
     if cfg.cpu_offload:  # on the GPU is the shard that is gathered next, in fp32 and cast
         states, frozen = (4 + each) * block / shards, 0
-    reduced = each + 4  # bytes of a gradient that is being reduced
-    at_head = stored + each * head + 3 * 4 * logits + (reduced * head if alone else 0)
-    at_block = stored + in_block + (2 * each + reduced) * block + (0 if alone else each * head)
-    at_end = reduced * max(root, head if alone else 0)
+    ends = head if alone else 0  # the head's group, and the embedding's
+    at_head = stored + each * head + 3 * 4 * logits + (each + 4) * ends
+    at_block = stored + in_block + 3 * each * block + 4 * max(block, ends) + each * (head - ends)
+    at_end = (each + 4) * max(root, ends)
     buffers = each * root + max(at_head, at_block, at_end) - stored
     parts = {"weights, gradients and moments": states, "model copies": copies + frozen,
              "activations": stored, "buffers": buffers}

@@ -2,7 +2,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +45,8 @@ def kept_in_blocks(model, inputs, mask):
 def test_activations_are_what_autograd_keeps(family):
     model = family.plain
     model.banned, model.head = family.policy.banned, family.policy.head
+    matrix = model.get_output_embeddings()
+    matrix.logprobs = MethodType(sft.head_logprobs, matrix)
     prompt = family.prompts["image"]
     rows = [sft.Group(prompt, [[20] * 100] * 2)]
     if family.name == "gemma3":  # a response a row, and sliding windows
