@@ -20,6 +20,7 @@ FOREIGN = {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", 
            "--generation-config", "--logprobs-mode",  # vllm serve
            "--no-build-isolation",  # pip
            "--curve", "--trl",  # tests/bench_quickstart.py, bench_step.py
+           "--dist",  # pytest
            "--help"}
 
 
