@@ -135,7 +135,7 @@ ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 BOX_GLUE = re.compile(r"(?:[\s$,;()\\]|q?quad|and\b|or\b|text\{[^{}]{,40}\})+")
 CUE = re.compile(r"(?:\b(?:final answer|answers?|ans|correct (?:option|choice)s?|solution|result)\b"
                  r"(?:(?!not\b|n't)[^.:：\n]){,60}?(?:\b(?:is|are|be|equals)\b|[:：=→]|\s-\s)"
-                 r"|final answer\s|^\W*answer\W*\n|答案|答[:：]|结果|选(?!项)|\A(?=[-\d./]{1,20}\n+[A-Z])"
+                 r"|final answer\s|^\W{,9}answer\W*\n|答案|答[:：]|结果|选(?!项)|\A(?=[-\d./]{1,20}\n+[A-Z])"
                  r"|\b(?:wait|actually|correction|on second thought)\b)[\s,:：=】是为]*(?:\\\[|\$\$)?\s*",
                  re.IGNORECASE + re.MULTILINE)
 CUED_AFTER = re.compile(r"(?im)^(?:.*\. )?(?:so|thus|hence|therefore)?,?\s?(?!this|that|it|.{,40}answer is)"
@@ -316,7 +316,7 @@ def _squeezed(text: str) -> str:
 
 @functools.lru_cache(1024)
 def _value(text: str, alone: bool = True) -> tuple | None:
-    """(number, what its "%" or unit makes of 1) of a plain text, perhaps with `x =`; if not `alone`, in words."""
+    """(number, what % or a unit makes of 1) of a plain text like "x = 5 km"; if not `alone`, among words."""
     text = ASSIGNED.sub("", text)
     number, around = MEASURE.search(text), MEASURE.sub("#", text, count=1)
     fits = around == "#" if alone else not (FORMULA.search(around) or REFUSAL.search(around))
@@ -860,8 +860,8 @@ def _boxes_are_right(response: str, record: dict) -> bool:
 def _likeliest_is_right(response: str, record: dict) -> bool:
     gold = gold_distribution(record)
     said = parse_distribution(response, gold) or {"": 1}
-    likeliest = lambda pairs: {name for name, p in pairs.items() if p == max(pairs.values())}
-    return likeliest(said) <= likeliest(gold)
+    got, right = ({name for name, p in pairs.items() if p == max(pairs.values())} for pairs in (said, gold))
+    return got <= right
 
 
 ANNOTATIONS = {"boxes": _boxes_are_right, "distribution": _likeliest_is_right}

@@ -184,10 +184,12 @@ TWO_NUMBERS = [
     "\\boxed{{{}}} or \\boxed{{{}}}", "\\boxed{{{}}} \\boxed{{{}}}", "<answer>{} ≈ {}</answer> not it",
     "答案是{}或{}。", "<answer>{}或{}</answer>", "{}, perhaps {}", "<answer>{}, possibly {}</answer>"]
 DENIED = [
-    "The answer is not {}.", "The answer isn't {}.", "The answer cannot be {}.", "not {}", "<answer>not {}</answer>",
+    "The answer is not {}.", "The answer isn't {}.", "The answer cannot be {}.", "not {}",
+    "<answer>not {}</answer>",
     "I cannot say whether the answer is {}.", "Is the answer {}?", "The answer is less than {}.",
     "The answer is up to {}.", "<answer>x = {} or something else</answer>", "<answer>!={}</answer>",
-    "We are given {}. The answer is", "Let a = {}. Then", "<answer>more than {}</answer>", "<answer>不是{}</answer>"]
+    "We are given {}. The answer is", "Let a = {}. Then", "<answer>more than {}</answer>",
+    "<answer>不是{}</answer>"]
 
 
 @pytest.mark.parametrize("kind", ["number", "math"])
@@ -215,11 +217,13 @@ def test_an_exact_value_beside_a_rounded_one(gold):
         for inner in ROUNDED:
             right, wrong = form.format(inner.format(way, near)), form.format(inner.format(other, near_other))
             cases += [(right, gold, "math", {}, 1), (wrong, gold, "math", {}, 0)]
-            cases += [(right, near, "number", {"precision": 2}, 1), (wrong, near, "number", {"precision": 2}, 0)]
+            places = {"precision": 2}
+            cases += [(right, near, "number", places, 1), (wrong, near, "number", places, 0)]
     assert not wrongly_graded(cases)
 
 
-CONVERSIONS = [("2 km", "2000 m", "2 m"), ("3 hours", "180 minutes", "3 minutes"), ("90 seconds", "1.5 min", "90 h"),
+CONVERSIONS = [("2 km", "2000 m", "2 m"), ("3 hours", "180 minutes", "3 minutes"),
+               ("90 seconds", "1.5 min", "90 h"),
                ("5 kPa", "5000 Pa", "5 Pa"), ("4 MHz", "4000 kHz", "4 Hz"), ("2 days", "48 hours", "2 hours")]
 
 
@@ -259,7 +263,8 @@ FORMULAS = {
     "\\emptyset": (["\\varnothing", "∅"], ["\\{0\\}", "0"]),
     "x=2,x=5": (["x_1 = 2, x_2 = 5", "x = 5, x = 2"], ["x=2", "x=-2,x=5", "x=2,x=6"]),
 }
-MATHS = ["The answer is\n\\[ {} \\]", "**Answer:** {}", "**{}**", "<answer>**{}**</answer>", "<answer>{}.</answer>",
+MATHS = ["The answer is\n\\[ {} \\]", "**Answer:** {}", "**{}**", "<answer>**{}**</answer>",
+         "<answer>{}.</answer>",
          "The result must be {}.", "It is equal to {}.", "So {} is the answer.", "## Final Answer\n{}\n",
          "The answer is {}, because the sides are equal.", "【答案】{}", "Thus, the result is ${}$."]
 
@@ -295,9 +300,11 @@ CHOICES_IN_PROSE = [
     "The answer is ({L}) rather than ({O}).", "The answer is {L}. {t}",
     "The correct answer is option {L}: {t}.",
     "The answer is {t}.", "It must be {t}.", "{L} is the best answer.", "Among the choices, {L} fits best.",
-    "It is {L} rather than {O}.", "The answer is clearly {L}.", "Therefore, {L}.", "Thus, option ({l}) is correct.",
-    "The {N} option is correct.", "So the answer is the {N} option.", "Eliminating {O}, we are left with {L}.",
-    "答：{L}", "Answer - {L}", "The answer is {L}, because {O} is too long.", "Ans. ({L})", "### Answer\n\n**{L}**"]
+    "It is {L} rather than {O}.", "The answer is clearly {L}.", "Therefore, {L}.",
+    "Thus, option ({l}) is correct.", "The {N} option is correct.", "So the answer is the {N} option.",
+    "Eliminating {O}, we are left with {L}.", "答：{L}",
+    "Answer - {L}", "The answer is {L}, because {O} is too long.",
+    "Ans. ({L})", "### Answer\n\n**{L}**"]
 UNDECIDED = ["{L} or {O}", "{L}, {O}", "{L}/{O}", "{L} and {O}", "({L}) ({O})", "ABCD", "A, B, C, D",
              "A B C D", "not {L}",
              "{L}. {t} or {O}. {o}", "{L} or maybe {O}", "({L}) {t} ({O}) {o}",]
@@ -306,7 +313,8 @@ UNDECIDED = ["{L} or {O}", "{L}, {O}", "{L}/{O}", "{L} and {O}", "({L}) ({O})", 
 def filled(form, options, i, other):
     letter = chr(65 + i)
     place = ["first", "second", "third", "fourth"][i]
-    return form.format(L=letter, l=letter.lower(), N=place, F=chr(ord("Ａ") + i), t=options[i], O=chr(65 + other), o=options[other])
+    return form.format(L=letter, l=letter.lower(), N=place,
+                       F=chr(ord("Ａ") + i), t=options[i], O=chr(65 + other), o=options[other])
 
 
 @pytest.mark.parametrize("options", OPTIONS)
