@@ -240,8 +240,8 @@ SCALES = {"%": Fraction(1, 100), "thousand": 10**3, "million": 10**6, "billion":
 SCALES |= {prefix + unit: 7**(20 + i) * Fraction(10)**power
            for i, unit in enumerate("m g L J V A W N F s Hz Pa eV".split())
            for prefix, power in zip(("", *"nμmckM"), (0, -9, -6, -3, -2, 3, 6))}
-for seconds, words in {1: "sec second", 60: "min minute", 3600: "h hr hour", 86400: "day"}.items():
-    SCALES |= {word + s: SCALES["s"] * seconds for word in words.split() for s in ("", "s")}
+TIMES = {"sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "day": 86400}
+SCALES |= {word + s: SCALES["s"] * seconds for word, seconds in TIMES.items() for s in ("", "s")}
 SCALE = rf"(?:\s?({'|'.join(SCALES)})(?![A-Za-z/]|\s?(?:\^|\\cdot)))?"
 UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmhACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|(?![或到])[\u4e00-\u9fff]+"
              r"|(?<=[\s/(])(?!and\b|or\b|plus\b|minus\b|times\b)[A-Za-z]{2,})"

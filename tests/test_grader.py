@@ -102,8 +102,8 @@ def test_twenty_thousand_hostile_strings():
 
 ENDLESS = [" ", "\n", "a", "1\n", "(\n", "5 or ", "is ", "answer ", "(about ", "because ", "<answer>",
            "\\boxed{", "twenty-", "not 5 ", "A. ", "kg·", "A or <answer>n't ", "≈"]
-GOLDS = [{"answer": "5", "answer_type": "number"}, {"answer": "\\frac{1}{2}", "answer_type": "math"},
-         {"answer": "B", "answer_type": "choice", "choices": ["cat", "5 cm", "1/2", "none of these"]}]
+RECORDS = [{"answer": "5", "answer_type": "number"}, {"answer": "\\frac{1}{2}", "answer_type": "math"},
+           {"answer": "B", "answer_type": "choice", "choices": ["cat", "5 cm", "1/2", "none of these"]}]
 
 
 @pytest.mark.parametrize("piece", ENDLESS)
@@ -111,7 +111,7 @@ def test_a_hundred_thousand_characters_of_one_kind(piece):
     for length in (3900, 100_000):  # within what is read of a response, and beyond
         for form in ("{}", "<answer>5 {} y</answer>", "It is 5{}"):
             text = form.format((piece * length)[:length])
-            for gold in GOLDS:
+            for gold in RECORDS:
                 gold = gold | {"id": "0", "question": "Is it?", "images": []}
                 start = time.process_time()
                 values = [reward(text, gold) for reward in rewards.REWARDS.values()]
