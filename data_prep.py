@@ -2061,7 +2061,23 @@ def served_model(flag: str, url: str, key: str, timeout: float) -> str:
 
 
 # ----- Vision-R1's cold start -----
-STAGES = ("thought", "description", "reasoning")  # the calls of a row, as named in rewards.BRIDGE
+# what a VLM is asked twice, then a text reasoner
+BRIDGE = {
+    "thought": "{question}\n\n{gold}Look closely. Under the heading CAPTION, write down what the image shows"
+               " that bears on the question. Then, under the heading REASONING, go from there to the answer"
+               " in small steps.",
+    "description": "Somebody was asked this about the image:\n{question}\n\nAnd thought:\n{thought}\n\n"
+                   "Describe the image for a reader who cannot see it, yet must answer the question from your"
+                   " words alone. Leave out nothing that this takes: every object and how many there are,"
+                   " colours, shapes, sizes, places and relations, all numbers, labels and words, lines,"
+                   " angles, axes and marks. Where the thoughts misread the image, go by the image. Write the"
+                   " description only, neither a solution nor an answer.",
+    "reasoning": "{description}\n\nThis is what an image shows. Take it as if you looked at the image"
+                 " yourself, and answer:\n{question}\n\n{gold}Think step by step. Then write nothing but the"
+                 " answer, of options only the letter, between <answer> and </answer>.",
+    "gold": "(The answer is {answer}. Let it guide you, but reason as if nobody had told you.) ",
+}
+STAGES = ("thought", "description", "reasoning")  # the calls of a row, as named in BRIDGE
 BLIND = re.compile(  # what a model says that was, or believes it was, given no image
     r"\b(?:no|without an?) (?:image|picture|photo|figure|diagram)\b.{,20}\b(?:provided|attached|available)"
     r"|\b(?:can(?:not|'t|’t| not)|unable to|not able to)(?: \w+)? (?:see|view|access|open|display|look at)"
@@ -2132,7 +2148,7 @@ def bridge(record: dict, ask: Callable, show_gold: tuple) -> dict:
     if not record.get("answer", "").strip():
         raise LeftOut("no gold answer", "")
     question = rewards.build_prompt(record | {"task": "plain"})
-    hint = rewards.BRIDGE["gold"].replace("{answer}", record["answer"])
+    hint = BRIDGE["gold"].replace("{answer}", record["answer"])
     vlm, reasoner = (hint if who in show_gold else "" for who in ("vlm", "reasoner"))
     thought = record.get("response") or ask("thought", record, question=question, gold=vlm)
     description = ask("description", record, question=question, thought=thought.replace("<image>", "image"))
@@ -2161,7 +2177,7 @@ class Calls:
     def ask(self, stage: str, record: dict, **fields: str) -> str:
         """The text of a reply. Raises LeftOut if that is of no use, ConnectionError, BadImage."""
         cfg = self.cfg
-        prompt = re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], rewards.BRIDGE[stage])
+        prompt = re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], BRIDGE[stage])
         body = {"model": cfg.vlm_model, "temperature": 0, "max_tokens": cfg.max_new_tokens}
         if stage == "reasoning":
             body |= {"model": cfg.reasoner_model, "temperature": cfg.temperature, "top_p": 0.95,

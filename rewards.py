@@ -2,27 +2,24 @@ r"""Text in, numbers out: prompts, answer extraction, grading, rewards. A leaf: 
 
 Every reward is `(response: str, record: dict) -> float`. The response is hostile input, because RL finds
 every hole: no reward raises, hangs (formulas get a second, in a process that is killed then), or returns NaN,
-whatever the model wrote. The record is trusted, data_prep checks it on load: id, question, images, answer
-(str), answer_type (one of ANSWER_TYPES), choices? (option texts), precision? (decimals of the answer), task?
-(picks a prompt of its own), meta? ("accepted": further golds; "classes" of a distribution). The training loop
-adds what it knows of the response: truncated? (cut at the length limit), forced? (made to rethink).
+whatever the model wrote. The record is trusted: data_prep, whose docstring names its fields, checks it on
+load. The training loop adds what it knows of the response: truncated? (cut at the length limit), forced?
+(made to rethink).
 
 From a question to a reward:
   1. build_prompt: the template of the record's task, else of its answer type. It promises a form of answer.
   2. extract_answer: last <answer> tag, else last \boxed{}, else "the answer is ...", else the bare text.
-     Tag and box are slots the model chose to fill, so they are read strictly: one answer, nothing else.
-     Prose, or a sentence in a slot, is read for its conclusion. What breaks off in mid-sentence has none.
-  3. accuracy: choice compares option letters, number compares exact values, text compares normalised words,
-     calls compares function calls. What the cheap comparisons leave open goes to math-verify (Judge).
-     Boxes and distributions (RISE) are read from a tag or box alone.
+     Tag and box are read strictly: one answer, nothing else. Prose, or a sentence in a slot, is read for its
+     conclusion, without reasons, conditions and questions. What breaks off in mid-sentence has none.
+  3. accuracy: compares letters, exact values, normalised words or calls; what is left goes to math-verify.
   4. REWARDS: accuracy, formats, and what the papers reward instead; parse_reward_spec reads their weights.
 
 Conventions, where graders disagree: the last tag wins, the last box (boxes side by side are one list), a tag
 over a box outside it, and a letter over the option text beside it; degree signs, labels ("Area =") and units
-are ignored, but two units of a kind convert (2 km, 2000 m); prose means yes or no only in the question's
-words; 50% equals 50 and 0.5 (but 50 is not 0.5), 2 million 2 and 2000000; "not 5", "more than 5" and hedges
-("A or B") say nothing; with `precision` half a unit of the last decimal is allowed, else integers are exact
-and others agree to six digits; sets and calls ignore order; spelled-out counts are numbers in prose only.
+are ignored, but two units of a kind convert (2 km, 2000 m); 50% equals 50 and 0.5 (but 50 is not 0.5), 2
+million 2 and 2000000; "not 5", "more than 5" and hedges ("A or B") say nothing; with `precision` half a unit
+of the last decimal is allowed, else integers are exact, others agree to six digits; "√3 ≈ 1.73" is both;
+sets and calls ignore order; spelled-out counts are numbers in prose only, and yes or no the question's words.
 """
 import contextlib
 import difflib
@@ -95,11 +92,10 @@ PROMPTS = {
                        " <think> and </think>. Then write only the letter of the option you choose between"
                        " <answer> and </answer>.",
     # Reason-RFT's tasks (arXiv 2503.20752), reasoned or answered at once (_answer)
-    "counting_answer": "{question} Give only the number.",
+    **dict.fromkeys(["counting_answer", "structure_answer"], "{question} Give only the number."),
     "structure": "{question} Think inside <think> </think>, then give the number inside <answer> </answer>.",
     "structure_choice": "{question}\nThink inside <think> </think>, then give the letter of the right option"
                         " inside <answer> </answer>.",
-    "structure_answer": "{question} Give only the number.",
     "structure_answer_choice": "{question}\nGive only the letter of the right option.",
     "transform": SCENE_RULES + "\n\n{question}\n\nThink inside <think> </think>, then give only the function"
                  " calls, separated by commas, inside <answer> </answer>.",
@@ -116,22 +112,6 @@ PROMPTS = {
            " from your text, so do not give it away: no coordinates, no probabilities, no class names.",
     "reconstruct": "{question}\n\nSomebody looked at the picture and wrote:\n{rationale}\n\nFrom this, write"
                    " only {form} between <answer> and </answer>.",
-}
-# Modality bridging (Vision-R1, arXiv 2503.06749): what data_prep.py asks a VLM twice, then a text reasoner
-BRIDGE = {
-    "thought": "{question}\n\n{gold}Look closely. Under the heading CAPTION, write down what the image shows"
-               " that bears on the question. Then, under the heading REASONING, go from there to the answer"
-               " in small steps.",
-    "description": "Somebody was asked this about the image:\n{question}\n\nAnd thought:\n{thought}\n\n"
-                   "Describe the image for a reader who cannot see it, yet must answer the question from your"
-                   " words alone. Leave out nothing that this takes: every object and how many there are,"
-                   " colours, shapes, sizes, places and relations, all numbers, labels and words, lines,"
-                   " angles, axes and marks. Where the thoughts misread the image, go by the image. Write the"
-                   " description only, neither a solution nor an answer.",
-    "reasoning": "{description}\n\nThis is what an image shows. Take it as if you looked at the image"
-                 " yourself, and answer:\n{question}\n\n{gold}Think step by step. Then write nothing but the"
-                 " answer, of options only the letter, between <answer> and </answer>.",
-    "gold": "(The answer is {answer}. Let it guide you, but reason as if nobody had told you.) ",
 }
 HAS_OPTIONS = re.compile(r"\(A\)[\s\S]*\(B\)|^\s*A\s*[.:)]|(?i:\b(?:choice|option)s?\s*:)", re.MULTILINE)
 
@@ -153,21 +133,21 @@ def build_prompt(record: dict) -> str:
 
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 BOX_GLUE = re.compile(r"(?:[\s$,;()\\]|q?quad|and\b|or\b|text\{[^{}]{,40}\})+")
-CUE = re.compile(r"(?:\b(?:final answer|answers?|ans|correct (?:option|choice)s?|solution|result)\b(?:(?!not\b|n't)[^.:：\n]){,60}?"
-                 r"(?:\b(?:is|are|be|equals)\b|[:：=→]|\s-\s)|答案|答[:：]|结果|选(?!项)|final answer\s|^\W*answer\W*\n"
-                 r"|\b(?:wait|actually|correction|on second thought)\b|\A(?=[-\d./]{1,20}\n+[A-Z]))"
-                 r"[\s,:：=】是为]*(?:\\\[|\$\$)?\s*", re.IGNORECASE + re.MULTILINE)
-CUED_AFTER = re.compile(r"^(?:.*\. )?(?:so|thus|hence|therefore)?,?\s?(?!this|that|it|which|what)(\S.{,60}?) "
-                        r"is (?:the|our|my) (?:final |correct |best |right )?(?:answer|choice|option)\b", re.IGNORECASE + re.MULTILINE)
+CUE = re.compile(r"(?:\b(?:final answer|answers?|ans|correct (?:option|choice)s?|solution|result)\b"
+                 r"(?:(?!not\b|n't)[^.:：\n]){,60}?(?:\b(?:is|are|be|equals)\b|[:：=→]|\s-\s)"
+                 r"|final answer\s|^\W{,9}answer\W*\n|答案|答[:：]|结果|选(?!项)|\A(?=[-\d./]{1,20}\n+[A-Z])"
+                 r"|\b(?:wait|actually|correction|on second thought)\b)[\s,:：=】是为]*(?:\\\[|\$\$)?\s*",
+                 re.IGNORECASE + re.MULTILINE)
+CUED_AFTER = re.compile(r"(?im)^(?:.*\. )?(?:so|thus|hence|therefore)?,?\s?(?!this|that|it|.{,40}answer is)"
+                        r"(\S.{,60}?) is (?:the|our|my) (?:\w+ )?(?:answer|choice|option)\b")
 SAID = re.compile(r"\b(?:is|are|was|were|choose|wait)\b", re.IGNORECASE)
 BOLD = re.compile(r"(?<![\w)}\]])\*\*|\*\*(?![\w(-])|</s>")
 # reasons, conditions and questions, whose numbers are not the answer
 ASIDE = re.compile(r"(?<=[\w)\]}$%°,])\s(?:(?:because|since|assuming)\b(?:[^.!?;\n]|\.(?=\S))*"
-                   r"|(?:whether|if|when|where)\b(?:[^.,!?;\n]|[.,](?=\S))*)"
-                   r"|\s?\([^()]{,40}(?:rounded|decimal|nearest)[^()]{,40}\)|(?<![^.!?\n])[^.!?\n]+\?(?=\s|$)", re.IGNORECASE)
+                   r"|(?:whether|if|when|where)\b(?:[^.,!?;\n]|[.,](?=\S))*|\([^()]{,40}rounded[^()]*\))"
+                   r"|(?<![^.!?\n])[^.!?\n]+\?(?=\s|$)", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<!\b[A-K])(?:[.?]|(?<!\d)!)(?=\s|$)|[。；]|．(?!\d)|，(?!-?\d)|\n|\"\s*\}")
-UNFINISHED = re.compile(r"<think>|\b(?:an|the|that|this|then|need to|of|in|with|and|or|we|is|are)\s*$",
-                        re.IGNORECASE)
+UNFINISHED = re.compile(r"<think>|\b(?:an|the|that|this|[Tt]hen|need to|of|in|with|and|or|we|is|are)\s*$")
 
 
 def extract_answer(response: str) -> str | None:
@@ -212,25 +192,24 @@ def _last_box(text: str) -> str | None:
 
 # ----- notation: one spelling for what can be written in many ways
 
-SYMBOLS = str.maketrans({  # what Unicode's own compatibility forms leave as it is
-    "−": "-", "–": "-", "—": "-", "‐": "-", "⁄": "/", "∶": ":", "掳": "°", "≈": r"\approx ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "π": r"\pi ", "±": r"\pm ", "∞": r"\infty ", "∪": r"\cup ",
-    "∈": r"\in ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot "})
+# what Unicode's own compatibility forms leave as it is
+MACROS = r"\le \ge \neq \pi \pm \infty \cup \in \times \cdot \cdot".split()
+SYMBOLS = str.maketrans("−–—‐⁄∶掳≈≃", "----/:°==")
+SYMBOLS |= {ord(sign): f"{macro} " for sign, macro in zip("≤≥≠π±∞∪∈×·⋅", MACROS)}
 LATEX = [(re.compile(pattern), repl) for pattern, repl in (
+    (r"\\[dtc]frac", r"\\frac"), (r"\*\*", "^"), (r"\\mathrm\s*\{([a-zA-Z])\}", r"\1"),  # e, i, d: no units
     (r"(?:√|(?<![\\a-z])sqrt)\s*(?:(\d+|[a-z]\b)|\(([^()]*)\))?",
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}" if m[1] or m[2] else r"\sqrt"),
-    (r"(?<![\\A-Za-z])pi\b", r"\\pi"),
-    (r"\\[dtc]?frac\s*(\{[^{}]*\}|\d)?\s*(\d)?",
-     lambda m: r"\frac" + "".join(f"{{{part.strip('{}')}}}" for part in m.groups("") if part)),
-    (r"\\mathrm\s*\{([a-zA-Z])\}", r"\1"),  # e, i, d: no units
-    (r"\\varnothing|∅", r"\\emptyset"), (r"\\([lg]eq)slant", r"\\\1"), (r"\\[\[\]]|\$\$", " "), (r"\*\*", "^"), (r"(?<![\\A-Za-z])(log|ln|sin|cos|tan)(?![A-Za-z])", r"\\\1"),
-    (r"\bx_\{?\d\}?\s*=", "x ="), (r"(?<=\d)(?:\s*\n\s*|\|)(?=-?\d)", ", "),
+    (r"\\frac\s*(\d)", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"\\varnothing|∅", r"\\emptyset"), (r"\\([lg]eq)slant", r"\\\1"), (r"\\[\[\]]|\$\$", " "),
+    (r"(?<![\\A-Za-z])(log|ln|sin|cos|tan|pi)(?![A-Za-z])", r"\\\1"),
+    (r"\bx_\{?\d\}?\s*=", "x ="), (r"(?<=\d)(?: ?\n{1,3}|\|)(?=-?\d)", ", "),
 )]
 WORDS = {word: i for i, word in enumerate("""zero one two three four five six seven eight nine ten eleven
     twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split())}
 WORDS |= {f"{ten}ty": 10 * i for i, ten in enumerate("thir for fif six seven eigh nine".split(), 3)}
-COUNT = "|".join(sorted(WORDS, key=len, reverse=True))
-COUNTS = re.compile(rf"(?<!\d )\b(?:{COUNT})(?:[\s-](?:hundred(?: and)?|{COUNT}))*\b", re.IGNORECASE)
+COUNT = rf"(?:{'|'.join(sorted(WORDS, key=len, reverse=True))})"
+COUNTS = re.compile(rf"(?<!\d )\b{COUNT}(?:[\s-](?:hundred(?: and)?|{COUNT}))*\b", re.IGNORECASE)
 NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
     (r"(?:(?<=\d)\s*(?:\\,)?(?:\\times|\\cdot|[x*])\s*(?:\\,)?|(?<![\w.^}\\]))"
      r"10\s?\^\s?(?:[{(]\s?([-+]?\d{1,3})\s?[})]|([-+]?\d{1,3}))(?!\d|\.\d)",
@@ -242,34 +221,29 @@ NOTATION = [(re.compile(pattern, re.ASCII), repl) for pattern, repl in (
     (r"(?<![\d.,])[1-9]\d{,2}([, ]|\\[,;:! ]|,\\!|\{,\})\d{3}(?:\1\d{3})*(?!,?\d)",
      lambda m: m[0].replace(m[1], "")),
     (r"\\(?:left|right|[,!;:()\[\] $])|[$*`~]|__|\\q?quad", " "),
-    (r"\s?\\?%|\s(?:percent|per cent|pct)\b", "%"),
-    (r"\\(approx|mu|Omega)\b\s*", lambda m: {"a": "≈", "m": "μ", "O": "Ω"}[m[1][0]]),
-    (r"\(((?:about|approx|roughly|≈)[^()]*)\)", r"\1"),
-    (r"[\s,]*(?:\bor |\bwhich is )?(?:\b(?:about|approximately|approx\.?|roughly)\s|≈)\s*(?=[€£¥]?-?[.\d])", " ≈ "),
-    (r"\b([apAP])\.\s?([mM])\b\.?", r"\1\2"),
+    (r"\s?\\?%|\s(?:percent|per cent|pct)\b", "%"), (r"\b([apAP])\.\s?([mM])\b\.?", r"\1\2"),
+    (r"\\approx\b\s*", "="), (r"\\mu\b\s*", "μ"), (r"\\Omega\b\s*", "Ω"),
     (r"\b(?:negative|minus)\s(?=\.?\d|" + COUNTS.pattern + ")", "-"),
     (r"(?<![\w./^])(\d{1,6}) (?:and )?(\d{1,6})/(\d{1,6})(?![\d/])",
      lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}"),
 )]
 # what SYMBOLS, LATEX and NOTATION rewrite, in brief
-DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|percent|per cent|pct|sqrt|pi\b|negat|minus"
-                     r"|about|approx|roughly|[apAP]\.\s?[mM]\b")
+DRESSED = re.compile(r"[^\x00-\x7f]|[\\^$*`~{%]|\d[\s,]\d|degree|per ?cent|pct|sqrt|pi\b|negat|minus"
+                     r"|\.\s?[mM]\b|log|ln|sin|cos|tan")
 # a number that no longer number or formula goes on from, such as 2\sqrt{3}, 2x, 2+3i or 10:30
 DIGITS = (r"(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?(?:/\d{1,15})?"
           r"(?![\d/_]|[.:]\d|\^|[a-bd-fijnp-rt-z]\b|\s?\\(?:sqrt|pi|frac)|\s?[-+]\s?(?:\\|\d*[a-z]\b))")
 NUMBER = r"(?<![\w.{^])(?<!\d:)(?:[-+]|(?<![\w)%] )[-+]\s)?[€£¥]?" + DIGITS  # no sign in "7 - 2"
-SCALES = {"%": Fraction(1, 100), "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
-          "万": 10**4, "亿": 10**8}
-PREFIXES = {"n": -9, "μ": -6, "m": -3, "c": -2, "": 0, "k": 3, "M": 6}
+SCALES = {"%": Fraction(1, 100), "thousand": 10**3, "million": 10**6, "billion": 10**9,
+          "trillion": 10**12, "万": 10**4, "亿": 10**8}
 # each kind of unit has a factor of its own: kg convert to g, yet to no number and to no m
 SCALES |= {prefix + unit: 7**(20 + i) * Fraction(10)**power
            for i, unit in enumerate("m g L J V A W N F s Hz Pa eV".split())
-           for prefix, power in PREFIXES.items()}
-for words, seconds in (("sec second", 1), ("min minute", 60), ("h hr hour", 3600), ("day", 86400)):
-    for word in words.split():
-        SCALES[word] = SCALES[word + "s"] = SCALES["s"] * seconds
+           for prefix, power in zip(("", *"nμmckM"), (0, -9, -6, -3, -2, 3, 6))}
+TIMES = {"sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "day": 86400}
+SCALES |= {word + s: SCALES["s"] * seconds for word, seconds in TIMES.items() for s in ("", "s")}
 SCALE = rf"(?:\s?({'|'.join(SCALES)})(?![A-Za-z/]|\s?(?:\^|\\cdot)))?"
-UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmhACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|[\u4e00-\u9fff]+"
+UNIT_NAME = (r"(?:[cdkmμnpMGT]?(?:[gslLmhACFHJKNTVWΩ]|Hz|Pa|Wh|cal|eV|mol)|(?![或到])[\u4e00-\u9fff]+"
              r"|(?<=[\s/(])(?!and\b|or\b|plus\b|minus\b|times\b)[A-Za-z]{2,})"
              r"(?:(?:\s?\^)?\{?-?[1-4]\}?)?(?![A-Za-z])")
 MEASURE = re.compile(rf"({NUMBER}){SCALE}"
@@ -278,17 +252,16 @@ STATED = re.compile(r"\b(?:is|are|was|were|be|equals?)\b(?:an?\b|total|of|about|
                     rf"((?:[-+]\s?)?[€£¥]?{DIGITS}){SCALE}", re.ASCII)
 INEQUALITY = r"\\(?:leq?|geq?|lt|gt)(?![a-z])|[<>]"
 # what makes a formula or a hedge of the words around a number
-FORMULA = re.compile(r"[\\^*+=<>/|\d!]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\w\(#|\b(?:not?|or|minus|plus)\b")
-REFUTED = re.compile(r"(?:(?i:(?:\b|can)not(?: be| equal to)?|\b(?:than|instead of|at least|at most|up to)|n't|rather than)\s"
-                     r"|不是|[大小]于)(?i:option |choice )?(?:-?\d[\d,.]*\b|\(?[A-K](?![A-Za-z])\)?)(?:,? but\b)?"
-                     r"|(?i:option |choice )?\(?\b[A-K]\)? (?:is|does) (?:wrong|incorrect|not)\b"
-                     r"|(?i:option )?\(?\b[A-K]\)? can be (?:excluded|ruled out)")
+FORMULA = re.compile(r"[\\^*+=<>/|\d!]|\b[a-zA-Z]\s?#|#\s?[a-zA-Z]\b|-\s?#|#-|\b(?:not?|or|minus|plus)\b")
+REFUTED = re.compile(r"(?:(?i:(?:\b|can)not(?: be| equal to)?|n't|\b(?:(?:rather )?than|instead of|up to"
+                     r"|at least|at most))\s|不是|[大小]于)(?i:option )?(?:-?\d[\d,.]*\b|\(?[A-K](?![A-Za-z])\)?)"
+                     r"(?:,? but\b)?|\(?\b[A-K]\)? (?:(?:is|does) (?:wrong|incorrect|not)|can be)\b")
 NEGATION = re.compile(r"\b(?:not|no|cannot|unable|impossible|unclear|without)\b|n't", re.IGNORECASE)
 REFUSAL = re.compile(r"can(?:no|')t|unable to|impossible|insufficient|without |none of|no (?:info|option)"
                      r"|not (?:possible|enough|provide|specif|available|clear|contain|in the)", re.IGNORECASE)
 VERB = re.compile(r"(?s).*(?:\b(?:is|are|be|equals|equal to|obtain|get|gives)\b:?|(?<=[a-z]):)\s+"
                   r"((?!equal to)(?:[^a-z].*|[a-z]\b.*))")
-APPROXIMATION = re.compile(r"(?s)(?<=[\w})\]])[\s,(]{,3}(?:\bor\s|which is\s)?(?:\\approx|\b(?:about|approximately)\b).*")
+ROUNDED = re.compile(r"[\s,(]{,3}(?:\bor |\bwhich is )?(?:≈|\\approx\b|\b(?:about|approximately)\b)\s?")
 ASSIGNED = re.compile(r"^(?:(?:[^=\d+*/<>^!-]{1,40}(?:[_ ]?\{?\d\}?)?)?\s?=\s?"
                       r"|(?:[\d\s+*/().-]|\\times|\\cdot){3,60}=\s?(?=[-.\d]))"
                       r"|\s?=\s?[A-Za-z]$")
@@ -296,29 +269,31 @@ FILLERS = set("a an the it they this that there its their is are was were be wil
               " than in on at for by with as and or also has have does do".split())
 CALL = re.compile(r"\b(\w+)\s*\(\s*(\w+)\s*,[\s\"'`‘’“”]*([\w-]+)[\s\"'`‘’“”]*\)", re.ASCII)
 # what a sentence says: "The bar is red", "Yes, it is", "red, not blue"
-AROUND = re.compile(r"(?is)^(?!yes\b|no\b).*(?:\b(?:is|are|was|were|be|equals|equal to|shows?|at|in|by|year)|:)\s"
+AROUND = re.compile(r"(?is)^(?!yes\b|no\b).*(?:\b(?:is|are|was|were|be|equals?|to|shows?|at|in|by|year)|:)\s"
                     r"|(?<=^yes),(?! no).*|(?<=^no),(?! yes).*|(?<=\w),? \(?not .*")
 LETTER = re.compile(r"(?:(?i:option|choice|answer)s?[\s:]+|[选项]+)?"
                     r"[\[({【]?([A-Z]|[a-z](?=[\])}.:]|$))(?![\w'])((?:[\s.:?)\]}】]|-(?!\S))*)(.*)")
 ITEMS = re.compile(r"\s?(?:[,;&、]\s?(?:and\b)?|\band\b)\s?|(?<=[A-K)])\s?(?=\(?[A-K](?![a-z]))")
-HEDGE = re.compile(r"(?:^|\b(?:or|and)\s(?:maybe\s|perhaps\s|else\s)?|[/,;、或]\s?)\(?[A-K]\)?(?![\w']| [a-z])")
-LISTED = re.compile(HEDGE.pattern + r"|\s(?:\([A-K]\)|[A-K][.):])\s?\w")
-DOUBT = re.compile(r"\b(?i:or|nor)\b[\w\s]{,12}[\s(][A-K]\b|可能.*可能")
-HEDGED = re.compile(r"\d\W{,3}(?:[a-z]+\W{1,3})?(?:\b(?:or|possibly|perhaps|maybe)\b|或|可能)\W{,3}(?:\w+?\W{,3}){,3}?\d"
-                    r"|\b(?:both|neither)\W{1,3}\d|\b(?:between|is|are|be)\W{1,3}[-+\d./]+ and [-+\d./]+$|^or\b"
+HEDGE = re.compile(r"(?:^|\b(?:or|and)\s(?:maybe\s|else\s)?|[/,;、或]\s?)\(?[A-K]\)?(?![\w']| [a-z])"
+                   r"|\s(?:\([A-K]\)|[A-K][.):])\s?\S")
+HEDGED = re.compile(r"(?:\d|\b[A-K])\W{,3}(?:[a-z]{1,9}\W{1,3})?(?:\b(?i:n?or|possibly|perhaps|maybe)\b|[或能])"
+                    r"[是为]?\W{,3}(?:[a-z]{1,15}\W{1,3}){,3}(?:\d|[A-K]\b)|\b(?:both|neither)\W{1,3}\d|^or\b"
+                    r"|\b(?:between|is|are|be)\W{1,3}[-+\d./]+ and [-+\d./]+$"
                     r"|^\W*(?:is |from )*-?[\d.]+\W?(?:to|到)\W?[\d.]+\W*(?:之间)?$")
 ORDINAL = re.compile(r"\b(?i:(first)|(second)|(third)|(fourth)|(fifth)) (?i:option|choice)\b")
-LABELLED = re.compile(r"\(([A-K])\)|\b([A-K])\W? (?:fits|matches|is (?:the )?(?:correct|right))\b|^\W*([A-K])(?:[.):]|\W*$)"
+LABELLED = re.compile(r"\(([A-K])\)|\b([A-K])\W? (?:fits|matches|is (?:the )?(?:correct|right))\b"
+                      r"|^\W*([A-K])(?:[.):]|\W*$)|(?:选项|答案|是|选)\W*为?([A-K])"
                       r"|\b(?i:option|choice|letter|answer)s?\b[^.\n()]{,50}?(?: is:?|:) \W*([A-K])\b"
-                      r"|\b(?i:option|choice|choose|select|pick|leaving|(?:go|left) with)\W+([A-K]\b|[a-k](?=\)))"
-                      r"|\b(?:is|be|[Ii]t's|leaves|[Ss]o|[Tt]hus|[Hh]ence|[Tt]herefore),? (?:\w+ly )?\W*([A-K])(?=\W*$)|(?:选项|答案|是|选)\W*为?([A-K])")
+                      r"|\b(?i:option|choice|choose|select|pick|leaving|\w+ with)\W+([A-K]\b|[a-k](?=\)))"
+                      r"|\b(?i:is|be|it's|leaves|so|thus|hence|therefore),? (?:\w+ly )?\W*([A-K])(?=\W*$)")
 LISTING = re.compile(r"(?:^|\n)[^\w\n]{,4}A[.):][^\n]{,200}(?:\n[^\w\n]{,4}[B-Z][.):][^\n]{,200})+"
                      r"|\(A\)[^\n]{,80}?\(B\)[^\n]{,80}?\(C\)[^\n]*")  # options repeated, not chosen from
 
 
 def _spelled(text: str) -> str:
     """Text with one sign for each thing, as ASCII and LaTeX: powers, full-width forms, roots, fractions."""
-    text = re.sub(r"[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", re.sub(r"[¼-¾⅐-⅞]", r" \g<0>", text.replace("º", "°")))
+    text = re.sub(r"[¼-¾⅐-⅞]", r" \g<0>", text.replace("º", "°"))
+    text = re.sub(r"[⁰¹²³⁴-⁹⁺⁻]+", r"^{\g<0>}", text)
     text = unicodedata.normalize("NFKC", text).translate(SYMBOLS)
     for pattern, repl in LATEX:
         text = pattern.sub(repl, text)
@@ -339,16 +314,10 @@ def _squeezed(text: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", text) if " " in text else text
 
 
-Value = tuple[Fraction, Fraction | int]  # a number as written, and the unit that % or "million" make of 1
-
-
 @functools.lru_cache(1024)
-def _value(text: str, alone: bool = True) -> Value | None:
-    """The value of a plain text: one number, perhaps with `x =` and a unit; if not `alone`, among words."""
-    if "≈" in text:
-        exact, _, rounded = text.rpartition("≈")
-        return _value(exact.rpartition("=")[2], alone) or _value(rounded, alone)
-    text = ASSIGNED.sub("", text.strip())
+def _value(text: str, alone: bool = True) -> tuple | None:
+    """(number, what % or a unit makes of 1) of a plain text like "x = 5 km"; if not `alone`, among words."""
+    text = ASSIGNED.sub("", text)
     number, around = MEASURE.search(text), MEASURE.sub("#", text, count=1)
     fits = around == "#" if alone else not (FORMULA.search(around) or REFUSAL.search(around))
     if not (number and fits):
@@ -358,7 +327,7 @@ def _value(text: str, alone: bool = True) -> Value | None:
     return (Fraction(top) / divisor, SCALES.get(number[2], 1)) if divisor else None
 
 
-def _same_value(got: Value, gold: Value, precision: float | None) -> bool:
+def _same_value(got: tuple, gold: tuple, precision: float | None) -> bool:
     """Equal to the record's decimals, else six digits."""
     tolerance = 0 if gold[0].denominator == 1 else max(abs(got[0]), abs(gold[0])) / 10**6
     if precision is not None:
@@ -366,7 +335,7 @@ def _same_value(got: Value, gold: Value, precision: float | None) -> bool:
     return any(abs(x - y) <= tolerance for x, y in _readings(got, gold))
 
 
-def _readings(got: Value, gold: Value) -> list:
+def _readings(got: tuple, gold: tuple) -> list:
     """Pairs of values to compare: a percentage on one side only is that number or that ratio."""
     (x, x_scale), (y, y_scale) = got, gold
     as_written = [(x, y)] if x_scale == y_scale or 1 in (x_scale, y_scale) else []
@@ -376,7 +345,8 @@ def _readings(got: Value, gold: Value) -> list:
 def _claims(answer: str, prose: str) -> list[str]:
     """Where prose commits itself: the clause after its last cue, then its sentences from the last one on."""
     clauses = ["is " + answer] * (answer != prose) + SENTENCE_END.split(prose)[::-1]
-    return [REFUTED.sub(" ", clause) for clause in clauses]
+    lettered = [ORDINAL.sub(lambda m: f"option {chr(64 + m.lastindex)}", clause) for clause in clauses]
+    return [REFUTED.sub(" ", clause) for clause in lettered]
 
 
 def _conclusion(answer: str, prose: str) -> str:
@@ -387,10 +357,7 @@ def _conclusion(answer: str, prose: str) -> str:
         text = COUNTS.sub(lambda words: _digits(words[0]), _plain(claim).lower())
         if HEDGED.search(text):
             return ""
-        exact, _, rounded = text.partition("≈")
-        if rounded and not re.search(rf"(?<![\w.}}]){DIGITS}\s*$", exact):
-            exact = rounded
-        text = exact.rpartition("=")[2]
+        text = text.rpartition("=")[2]
         for number in list(STATED.finditer(text))[-1:] or list(MEASURE.finditer(text))[-1:]:
             return text[number.start(1):number.end()]
     return ""
@@ -399,18 +366,26 @@ def _conclusion(answer: str, prose: str) -> str:
 # ----- grading
 
 def accuracy(response: str, record: dict) -> float:
-    """1.0 if the response's answer equals the record's, else 0.0. Hedged and unreadable answers are wrong.
-
-    Boxes are right if each gold one has its own at an IoU of 0.5 or more and there are no others, a
-    distribution if the likeliest class is the gold's. Of several golds (meta["accepted"]) any will do.
-    """
+    """1.0 if the response's answer equals the record's or one of meta["accepted"], else 0.0.
+    Boxes are right if each gold one has its own at an IoU of 0.5, distributions by the likeliest class."""
     if record["answer_type"] in ANNOTATIONS:
         return float(ANNOTATIONS[record["answer_type"]](response, record))
     answer, prose = _find_answer(response)
     grade = GRADERS[record["answer_type"]]
+    sides = [answer] if answer == prose else _sides(answer)
     golds = [record["answer"], *(record.get("meta") or {}).get("accepted", [])]
-    right = (grade(answer, prose, _gold(gold), record) for gold in golds)
+    right = (grade(side, prose, _gold(gold), record) for gold in golds for side in sides)
     return float(answer != "" and any(right))
+
+
+def _sides(answer: str) -> list[str]:
+    """An answer, and if it is like "√3 ≈ 1.73" both sides of it; two numbers must agree."""
+    sides = [side.strip(" )") for side in ROUNDED.split(answer)]
+    values = [_value(_plain(side)) for side in sides]
+    if len(sides) != 2 or not sides[0]:
+        return [answer]
+    agree = None in values or abs(values[0][0] - values[1][0]) <= abs(values[0][0]) / 100
+    return [answer, *sides] if agree else sides[:1]
 
 
 def _gold(gold: str) -> str:
@@ -424,8 +399,7 @@ def _grade_choice(answer: str, prose: str, gold: str, record: dict) -> bool:
     if not label:
         return _grade_text(answer, prose, gold, record)
     if prose:
-        answer, prose = (ORDINAL.sub(lambda m: f"option {chr(64 + m.lastindex)}", LISTING.sub("", text))
-                         for text in (answer, prose))
+        answer, prose = LISTING.sub("", answer), LISTING.sub("", prose)
     return label == (_labels(answer, choices)
                      or prose and _label_in(answer, prose, choices, record.get("question", "")))
 
@@ -443,7 +417,7 @@ def _label(item: str, choices: list[str]) -> str:
         letter, gap, rest = named.groups()
         at = ord(letter.upper()) - 65
         beside = not rest or at < len(choices) and _same_words(_fold(rest).strip("()"), choices[at])
-        if at < (len(choices) or 26) and (beside or gap.strip(" -") and not LISTED.search(rest)):
+        if at < (len(choices) or 26) and (beside or gap.strip(" -") and not HEDGE.search(rest)):
             return letter.upper()
     said = _fold(item)
     order = sorted(range(len(choices)), key=lambda i: choices[i] != said)  # as written, else by value
@@ -452,7 +426,7 @@ def _label(item: str, choices: list[str]) -> str:
 
 def _label_in(answer: str, prose: str, choices: list[str], question: str) -> str:
     """The option letter that prose commits to, by letter, else by its value or text."""
-    if DOUBT.search(answer[:60]) if answer == prose else HEDGE.search(answer, 1):
+    if HEDGED.search(answer[:60]) if answer == prose else HEDGE.search(answer, 1):
         return ""
     claims = _claims(answer, prose)
     for claim in claims:
@@ -497,24 +471,22 @@ def _grade_math(answer: str, prose: str, gold: str, record: dict) -> bool:
     if "=" in got and "=" in want and {got[0], want[0]} == {"x", "y"}:
         return False  # x = 5 and y = 5 are two lines
     if (want_value := _value(want)) and (got_value := _number(answer, prose)):
-        rounded = _value(got.rpartition("≈")[2]) if "≈" in got else None
-        near = rounded and abs(rounded[0] - got_value[0]) <= abs(got_value[0]) / 100
-        values = (got_value, rounded) if near else (got_value,)
-        return any(_same_value(value, want_value, record.get("precision")) for value in values)
+        return _same_value(got_value, want_value, record.get("precision"))
     if prose and REFUSAL.search(prose[-300:]):
         return False
-    in_words = (record["answer_type"] == "number" or want_value) and not re.search(r"[\\^*+]|\d!", got)
-    return not in_words and _same_formula(answer, gold)
+    if want_value or record["answer_type"] == "number":
+        return answer != prose and bool(re.search(r"[\\^*]|\d\s?=", got)) and _same_formula(answer, gold)
+    return _same_formula(answer, gold)
 
 
-def _number(answer: str, prose: str) -> Value | None:
+def _number(answer: str, prose: str) -> tuple | None:
     plain = REFUTED.sub("", _plain(answer))
     return _value(plain) or (_value(_conclusion(answer, prose)) if prose else _value(plain, alone=False))
 
 
 def _same_formula(answer: str, gold: str) -> bool:
-    got, want = APPROXIMATION.sub("", _spelled(REFUTED.sub(" ", answer))).strip(" .,\n"), _spelled(gold)
-    got = got.removeprefix(r"\(").removesuffix(r"\)")
+    exact = ROUNDED.split(REFUTED.sub(" ", answer))[0] or answer
+    got, want = _spelled(exact).strip(" .,\n").removeprefix(r"\(").removesuffix(r"\)"), _spelled(gold)
     if stated := VERB.match(got):
         return _grade_math(stated[1], "", want, {"answer_type": "math"})
     if "=" in got and "=" in want and re.search(r"\\frac\s*\{d|'", got + want):
@@ -551,8 +523,7 @@ HOPELESS = re.compile(r"\d{16}|!\s*!|\d{4}\s*!|\de[-+]?\d{3}|\^\s*\{?\s*[-+]?\d{
 WORD_LABEL = re.compile(r"^[\s$]*(?:\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z. ]{2,40}|[a-z]\s*\([a-z]\))?[\s$]*=")
 UNIT_TAIL = re.compile(
     r"(?<=[\w}).])(?:[\s~$,]|\\[,; ])*(?:\\(?:text|mathrm|mbox)\s*\{[\s~]*(?!and\b|or\b)[A-Za-z/ ]+\}"
-    r"|(?<![\\a-z])\{?(?:(?:square|cubic|sq\.?)\s?)?"
-    r"(?:units?|[cdkm]m|inches|feet|lit(?:re|er)s?)(?![A-Za-z])\}?)"
+    r"|(?<![\\a-z])\{?(?:(?:square|cubic|sq\.?)\s?)?(?:units?|[cdkm]m|inches|feet|liters?)(?![A-Za-z])\}?)"
     r"[\s$]*(?:\^\s*\{?[23]\}?|[²³])?[\s$.]*$")
 
 
@@ -579,11 +550,8 @@ WARM_UP = [("(x-1)(x+1)", "x^2-1"), (r"e^{-x}\log_2 8", r"\frac{3}{e^x}"), ("y=-
 
 class Judge:
     """Asks a child process whether two formulas are equal. The first question starts it; a fork has its own.
-
-    What takes over a second, or too much memory, is unequal. A policy that writes nothing but bombs must not
-    stop training: they share 5 seconds, and a tenth of the time that passes is added. When these are used up,
-    a question gets a tenth of a second: n bombs cost 5 + n/10 seconds and a tenth of the run at most.
-    """
+    What takes over a second, or too much memory, is unequal. Bombs share 5 seconds, and a tenth of the time
+    that passes is added; then a question gets 0.1 s: n bombs cost 5 + n/10 seconds and a tenth of the run."""
     def __init__(self, second: float = 1.0):
         self.lock, self.process, self.cut_short = threading.Lock(), None, 0
         self.second, self.budget, self.asked = second, 5 * second, time.monotonic()
@@ -690,10 +658,8 @@ def boxed(response: str, record: dict) -> float:
 
 def vl_rethinker(response: str, record: dict) -> float:
     """What VL-Rethinker's released code pays, from -0.1 to 1.1; its paper's reward is plainly `boxed`.
-
-    Truncated, or with six "wait", a response starts at -0.1. A right one that was not forced to rethink gets
-    1.1 for one or two reflections of its own, even so, and else loses 0.2 for each, down to -0.1.
-    """
+    Truncated, or with six "wait", it starts at -0.1. If right and not forced to rethink, even so, it gets
+    1.1 for one or two reflections of its own and else loses 0.2 for each, down to -0.1."""
     right = boxed(response, record | {"truncated": False})
     base = right if not record.get("truncated") and response.casefold().count("wait") < 6 else -0.1
     if not right or record.get("forced"):
@@ -725,10 +691,8 @@ def discrete(response: str, record: dict) -> float:
 
 
 def numeric(response: str, record: dict) -> float:
-    """Reason-RFT's mathematical reward (arXiv 2503.20752): `accuracy`, and nearly right numbers earn a part.
-
-    1.0 up to 5% off the gold, 0.0 from 20% on, half a cosine wave between. For a zero only zero counts.
-    """
+    """Reason-RFT's mathematical reward (arXiv 2503.20752): `accuracy`, or 1.0 for a number up to 5% off the
+    gold, 0.0 from 20% on, half a cosine wave between. For a zero only zero counts."""
     right = accuracy(response, record)
     got, want = _number(*_find_answer(response)), _value(_plain(_gold(record["answer"])))
     if right or not got or not want:
@@ -740,10 +704,8 @@ def numeric(response: str, record: dict) -> float:
 
 def functions(response: str, record: dict) -> float:
     """Reason-RFT's function-based reward (arXiv 2503.20752) for calls, partial credit: from 0.0 to 1.0.
-
     Paired the best way there is, equal calls count 1, those with function and object or value in common 0.5,
-    with the function alone 0.25: of the longer list's length, times the share of calls that repeat no other.
-    """
+    with the function alone 0.25: of the longer list's length, times the share of calls that repeat none."""
     return _paired_calls(response, record, near=0.5, far=0.25)
 
 
@@ -780,10 +742,8 @@ def steps(response: str, record: dict) -> float:
 
 
 def length_bonus(lengths: list[int], right: list[bool]) -> list[float]:
-    """Reason-RFT's optional length reward (arXiv 2503.20752): 0.5 for the shortest of a group to -0.5.
-
-    A wrong response never gains; equal lengths earn 0.0. No entry of REWARDS, since it needs the group.
-    """
+    """Reason-RFT's optional length reward (arXiv 2503.20752), which needs the group: 0.5 for the shortest to
+    -0.5. A wrong response never gains; equal lengths earn 0.0."""
     short, spread = min(lengths), max(lengths) - min(lengths)
     bonus = [0.5 - (length - short) / spread if spread else 0.0 for length in lengths]
     return [b if ok else min(0.0, b) for b, ok in zip(bonus, right)]
@@ -842,10 +802,7 @@ def _area(box: tuple) -> float:
 
 def matched(some: list, others: list, worth: Callable = iou) -> list[float]:
     """worth(a, b), symmetric, of each pair of the one-to-one assignment with the largest sum.
-
-    The Hungarian method: rows join one by one along a shortest augmenting path, O(n^2 m). Index 0 of prices
-    and of `owner` (row of a column) is a free place outside the matrix.
-    """
+    The Hungarian method, O(n^2 m). Index 0 of prices and of `owner` (row of a column) is a free place."""
     rows, columns = sorted((some, others), key=len)
     cost = [[-worth(a, b) for b in columns] for a in rows]
     row_price, price, owner = [0.0] * (len(rows) + 1), [0.0] * (len(columns) + 1), [0] * (len(columns) + 1)
@@ -885,10 +842,14 @@ def gold_distribution(record: dict) -> dict:
 
 def divergence(gold: dict, said: dict) -> tuple[float, float]:
     """(KL(gold || said), both clipped at 1e-10 and normalised, mean squared error of the values as given)."""
-    clipped = [{name: max(value, 1e-10) for name, value in values.items()} for values in (gold, said)]
-    p, q = ({name: value / sum(values.values()) for name, value in values.items()} for values in clipped)
+    p, q = _probabilities(gold), _probabilities(said)
     kl = sum(p[name] * math.log(p[name] / q[name]) for name in gold)
     return max(kl, 0.0), sum((gold[name] - said[name]) ** 2 for name in gold) / len(gold)
+
+
+def _probabilities(values: dict) -> dict:
+    clipped = {name: max(value, 1e-10) for name, value in values.items()}
+    return {name: value / sum(clipped.values()) for name, value in clipped.items()}
 
 
 def _boxes_are_right(response: str, record: dict) -> bool:
@@ -907,10 +868,8 @@ ANNOTATIONS = {"boxes": _boxes_are_right, "distribution": _likeliest_is_right}
 
 
 def agreement(response: str, record: dict) -> float:
-    """How well an answer reconstructs the annotation (RISE, arXiv 2508.13229), from 0.0 to 1.0.
-
-    Boxes: IoUs of the best assignment / the longer list's length. Distributions: exp(-KL/2 - MSE/2).
-    """
+    """How well an answer reconstructs the annotation (RISE, arXiv 2508.13229), from 0.0 to 1.0: of boxes the
+    IoUs of the best assignment / the longer list's length, of distributions exp(-KL/2 - MSE/2)."""
     if record["answer_type"] == "boxes":
         gold, boxes = gold_boxes(record), parse_boxes(response)
         return sum(matched(gold, boxes)) / max(len(gold), len(boxes), 1)
@@ -961,7 +920,6 @@ SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
 
 def leaks(text: str, record: dict) -> list[str]:
     """What in a rationale gives the annotation away, as written there or in digits; [] if nothing does.
-
     Lists of four numbers, always. For boxes also two coordinates of one of them, from 10 up; for
     distributions names of classes ("Joy", not "enjoy") and probabilities, else the gold answer.
     """
@@ -997,10 +955,8 @@ def _digits(words: str) -> str:
 
 def scrub(text: str, record: dict) -> str:
     """A rationale without anything that states the annotation; "" if nothing is left. Idempotent.
-
     Sentences that name it go as a whole. Of the numbers go lists of four; for boxes and distributions
-    fractions and spelled-out ones; for boxes also close digits and all from 10 to 1000: near misses would do.
-    """
+    fractions and spelled-out ones; for boxes also close digits and all from 10 to 1000: near misses do."""
     text = _visible(text[:LONGEST_RATIONALE])[:LONGEST_RATIONALE]
     for _ in range(8):  # what is cut out can bring the parts of a name or list together
         if (shorter := _scrub_once(text, record)) == text:
@@ -1079,10 +1035,8 @@ def grounding_legacy(response: str, record: dict) -> float:
 
 def distribution_legacy(response: str, record: dict) -> float:
     """RISE's distribution reward as released, 0.0 to 1.0; a missing answer earns what all zeros would.
-
     Only lower-case one-word names are found, exponents and ".5" misread, values above 1 zeros. A decimal in
-    the think block (the whole response, if that has a newline) costs.
-    """
+    the think block (the whole response, if that has a newline) costs."""
     tags = re.findall("<answer>(.*?)</answer>", response[-TAIL:])
     classes = dict.fromkeys(record.get("meta", {}).get("classes") or gold_distribution(record), 0.0)
     if record["answer_type"] != "distribution" or not classes:
@@ -1138,10 +1092,8 @@ def visual_rft_conf(response: str, record: dict) -> float:
 
 
 def _hits(response: str, record: dict) -> list[tuple[float, float]]:
-    """(IoU or 0 for a miss, confidence) of each {"Position": box, "Confidence": number} in the answer.
-
-    The surest goes first and takes the free gold box it overlaps most, if by more than half.
-    """
+    """(IoU or 0 for a miss, confidence) of each {"Position": box, "Confidence": number} in the answer: the
+    surest goes first and takes the free gold box it overlaps most, if by more than half."""
     said = {}
     for part in re.findall(r"\{[^{}]*\}", _slot(response) or "")[:MOST_BOXES]:
         box, sure = BOX.search(part), re.search(rf"confidence\W{{1,4}}?({REAL})", part, re.IGNORECASE)

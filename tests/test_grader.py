@@ -1,10 +1,13 @@
 """rewards.accuracy on 20,000 hostile strings: always 0.0 or 1.0 and soon, in threads and processes too."""
+import math
 import multiprocessing
 import random
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rewards  # noqa: E402
@@ -95,6 +98,24 @@ def test_twenty_thousand_hostile_strings():
         assert rewards.accuracy(text, gold) in (0.0, 1.0), (text[:200], gold)
         worst = max(worst, (time.process_time() - start, text[:200], gold), key=lambda case: case[0])
     assert worst[0] < 1, worst
+
+
+ENDLESS = [" ", "\n", "a", "1\n", "(\n", "5 or ", "is ", "answer ", "(about ", "because ", "<answer>",
+           "\\boxed{", "twenty-", "not 5 ", "A. ", "kg·", "A or <answer>n't ", "≈"]
+RECORDS = [{"answer": "5", "answer_type": "number"}, {"answer": "\\frac{1}{2}", "answer_type": "math"},
+           {"answer": "B", "answer_type": "choice", "choices": ["cat", "5 cm", "1/2", "none of these"]}]
+
+
+@pytest.mark.parametrize("piece", ENDLESS)
+def test_a_hundred_thousand_characters_of_one_kind(piece):
+    for length in (3900, 100_000):  # within what is read of a response, and beyond
+        for form in ("{}", "<answer>5 {} y</answer>", "It is 5{}"):
+            text = form.format((piece * length)[:length])
+            for gold in RECORDS:
+                gold = gold | {"id": "0", "question": "Is it?", "images": []}
+                start = time.process_time()
+                values = [reward(text, gold) for reward in rewards.REWARDS.values()]
+                assert time.process_time() - start < 1.2 and all(map(math.isfinite, values))
 
 
 def test_hostile_strings_in_threads_and_processes():

@@ -50,7 +50,10 @@ STATEMENTS = [
     "There are 8 rows. Thus the sum is {}.", "8 + 9\n= {}", "- 8 of one kind\n- 9 of another\nThe sum is {}.",
     "This gives {}.", "It is {}, not 8.", "It is not 8 but {}.", "The sum is 8. Actually, it is {}.",
     "The sum is 8. Wait, let me count again. It is {}.", "The result is {} (rounded).", "结果是{}", "一共是{}个。",
-    "温度为{}度。"]
+    "温度为{}度。", "So {} is the answer.", "{} is the correct answer.", "### Final Answer\n\n**{}**\n",
+    "The answer is {}, because 8 and 9 are the sides.", "The sum is {} if we take 8 of them.",
+    "The answer is:\n\n{}", "Answer: {}\n\nExplanation: I counted the cubes.", "The value must be {}.",
+    "【解析】略。\n【答案】{}", "故答案为：{}．", "The sum is {}.\n\nIs there anything else?", "Ans: {}"]
 IN_A_SLOT = ["x = {}", "{} cm", "about {}", "approximately {}", "约{}", "{}厘米", "= {}", "\\approx {}",
              "{} (rounded)", "{} \\text{{ cm}}", "{}\\,\\mathrm{{kg}}", "The sum is {}"]
 NUMBERS = {  # gold: (other ways to write it, changed values)
@@ -160,6 +163,79 @@ def test_numbers_and_what_is_around_them(response, gold, verdict):
     assert graded(response, gold, "number") == verdict
 
 
+COUNTED = {"13": "thirteen", "21": "twenty-one", "40": "forty", "58": "fifty-eight", "99": "ninety-nine",
+           "107": "one hundred and seven", "300": "three hundred", "256": "two hundred and fifty-six"}
+COUNTING = ["There are {} cubes.", "In the image, there are {} birds on the wire.", "The answer is {}.",
+            "I can see {} people.", "After removing the cubes, {} objects are left.", "Answer: {}", "**{}**"]
+
+
+@pytest.mark.parametrize("form", COUNTING)
+def test_larger_counts_in_words(form):
+    cases = [(form.format(word), gold, "number", {}, int(gold == value))
+             for value, word in COUNTED.items() for gold in COUNTED]
+    assert not wrongly_graded(cases)
+
+
+TWO_NUMBERS = [
+    "The answer is {} or {}.", "It could be {} or {}.", "The answer is {} or maybe {}.", "{}, or else {}",
+    "The answer is either {} or {}.", "The answer lies between {} and {}.", "The answer is {} and {}.",
+    "Both {} and {} could be right.", "The answer is neither {} nor {}.", "<answer>{} or {}</answer>",
+    "<answer>{}\n{}</answer>", "<answer>{}|{}</answer>", "<answer>{} to {}</answer>", "{} (or {})",
+    "\\boxed{{{}}} or \\boxed{{{}}}", "\\boxed{{{}}} \\boxed{{{}}}", "<answer>{} ≈ {}</answer> not it",
+    "答案是{}或{}。", "<answer>{}或{}</answer>", "{}, perhaps {}", "<answer>{}, possibly {}</answer>"]
+DENIED = [
+    "The answer is not {}.", "The answer isn't {}.", "The answer cannot be {}.", "not {}",
+    "<answer>not {}</answer>",
+    "I cannot say whether the answer is {}.", "Is the answer {}?", "The answer is less than {}.",
+    "The answer is up to {}.", "<answer>x = {} or something else</answer>", "<answer>!={}</answer>",
+    "We are given {}. The answer is", "Let a = {}. Then", "<answer>more than {}</answer>",
+    "<answer>不是{}</answer>"]
+
+
+@pytest.mark.parametrize("kind", ["number", "math"])
+def test_no_number_is_said(kind):
+    cases = []
+    for first, second in (("21", "240"), ("240", "21"), ("-7", "7.5"), ("1250", "3")):
+        for form in TWO_NUMBERS:
+            hedge = form.format(first, second)
+            wanted = (second,) if "≈" in form else (first, second)  # the exact one may count
+            cases += [(hedge, gold, kind, {}, 0) for gold in wanted]
+        cases += [(form.format(first), first, kind, {}, 0) for form in DENIED]
+    assert not wrongly_graded(cases)
+
+
+ROUNDED = ["{} ≈ {}", "{} (approximately {})", "{} or approximately {}"]
+EXACT = {"2\\sqrt{3}": ("2√3", "3.46", "3√2", "4.24"), "\\frac{5}{3}": ("5/3", "1.67", "5/4", "1.25"),
+         "6\\pi": ("6π", "18.85", "5π", "15.71"), "\\sqrt{41}": ("√41", "6.40", "√40", "6.32")}
+
+
+@pytest.mark.parametrize("gold", EXACT)
+def test_an_exact_value_beside_a_rounded_one(gold):
+    way, near, other, near_other = EXACT[gold]
+    cases = []
+    for form in ("The answer is {}.", "<answer>{}</answer>", "\\boxed{{{}}}", "**Answer:** {}"):
+        for inner in ROUNDED:
+            right, wrong = form.format(inner.format(way, near)), form.format(inner.format(other, near_other))
+            cases += [(right, gold, "math", {}, 1), (wrong, gold, "math", {}, 0)]
+            places = {"precision": 2}
+            cases += [(right, near, "number", places, 1), (wrong, near, "number", places, 0)]
+    assert not wrongly_graded(cases)
+
+
+CONVERSIONS = [("2 km", "2000 m", "2 m"), ("3 hours", "180 minutes", "3 minutes"),
+               ("90 seconds", "1.5 min", "90 h"),
+               ("5 kPa", "5000 Pa", "5 Pa"), ("4 MHz", "4000 kHz", "4 Hz"), ("2 days", "48 hours", "2 hours")]
+
+
+@pytest.mark.parametrize("gold, same, other", CONVERSIONS)
+def test_units_of_a_kind_convert(gold, same, other):
+    cases = []
+    for form in SLOTS[:2] + CUES[:5]:
+        cases += [(form.format(way), gold, "math", {}, 1) for way in (gold, same, gold.split()[0])]
+        cases += [(form.format(other), gold, "math", {}, 0), (form.format(same), other, "math", {}, 0)]
+    assert not wrongly_graded(cases)
+
+
 # ----- formulas
 
 FORMULAS = {
@@ -183,13 +259,20 @@ FORMULAS = {
     "x>3": (["(3,\\infty)", "3<x", "(3,+\\infty)"], ["[3,\\infty)", "x<3", "(-\\infty,3)", "x\\ge3", "x>4"]),
     "-1<x\\le 2": (["(-1,2]", "-1 < x ≤ 2"], ["[-1,2)", "(1,2]", "-1<x<2", "(-1,3]"]),
     "3:4": (["3 : 4", "3：4"], ["4:3", "3:5"]),
+    "2ab+a^2": (["a^2+2ab", "a^2 + 2ba"], ["a^2+2", "a^2+2a", "a^2-2ab"]),
+    "\\emptyset": (["\\varnothing", "∅"], ["\\{0\\}", "0"]),
+    "x=2,x=5": (["x_1 = 2, x_2 = 5", "x = 5, x = 2"], ["x=2", "x=-2,x=5", "x=2,x=6"]),
 }
+MATHS = ["The answer is\n\\[ {} \\]", "**Answer:** {}", "**{}**", "<answer>**{}**</answer>",
+         "<answer>{}.</answer>",
+         "The result must be {}.", "It is equal to {}.", "So {} is the answer.", "## Final Answer\n{}\n",
+         "The answer is {}, because the sides are equal.", "【答案】{}", "Thus, the result is ${}$."]
 
 
 @pytest.mark.parametrize("gold", FORMULAS)
 def test_formulas(gold):
     ways, changed = FORMULAS[gold]
-    forms = "<answer>{}</answer>", "\\boxed{{{}}}", "The answer is ${}$."
+    forms = ["<answer>{}</answer>", "\\boxed{{{}}}", "The answer is ${}$.", *MATHS]
     cases = []
     for form in forms:
         cases += [(form.format(way), gold, "math", {}, 1) for way in [gold, *ways]]
@@ -216,15 +299,22 @@ CHOICES_IN_PROSE = [
     "Option {O} is wrong. Option {L} is right.", "({O}) is incorrect, so it is ({L}).",
     "The answer is ({L}) rather than ({O}).", "The answer is {L}. {t}",
     "The correct answer is option {L}: {t}.",
-    "The answer is {t}.", "It must be {t}."]
+    "The answer is {t}.", "It must be {t}.", "{L} is the best answer.", "Among the choices, {L} fits best.",
+    "It is {L} rather than {O}.", "The answer is clearly {L}.", "Therefore, {L}.",
+    "Thus, option ({l}) is correct.", "The {N} option is correct.", "So the answer is the {N} option.",
+    "Eliminating {O}, we are left with {L}.", "答：{L}",
+    "Answer - {L}", "The answer is {L}, because {O} is too long.",
+    "Ans. ({L})", "### Answer\n\n**{L}**"]
 UNDECIDED = ["{L} or {O}", "{L}, {O}", "{L}/{O}", "{L} and {O}", "({L}) ({O})", "ABCD", "A, B, C, D",
              "A B C D", "not {L}",
-             "{L}. {t} or {O}. {o}"]
+             "{L}. {t} or {O}. {o}", "{L} or maybe {O}", "({L}) {t} ({O}) {o}",]
 
 
 def filled(form, options, i, other):
     letter = chr(65 + i)
-    return form.format(L=letter, F=chr(ord("Ａ") + i), t=options[i], O=chr(65 + other), o=options[other])
+    place = ["first", "second", "third", "fourth"][i]
+    return form.format(L=letter, l=letter.lower(), N=place,
+                       F=chr(ord("Ａ") + i), t=options[i], O=chr(65 + other), o=options[other])
 
 
 @pytest.mark.parametrize("options", OPTIONS)
