@@ -97,8 +97,9 @@ from rewards import (PROMPTS, REWARDS, accuracy, build_prompt, divergence, extra
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
                        resolve_model, send, served_model, write_json, write_rows, write_text)
-from sft import (RanksFailed, Workers, agree, collate, compute_dtype, encode_prompt, end_on_signals, fail,
-                 first_reason, gather, init_distributed, load_model, one_line_errors, stop_ids, vision_ids)
+from sft import (RanksFailed, Workers, agree, claim, collate, compute_dtype, encode_prompt, end_on_signals,
+                 fail, first_reason, gather, init_distributed, load_model, one_line_errors, stop_ids,
+                 vision_ids)
 
 RANK = int(os.environ.get("RANK", 0))  # among the WORLD processes that share the rows, as torchrun says
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1195,9 +1196,11 @@ def eval_folder(model):
 def answered(path, records, settings):
     """{id: row} of BENCH.jsonl under the same settings, and of what BENCH.jsonl.old answers of the records.
 
-    Other rows of BENCH.jsonl cost time or money too: they go to BENCH.jsonl.old, which only grows. Raises
-    ValueError for rows that are not run_bench's.
+    Other rows of BENCH.jsonl cost time or money too: they go to BENCH.jsonl.old, which only grows. From here
+    on no other process may write them. Raises ValueError if one does, and for rows that are not run_bench's.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    claim(path)
     old = path.with_name(f"{path.name}.old")
     try:
         old_rows = {row_key(row): row for row in complete_rows(old)}

@@ -1493,19 +1493,20 @@ def check_same_run(cfg):
 LOCKS = []  # open files: a lock is held until this process ends, however it ends
 
 
-def claim(folder):
-    """Be the only process that writes into a run directory. Raises ValueError if another does, or OSError.
+def claim(path):
+    """Be the only process that writes into a folder or a file. Raises ValueError if another does, OSError.
 
     POSIX locks stay with the process: forked workers do not inherit them, unlike those of flock.
     """
-    lock = open(Path(folder) / "lock", "a+")
+    path = Path(path)
+    lock = open(path / "lock" if path.is_dir() else f"{path}.lock", "a+")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         lock.seek(0)
-        raise ValueError(f"{folder}: another run writes into it ({lock.read().strip()})")
+        raise ValueError(f"{path}: another run writes into it ({lock.read().strip()})")
     except OSError as error:
-        print(f"{folder} cannot be locked ({error.strerror}): no other run may write into it")
+        print(f"{path} cannot be locked ({error.strerror}): no other run may write into it")
     LOCKS.append(lock)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

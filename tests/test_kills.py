@@ -203,6 +203,26 @@ def test_one_run_writes_into_a_folder(work):  # noqa: F811
     wait_for(is_gone(pids), 10)
 
 
+@LINUX
+def test_one_eval_writes_a_benchmark(work):  # noqa: F811
+    """A second one is refused, as long as the first lives."""
+    path = work / "tiny/eval/counting-id.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    hold = f"import time, sft; sft.claim({str(path)!r}); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        command = ["eval.py", "--model", "tiny", "--bench", "counting-id=data/counting_id.jsonl", "--limit", "1", "--max_new_tokens", "2"]
+        output = run(work, *command, code=1)
+        assert f"counting-id.jsonl: another run writes into it (process {other.pid} " in output, output
+        assert "Traceback" not in output and not path.exists()
+    finally:
+        other.kill()
+        other.wait()
+    run(work, *command)
+    assert path.exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 14 MB: room for one checkpoint of the tiny model, not for two."""
