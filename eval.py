@@ -97,9 +97,9 @@ from rewards import (PROMPTS, REWARDS, accuracy, build_prompt, divergence, extra
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
                        resolve_model, send, served_model, write_json, write_rows, write_text)
-from sft import (RanksFailed, Workers, agree, claim, collate, compute_dtype, encode_prompt, end_on_signals,
-                 fail, first_reason, gather, init_distributed, load_model, one_line_errors, stop_ids,
-                 vision_ids)
+from sft import (RanksFailed, Workers, agree, checkpoint_names, claim, collate, compute_dtype,
+                 encode_prompt, end_on_signals, fail, first_reason, full_weights, gather, init_distributed,
+                 load_model, one_line_errors, stop_ids, vision_ids)
 
 RANK = int(os.environ.get("RANK", 0))  # among the WORLD processes that share the rows, as torchrun says
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -490,6 +490,22 @@ def generate(engine, prompts, seeds, cfg):
         for row, sample in zip(rows, samples):
             out[row] = sample
     return out
+
+
+@torch.no_grad()
+def sync_weights(policy, engine):
+    """Hand the trained weights to the engine, one full tensor at a time, and forget what it cached.
+
+    Frozen weights are where they were, unless the engine slept: that dropped them all.
+    """
+    weights = full_weights(policy, engine.dtype, frozen=engine.asleep)
+    if isinstance(engine, torch.nn.Module):
+        target = dict(engine.named_parameters())
+        for name, weight in weights:
+            target[name].copy_(weight)
+        return
+
+    engine.reload(checkpoint_names(policy, weights))
 
 
 @torch.no_grad()

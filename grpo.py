@@ -37,7 +37,6 @@ G rollouts per question.
 Tensors over tokens are (B, T-1), aligned to the predicted token: column t belongs to token t+1.
 """
 import bisect
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -54,16 +53,17 @@ if __name__ == "__main__":  # Ctrl-C while the libraries below are loaded: no tr
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
-from sft import (TOLERANCE, Group, RunLog, Stopwatch, Watchdog, Workers, attention_scale, blank_prompt,
-                 catch_signals, check_rows, checkpoint_names, computed, data_order, encode_prompt,
-                 end_on_signals, full_weights, gather, global_max, global_sum, group_batches, host_memory,
-                 init_distributed, is_over_tokens, load_policy, lr_at, mean_gap, one_line_errors, open_run,
-                 optimizer_step, peak_memory, readable, refusing, rehearse, save_checkpoint, self_check)
-from eval import SLOW, add_rewards, build_engine, check_engine, generate, sleep_engine, slow_scores
+from sft import (TOLERANCE, Means, RunLog, Stopwatch, Watchdog, Workers, all_logprobs, assigned,
+                 blank_prompt, by_rollout, catch_signals, check_rows, continued, data_order, encode_prompt,
+                 encode_share, end_on_signals, evenness, gather, global_max, global_sum, host_memory,
+                 init_distributed, load_policy, lr_at, mean_gap, one_line_errors, open_run, optimizer_step,
+                 over_tokens, padded_batches, peak_memory, question_groups, readable, refusing, rehearse,
+                 save_checkpoint, self_check, shaken)
+from eval import (SLOW, add_rewards, build_engine, check_engine, generate, sleep_engine, slow_scores,
+                  sync_weights)
 
 
 @dataclass(frozen=True)
@@ -192,22 +192,6 @@ def sample_rollouts(engine, questions, prompts, seeds, tokenizer, cfg):
         ids, logps, truncated = sample
         rollouts.append(Rollout(q, ids, logps, truncated, text))
     return rollouts
-
-
-@torch.no_grad()
-def sync_weights(policy, engine):
-    """Hand the trained weights to the engine, one full tensor at a time, and forget what it cached.
-
-    Frozen weights are where they were, unless the engine slept: that dropped them all.
-    """
-    weights = full_weights(policy, engine.dtype, frozen=engine.asleep)
-    if isinstance(engine, torch.nn.Module):
-        target = dict(engine.named_parameters())
-        for name, weight in weights:
-            target[name].copy_(weight)
-        return
-
-    engine.reload(checkpoint_names(policy, weights))
 
 
 # ----- rewards and advantages ------------------------------------------------------------------------------
@@ -423,70 +407,6 @@ def which_update(place, total, updates):
     return place * updates // total
 
 
-def question_groups(rollouts, prompts, policy, budget):
-    """Groups of one question each, and the indices of their rollouts.
-
-    Rollouts of a question share a group, so that its image and prompt are computed once, as long as that is
-    less to compute than a row for each: a long group's tokens have many to look at, if only to be masked.
-    """
-    scale = attention_scale(policy.config)
-    groups, members = [], []
-    of_question = {}  # its last group, by index
-    for i, r in enumerate(rollouts):
-        alone = Group(prompts[r.question], [r.response])
-        place = of_question.get(r.question)
-        if place is not None and policy.packs:
-            before = groups[place]
-            joined = Group(before.prompt, [*before.responses, r.response])
-            apart = computed(len(before), scale) + computed(len(alone), scale)
-            together = computed(len(joined), scale)
-            if together <= min(apart, budget):
-                groups[place] = joined
-                members[place].append(i)
-                continue
-        of_question[r.question] = len(groups)
-        groups.append(alone)
-        members.append([i])
-    return groups, members
-
-
-def padded_batches(rollouts, prompts, dummy, policy, cfg):
-    """Yield micro-batches: (indices of their rollouts, forward kwargs, mask (B, T-1)).
-
-    The mask is of response tokens, rollout after rollout. A batch may hold no rollout but the dummy, so that
-    all ranks run as many.
-    """
-    groups, members = question_groups(rollouts, prompts, policy, cfg.token_budget)
-    for places, inputs, mask in group_batches(groups, policy, dummy, cfg.token_budget):
-        indices = [i for place in places for i in members[place]]
-        yield indices, inputs, mask
-
-
-def by_rollout(values, mask, rollouts):
-    """(B, T-1) -> a CPU tensor (len(response),) for each rollout."""
-    return values[mask].cpu().split([len(r) for r in rollouts])
-
-
-def over_tokens(values, mask):
-    """A tensor (len(response),) for each rollout -> (B, T-1), 0 outside the mask: by_rollout's inverse."""
-    nothing = torch.zeros(0)  # a batch may hold the dummy alone
-    flat = torch.cat([*values, nothing]).to(mask.device)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
-
-
-@torch.no_grad()
-def all_logprobs(policy, rollouts, prompts, dummy, cfg):
-    """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
-    out = [None] * len(rollouts)
-    for indices, inputs, mask in padded_batches(rollouts, prompts, dummy, policy, cfg):
-        logps = policy.token_logprobs(inputs, mask, cfg.temperature)
-        rows = [rollouts[i] for i in indices]
-        for i, own in zip(indices, by_rollout(logps, mask, rows)):
-            out[i] = own
-    policy.reshard()  # without a backward pass the root's parameters would stay gathered
-    return out
-
-
 def keep_old_logprobs(rollouts, policy, prompts, dummy, cfg):
     """Set those of rollouts that have none yet: `policy` is still the one that sampled them. Collective."""
     fresh = [r for r in rollouts if r.old_logps is None]
@@ -573,37 +493,6 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
 
 
 # ----- balance over ranks ----------------------------------------------------------------------------------
-
-
-def assigned(costs, world):
-    """Which rank trains what: {item: rank} for {item: cost}. An item is (update, rank that has it, question).
-
-    Of each update the costliest item comes first. It stays where it is, unless that rank would have more than
-    the mean and another one has less so far: then it goes to the one that has least.
-    """
-    total = Counter()
-    for (update_number, _, _), cost in costs.items():
-        total[update_number] += cost
-    loads = {number: [0.0] * world for number in total}
-    ranks = {}
-    for item, cost in sorted(costs.items(), key=lambda pair: (-pair[1], pair[0])):
-        number, own, _ = item
-        load = loads[number]
-        stays = load[own] + cost <= total[number] / world or load[own] == min(load)
-        ranks[item] = own if stays else load.index(min(load))
-        load[ranks[item]] += cost
-    return ranks
-
-
-def evenness(costs, ranks, world):
-    """Mean load of a rank over the largest, 1 if all are alike: what is left of so many GPUs."""
-    loads = Counter()
-    for item, cost in costs.items():
-        loads[item[0], ranks[item]] += cost
-    largest = Counter()
-    for (number, _), load in loads.items():
-        largest[number] = max(largest[number], load)
-    return sum(loads.values()) / world / sum(largest.values()) if costs else 1.0
 
 
 def balance(per_update, prompts, cfg):
@@ -901,22 +790,6 @@ def before_answer(ids, tokenizer):
     return bisect.bisect_right(range(len(ids) + 1), end, key=characters) - 1
 
 
-def continued(prompt, ids):
-    """encode_prompt's result for a prompt whose response has begun with `ids`; pixels are shared."""
-    begun = torch.tensor([ids])  # (1, n)
-    fill = {"input_ids": begun, "attention_mask": torch.ones_like(begun)}
-    longer = {}
-    for name, value in prompt.items():
-        if name == "request":
-            longer[name] = dict(value, ids=value["ids"] + ids)
-        elif is_over_tokens(prompt, name):
-            more = fill.get(name, torch.zeros_like(begun))
-            longer[name] = torch.cat([value, more], 1)
-        else:
-            longer[name] = value
-    return longer
-
-
 # ----- staged lengths (PTST of Vision-R1, arXiv 2503.06749) ------------------------------------------------
 
 
@@ -966,26 +839,6 @@ def difficulty(share):
     """The level of a group with that share of right answers; all_wrong may have a few in a large group."""
     limits = (1/8, 3/8, 6/8, 1)
     return LEVELS[bisect.bisect_right(limits, share)]
-
-
-class Means:
-    """Means by name over all ranks. The names are fixed, since a rank may have nothing to add."""
-
-    def __init__(self, *names):
-        self.sums = dict.fromkeys(names, 0.0)
-        self.counts = dict.fromkeys(names, 0)
-
-    def add(self, name, value, count=1):
-        self.sums[name] += float(value)
-        self.counts[name] += count
-
-    def over_ranks(self):
-        sums = global_sum(list(self.sums.values()))
-        counts = global_sum(list(self.counts.values()))
-        means = {}
-        for name, total, count in zip(self.sums, sums, counts):
-            means[name] = total / max(1.0, count)
-        return means
 
 
 def rollout_metrics(rollouts, batch, parts, spec, cfg):
@@ -1068,18 +921,6 @@ def shown_groups(rollouts, records, tokenizer, step, group_size):
     return rows
 
 
-def encode_share(run, workers):
-    """This rank's share of held-out records: {index: prompt} of what can be read, and how many it is.
-
-    They are numbered on from the records of training.
-    """
-    total = len(run.records) + len(run.held_out)
-    share = range(len(run.records) + dist.get_rank(), total, dist.get_world_size())
-    [drawn] = workers.prepared([share])
-    prompts = {i: prompt for i, prompt in drawn if not isinstance(prompt, ValueError)}
-    return prompts, len(share)
-
-
 def evaluate(engine, records, prompts, share, processor, cfg):
     """Greedy accuracy and mean response length on held-out records, sharded over ranks.
 
@@ -1096,24 +937,6 @@ def evaluate(engine, records, prompts, share, processor, cfg):
 
 
 # ----- the run ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def shaken(policy):
-    """The policy with every trained weight moved by some percent, for a moment."""
-    policy.reshard()
-    stream = torch.Generator().manual_seed(0)
-    saved = []
-    for p in policy.parameters():
-        if p.requires_grad:
-            shard = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
-            saved.append((shard, shard.cpu().clone()))
-            size = shard.square().mean().sqrt().nan_to_num()  # of a small tensor a rank may hold nothing
-            noise = torch.randn(shard.shape, generator=stream).to(shard)
-            shard.add_(0.05 * (size + 1e-3) * noise)
-    yield
-    for shard, before in saved:
-        shard.copy_(before)
 
 
 def check_run(policy, optimizer, engine, prompts, processor, dummy, log, cfg):

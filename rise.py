@@ -63,12 +63,13 @@ from rewards import (REWARDS, accuracy, agreement, cot_prompt, extract_answer, f
 from data_prep import (check_at_least, check_record, check_records, complete_rows, parse_config, read_records,
                        resolve_model, save_image, write_records)
 from sft import (RunLog, Stopwatch, Watchdog, Workers, blank_prompt, catch_signals, check_rows,
-                 check_same_run, claim, compute_dtype, data_order, encode_prompt, end_on_signals, gather,
-                 global_max, global_sum, host_memory, init_distributed, load_policy, lr_at, one_line_errors,
-                 open_run, peak_memory, pixel_names, readable, refusing, save_checkpoint)
-from eval import build_engine, check_engine, sleep_engine
-from grpo import (MEASURED, check_run, encode_share, end_if_mismatched, group_advantages, has_gradient,
-                  rollout_seed, sample_rollouts, sync_weights, train_on, update_metrics, which_update)
+                 check_same_run, claim, compute_dtype, data_order, encode_prompt, encode_share,
+                 end_on_signals, gather, global_max, global_sum, host_memory, init_distributed, load_policy,
+                 lr_at, one_line_errors, open_run, peak_memory, pixel_names, readable, refusing,
+                 save_checkpoint)
+from eval import build_engine, check_engine, sleep_engine, sync_weights
+from grpo import (MEASURED, check_run, end_if_mismatched, group_advantages, has_gradient, rollout_seed,
+                  sample_rollouts, train_on, update_metrics, which_update)
 
 
 @dataclass(frozen=True)

@@ -653,6 +653,22 @@ def pixel_names(inputs):
     return [name for name, value in inputs.items() if name != "request" and value.is_floating_point()]
 
 
+def continued(prompt, ids):
+    """encode_prompt's result for a prompt whose response has begun with `ids`; pixels are shared."""
+    begun = torch.tensor([ids])  # (1, n)
+    fill = {"input_ids": begun, "attention_mask": torch.ones_like(begun)}
+    longer = {}
+    for name, value in prompt.items():
+        if name == "request":
+            longer[name] = dict(value, ids=value["ids"] + ids)
+        elif is_over_tokens(prompt, name):
+            more = fill.get(name, torch.zeros_like(begun))
+            longer[name] = torch.cat([value, more], 1)
+        else:
+            longer[name] = value
+    return longer
+
+
 def blank_prompt(processor, max_pixels, dtype=torch.float32):
     """The prompt of a small grey image, which stands in where a micro-batch has no image (see collate)."""
     record = {"question": "", "images": [Image.new("RGB", (56, 56))], "answer_type": "text"}
@@ -892,6 +908,18 @@ def readable(drawn, records, strict, log):
     return rows
 
 
+def encode_share(run, workers):
+    """This rank's share of held-out records: {index: prompt} of what can be read, and how many it is.
+
+    They are numbered on from the records of training.
+    """
+    total = len(run.records) + len(run.held_out)
+    share = range(len(run.records) + dist.get_rank(), total, dist.get_world_size())
+    [drawn] = workers.prepared([share])
+    prompts = {i: prompt for i, prompt in drawn if not isinstance(prompt, ValueError)}
+    return prompts, len(share)
+
+
 # ----- micro-batches ---------------------------------------------------------------------------------------
 
 
@@ -984,6 +1012,37 @@ def micro_batches(lengths, budget, packs=False, scale=math.inf):
     return batches + [[]] * missing
 
 
+def assigned(costs, world):
+    """Which rank trains what: {item: rank} for {item: cost}. An item is (update, rank that has it, question).
+
+    Of each update the costliest item comes first. It stays where it is, unless that rank would have more than
+    the mean and another one has less so far: then it goes to the one that has least.
+    """
+    total = collections.Counter()
+    for (update_number, _, _), cost in costs.items():
+        total[update_number] += cost
+    loads = {number: [0.0] * world for number in total}
+    ranks = {}
+    for item, cost in sorted(costs.items(), key=lambda pair: (-pair[1], pair[0])):
+        number, own, _ = item
+        load = loads[number]
+        stays = load[own] + cost <= total[number] / world or load[own] == min(load)
+        ranks[item] = own if stays else load.index(min(load))
+        load[ranks[item]] += cost
+    return ranks
+
+
+def evenness(costs, ranks, world):
+    """Mean load of a rank over the largest, 1 if all are alike: what is left of so many GPUs."""
+    loads = collections.Counter()
+    for item, cost in costs.items():
+        loads[item[0], ranks[item]] += cost
+    largest = collections.Counter()
+    for (number, _), load in loads.items():
+        largest[number] = max(largest[number], load)
+    return sum(loads.values()) / world / sum(largest.values()) if costs else 1.0
+
+
 def collate(rows, dummy, pad_id, device):
     """Right-pad rows into forward kwargs and the mask (B, T-1) of response tokens.
 
@@ -1033,6 +1092,34 @@ def sight(rows, device):
     same_owner = owners[:, :, None] == owners[:, None, :]
     seen = same_group & (same_owner | (owners == 0)[:, None, :])
     return {"seen": seen.tril()[:, None], "starts": starts.clamp(min=0)}
+
+
+def question_groups(rollouts, prompts, policy, budget):
+    """Groups of one question each, and the indices of their rollouts.
+
+    prompts: {question: encode_prompt's result}; a rollout (grpo.py's) has a `question` and the ids of a
+    `response`. Rollouts of a question share a group, so that its image and prompt are computed once, as long as that is
+    less to compute than a row for each: a long group's tokens have many to look at, if only to be masked.
+    """
+    scale = attention_scale(policy.config)
+    groups, members = [], []
+    of_question = {}  # its last group, by index
+    for i, r in enumerate(rollouts):
+        alone = Group(prompts[r.question], [r.response])
+        place = of_question.get(r.question)
+        if place is not None and policy.packs:
+            before = groups[place]
+            joined = Group(before.prompt, [*before.responses, r.response])
+            apart = computed(len(before), scale) + computed(len(alone), scale)
+            together = computed(len(joined), scale)
+            if together <= min(apart, budget):
+                groups[place] = joined
+                members[place].append(i)
+                continue
+        of_question[r.question] = len(groups)
+        groups.append(alone)
+        members.append([i])
+    return groups, members
 
 
 def group_batches(groups, policy, dummy, budget):
@@ -1186,6 +1273,43 @@ def token_logprobs(policy, inputs, mask, temperature=1.0, with_entropy=False):
     return (logps, zeros.masked_scatter(mask, entropy)) if with_entropy else logps
 
 
+def padded_batches(rollouts, prompts, dummy, policy, cfg):
+    """Yield micro-batches: (indices of their rollouts, forward kwargs, mask (B, T-1)).
+
+    The mask is of response tokens, rollout after rollout. A batch may hold no rollout but the dummy, so that
+    all ranks run as many.
+    """
+    groups, members = question_groups(rollouts, prompts, policy, cfg.token_budget)
+    for places, inputs, mask in group_batches(groups, policy, dummy, cfg.token_budget):
+        indices = [i for place in places for i in members[place]]
+        yield indices, inputs, mask
+
+
+def by_rollout(values, mask, rollouts):
+    """(B, T-1) -> a CPU tensor (len(response),) for each rollout."""
+    return values[mask].cpu().split([len(r) for r in rollouts])
+
+
+def over_tokens(values, mask):
+    """A tensor (len(response),) for each rollout -> (B, T-1), 0 outside the mask: by_rollout's inverse."""
+    nothing = torch.zeros(0)  # a batch may hold the dummy alone
+    flat = torch.cat([*values, nothing]).to(mask.device)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
+
+
+@torch.no_grad()
+def all_logprobs(policy, rollouts, prompts, dummy, cfg):
+    """Trainer-side log-probabilities of each rollout, without gradient: CPU tensors (len(response),)."""
+    out = [None] * len(rollouts)
+    for indices, inputs, mask in padded_batches(rollouts, prompts, dummy, policy, cfg):
+        logps = policy.token_logprobs(inputs, mask, cfg.temperature)
+        rows = [rollouts[i] for i in indices]
+        for i, own in zip(indices, by_rollout(logps, mask, rows)):
+            out[i] = own
+    policy.reshard()  # without a backward pass the root's parameters would stay gathered
+    return out
+
+
 # ----- self-check: no run trains on wrong numbers in silence -----------------------------------------------
 
 # Mean difference in nats a token that another batch, kernel or engine may make.
@@ -1326,6 +1450,24 @@ def why_not_packed(policy, rows, dummy, alone, allowed):
     sizes = [size for _, response in rows for size in (2 * len(response), len(response))]
     gap = mean_gap(alone, logps.split(sizes)[1::2])
     return "" if gap <= allowed else f"in a common one log-probabilities change by {gap:.2g} nats a token"
+
+
+@contextlib.contextmanager
+def shaken(policy):
+    """The policy with every trained weight moved by some percent, for a moment."""
+    policy.reshard()
+    stream = torch.Generator().manual_seed(0)
+    saved = []
+    for p in policy.parameters():
+        if p.requires_grad:
+            shard = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
+            saved.append((shard, shard.cpu().clone()))
+            size = shard.square().mean().sqrt().nan_to_num()  # of a small tensor a rank may hold nothing
+            noise = torch.randn(shard.shape, generator=stream).to(shard)
+            shard.add_(0.05 * (size + 1e-3) * noise)
+    yield
+    for shard, before in saved:
+        shard.copy_(before)
 
 
 # ----- optimizer -------------------------------------------------------------------------------------------
@@ -1941,6 +2083,26 @@ def tensorboard_tracker(cfg, done):
                 writer.add_text(name, f"```\n{json.dumps(row, indent=1)}\n```", row["step"])
 
     return track
+
+
+class Means:
+    """Means by name over all ranks. The names are fixed, since a rank may have nothing to add."""
+
+    def __init__(self, *names):
+        self.sums = dict.fromkeys(names, 0.0)
+        self.counts = dict.fromkeys(names, 0)
+
+    def add(self, name, value, count=1):
+        self.sums[name] += float(value)
+        self.counts[name] += count
+
+    def over_ranks(self):
+        sums = global_sum(list(self.sums.values()))
+        counts = global_sum(list(self.counts.values()))
+        means = {}
+        for name, total, count in zip(self.sums, sums, counts):
+            means[name] = total / max(1.0, count)
+        return means
 
 
 # ----- this stage ------------------------------------------------------------------------------------------

@@ -448,7 +448,7 @@ def test_difficulty(right, size, level):
 
 def test_means(group):
     """Sums over counts, name by name; what nobody added is 0 and is there, so that all ranks add up alike."""
-    means = grpo.Means("a", "b", "c", "never")
+    means = sft.Means("a", "b", "c", "never")
     for value in (1, 0, True, torch.tensor(0.5)):
         means.add("a", value)
     means.add("b", torch.tensor([1.0, 2.0]).sum(), 2)

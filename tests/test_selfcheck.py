@@ -179,14 +179,14 @@ def test_rows_that_do_not_go_together(run):
 
 
 def test_a_skipped_weight_in_the_sync(run, monkeypatch):
-    usual = grpo.full_weights
+    usual = sft.full_weights
 
     def all_but_one(policy, *args, **options):
         for name, weight in usual(policy, *args, **options):
             if "layers.1.mlp.down_proj" not in name:
                 yield name, weight
 
-    monkeypatch.setattr(grpo, "full_weights", all_but_one)
+    monkeypatch.setattr(evaluation, "full_weights", all_but_one)
     assert "sampler and trainer differ once the weights have changed by" in refusal(check_whole, run)
 
 
