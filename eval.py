@@ -97,9 +97,10 @@ from rewards import (PROMPTS, REWARDS, accuracy, build_prompt, divergence, extra
 from data_prep import (LETTERS, api_key, build_messages, chat_messages, check_choice, check_servers,
                        complete_rows, in_parallel, load_image, parse_config, read_records, request_chat,
                        resolve_model, send, served_model, write_json, write_rows, write_text)
-from sft import (RanksFailed, Workers, agree, checkpoint_names, claim, collate, compute_dtype,
-                 encode_prompt, end_on_signals, fail, first_reason, full_weights, gather, init_distributed,
-                 load_model, one_line_errors, stop_ids, vision_ids)
+from sft import (TOLERANCE, RanksFailed, Workers, agree, all_logprobs, checkpoint_names, claim, collate,
+                 compute_dtype, encode_prompt, end_on_signals, fail, first_reason, full_weights, gather,
+                 init_distributed, load_model, mean_gap, one_line_errors, question_groups, rehearse,
+                 self_check, shaken, stop_ids, vision_ids)
 
 RANK = int(os.environ.get("RANK", 0))  # among the WORLD processes that share the rows, as torchrun says
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -685,6 +686,71 @@ def sampler_logprobs(logits, banned, cfg):
     if cfg.top_p < 1:  # of what top-k left; the token that crosses top_p is kept
         logits = TopPLogitsWarper(cfg.top_p)(None, logits)
     return logits.log_softmax(1)
+
+
+def check_run(policy, optimizer, engine, prompts, dummy, log, cfg):
+    """The self-check of a run that samples, before step 1. All ranks alike, on the same few prompts.
+
+    Beside self_check: the engine's log-probabilities of what it samples equal the policy's, and again after
+    every weight was moved and handed over. Returns the mismatch/mean beyond which a step ends the run.
+    """
+    allowed = cfg.max_mismatch or TOLERANCE[policy.compute_dtype]
+    short = dataclasses.replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens), top_p=1.0, top_k=0)
+    prompts = dict(enumerate(prompts))
+    asked = [q for q in prompts for _ in range(2)]  # two rollouts each
+
+    def sampled(options):
+        samples = generate(engine, [prompts[q] for q in asked], list(range(len(asked))), options)
+        rollouts = []
+        for q, (ids, logps, _) in zip(asked, samples):
+            rollouts.append(SimpleNamespace(question=q, response=ids, sampler_logps=logps))
+        return rollouts
+
+    def compare(rollouts, what, hint):
+        own = all_logprobs(policy, rollouts, prompts, dummy, cfg)
+        gap = mean_gap([r.sampler_logps for r in rollouts], own)
+        if not gap <= allowed:
+            log.fail(f"self-check: {what} by {gap:.2g} nats a token (allowed {allowed:g}, --max_mismatch) "
+                     f"with --engine {cfg.engine} and {policy.config.model_type}; {hint}")
+        return gap
+
+    rollouts = sampled(short)
+    sleep_engine(engine)  # as in the loop: its memory is the trainer's until the next sync
+    rows = [(prompts[r.question], r.response) for r in rollouts[::2]]  # one of each prompt
+    self_check(policy, rows, dummy, log)
+    longest = max(rollouts, key=lambda r: prompts[r.question]["input_ids"].shape[1])
+    response = (longest.response * cfg.max_new_tokens)[:cfg.max_new_tokens]  # as long as one may be
+    group = [SimpleNamespace(question=longest.question, response=response)] * cfg.group_size
+    groups, _ = question_groups(group, prompts, policy, cfg.token_budget)
+    rehearse(policy, optimizer, groups[0], dummy, cfg, log, cfg.engine == "hf", cfg.kl_beta > 0)
+
+    gap = compare(rollouts, "the sampler's log-probabilities differ from the trainer's",
+                  "it reads images or positions otherwise, or holds another model")
+    with shaken(policy):
+        sync_weights(policy, engine)
+        compare(sampled(short), "sampler and trainer differ once the weights have changed",
+                "a weight does not reach the sampler (sync_weights)")
+    sync_weights(policy, engine)
+
+    most = 10 * max(gap, allowed / 2)
+    if cfg.top_p < 1 or cfg.top_k:
+        # They cut the distribution that is sampled from, and the trainer scores with all of it. How much that
+        # is depends on the policy, which will change: twice what it is now, or a nat, is left to it.
+        rollouts = sampled(dataclasses.replace(short, top_p=cfg.top_p, top_k=cfg.top_k))
+        own = all_logprobs(policy, rollouts, prompts, dummy, cfg)
+        most += max(1.0, 2 * mean_gap([r.sampler_logps for r in rollouts], own))
+    most = cfg.max_mismatch or most
+    log.note(f"self-check passed: the sampler is {gap:.1e} nats a token from the trainer; a step with "
+             f"mismatch/mean above {most:.2g} ends the run")
+    return most
+
+
+def end_if_mismatched(step, metrics, most, log):
+    """End the run when sampler and trainer have become two models: the gradient would be of neither."""
+    found = metrics["mismatch/mean"]
+    if not found <= most:
+        log.fail(f"step {step}: mismatch/mean is {found:.3g} nats a token, allowed are {most:.3g} "
+                 f"(--max_mismatch); the last checkpoint in {log.out} is sound")
 
 
 # ----- rewards of one's own, and a judge that is paid for --------------------------------------------------

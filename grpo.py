@@ -23,9 +23,10 @@ What differs from the papers, and why:
   4. No KL term and no reference model unless --kl_beta > 0.
   5. Each rollout has its own random stream, a function of (seed, step, question, sample): batches, ranks and
      restarts do not change what is sampled.
-  6. Three methods are off by default and cost nothing then: selective sample replay (`select`,
-     `ReplayBuffer`) and forced rethinking (`force_rethink`) of VL-Rethinker, arXiv 2504.08837 (its released
-     code replays nothing and masks no trigger); staged lengths (`staged`) of Vision-R1, arXiv 2503.06749.
+  6. Methods are off by default and cost nothing then: selective sample replay (`select`, `ReplayBuffer`) and
+     forced rethinking (`force_rethink`) of VL-Rethinker, arXiv 2504.08837 (its released code replays nothing
+     and masks no trigger); staged lengths (`staged`) of Vision-R1, arXiv 2503.06749; a second look at masked
+     images (`look_again`: PAPO, VPPO) and rollouts from noised ones (`sample_noised`: NoisyRollout).
 
     python grpo.py                                               # mini suite, laptop: out/sft -> out/grpo
     torchrun --nproc_per_node 8 grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct --data hiyouga/geometry3k
@@ -56,14 +57,13 @@ import torch.distributed as dist
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
-from sft import (TOLERANCE, Means, RunLog, Stopwatch, Watchdog, Workers, all_logprobs, assigned,
-                 blank_prompt, by_rollout, catch_signals, check_rows, continued, data_order, encode_prompt,
-                 encode_share, end_on_signals, evenness, gather, global_max, global_sum, host_memory,
-                 init_distributed, load_policy, lr_at, mean_gap, one_line_errors, open_run, optimizer_step,
-                 over_tokens, padded_batches, peak_memory, question_groups, readable, refusing, rehearse,
-                 save_checkpoint, self_check, shaken)
-from eval import (SLOW, add_rewards, build_engine, check_engine, generate, sleep_engine, slow_scores,
-                  sync_weights)
+from sft import (Means, RunLog, Stopwatch, Watchdog, Workers, all_logprobs, assigned, blank_prompt,
+                 by_rollout, catch_signals, check_rows, continued, data_order, encode_prompt, encode_share,
+                 encode_view, end_on_signals, evenness, gather, global_max, global_sum, host_memory,
+                 init_distributed, load_policy, lr_at, one_line_errors, open_run, optimizer_step,
+                 over_tokens, padded_batches, peak_memory, readable, refusing, save_checkpoint)
+from eval import (SLOW, add_rewards, build_engine, check_engine, check_run, end_if_mismatched, generate,
+                  sleep_engine, slow_scores, sync_weights)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     length_unit: str = "tokens"  # what it counts: tokens | characters (as its released code)
     truncated: str = "keep"  # responses cut at max_new_tokens: keep | zero (reward 0) | mask (no gradient)
     updates: int = 1  # optimizer updates per batch of rollouts
-    # methods (docs/recipes.md): selective sample replay, forced rethinking, staged lengths
+    # methods (docs/recipes.md): sample replay, forced rethinking, staged lengths, perception
     ssr: str = "off"  # rollouts without advantage: off (kept) | filter | replay | refill (draw more)
     ssr_alpha: float = 1.0  # replayed with probability ~ |advantage| ^ ssr_alpha
     ssr_episode: int = 16  # steps after which the replay buffer is emptied, 0 = never
@@ -122,6 +122,10 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     rethink_mask: str = "trigger"  # tokens without policy loss: trigger | none | prefix (and trigger)
     rethink_nll: float = 0.05  # weight of the NLL on forced responses with positive advantage
     ptst: str = ""  # stages of max_new_tokens x group_size : steps (4096x16:100,8192x8:100), for --steps
+    perception: str = "off"  # compare with responses to masked images: off | papo | vppo
+    perception_kl: float = 0.02  # papo: weight of the KL to the policy that sees little (0.01 for a 3B model)
+    perception_entropy: float = 0.03  # weight of -log pi, which keeps that KL honest (vppo: 0.06)
+    noisy_frac: float = 0.0  # share of a group sampled from noised images, 0.5 in NoisyRollout
     # optimisation
     steps: int = 40  # rollout batches
     lr: float = 1e-4  # peak learning rate (1e-6 is usual for a 7B model)
@@ -156,13 +160,15 @@ class Rollout:
     """One response from sampling to loss. Images stay with the dataset: `question` is an index."""
     question: int
     response: list[int]  # token ids, with the stop token unless truncated
-    sampler_logps: torch.Tensor  # (len(response),) under the engine as it sampled, nan for forced tokens
+    sampler_logps: torch.Tensor  # (len(response),) under the engine as it sampled, nan: nothing to correct
     truncated: bool
     text: str
     reward: float = 0.0
     advantage: float = 0.0
     old_logps: torch.Tensor | None = None  # (len(response),) under the policy that sampled it
     ref_logps: torch.Tensor | None = None
+    masked_logps: torch.Tensor | None = None  # (len(response),) of this step's policy, image masked
+    credit: torch.Tensor | None = None  # (len(response),) factors on the advantage; None = 1
     trigger: tuple[int, int] | None = None  # the forced tokens response[start:stop], if any
     rewound: int = 0  # tokens of its first ending that were dropped before the trigger
 
@@ -172,6 +178,10 @@ class Rollout:
     def at_every_token(self, value):
         """(len(response),) of one value."""
         return torch.full((len(self.response),), float(value))
+
+    def token_advantages(self):
+        advantages = self.at_every_token(self.advantage)
+        return advantages if self.credit is None else advantages * self.credit
 
 
 # ----- sampling --------------------------------------------------------------------------------------------
@@ -393,8 +403,8 @@ def train_on(per_update, policy, reference, optimizer, prompts, dummy, step, log
 
 
 def has_gradient(r, cfg):
-    """Whether a rollout takes part in the update: without an advantage only a KL term moves anything."""
-    return bool(r.advantage or cfg.kl_beta)
+    """Whether a rollout takes part in the update: without an advantage only other terms move anything."""
+    return bool(r.advantage or cfg.kl_beta or cfg.perception != "off")
 
 
 def left_out(r, cfg):
@@ -464,7 +474,7 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
         sampler = torch.where(sampled, sampler, old)  # nobody sampled a trigger: there is nothing to correct
         ref = over_tokens([r.ref_logps for r in rows], mask) if cfg.kl_beta else None
 
-        advantages = over_tokens([r.at_every_token(r.advantage) for r in rows], mask)
+        advantages = over_tokens([r.token_advantages() for r in rows], mask)
         weights = over_tokens([token_weights(r, denominator, cfg) for r in rows], mask)
         numbers = over_tokens([r.at_every_token(i) for i, r in enumerate(rows)], mask).long()
         loss, sums = grpo_loss(logps, old, sampler, ref, advantages, weights, cfg, numbers)
@@ -473,6 +483,11 @@ def update(policy, optimizer, rollouts, denominator, imitated_tokens, prompts, d
             nll = -(imitated * logps).sum() / imitated_tokens
             loss = loss + cfg.rethink_nll * nll
             sums["loss/nll"] = nll.detach()
+
+        if cfg.perception != "off":
+            masked = over_tokens([r.masked_logps for r in rows], mask)
+            more, sums["perception/kl"] = perception_loss(logps, masked, weights, cfg)
+            loss = loss + more
 
         # FSDP averages gradients over ranks; the weights already sum to 1 over all ranks together.
         (loss * dist.get_world_size()).backward()
@@ -790,6 +805,79 @@ def before_answer(ids, tokenizer):
     return bisect.bisect_right(range(len(ids) + 1), end, key=characters) - 1
 
 
+# ----- perception: does the answer come from the picture? --------------------------------------------------
+
+def views(questions, view, workers, step, log):
+    """{(question, view): prompt} of encode_view."""
+    asked = [(q, view) for q in dict.fromkeys(questions)]
+    [drawn] = workers.prepared([asked], step)
+    return readable(drawn, None, strict=True, log=log)
+
+
+def sample_noised(engine, questions, prompts, seeds, tokenizer, workers, step, log, cfg):
+    """sample_rollouts, the last --noisy_frac of each group from noised images (arXiv 2504.13055).
+
+    They are scored and trained on like the others. To correct for what sampled them, which saw another image,
+    would undo the method.
+    """
+    clean = max(1, min(cfg.group_size - 1, round(cfg.group_size * (1 - cfg.noisy_frac))))
+    asked = [q if i % cfg.group_size < clean else (q, "noised") for i, q in enumerate(questions)]
+    shown = prompts | views(questions, "noised", workers, step, log)
+    rollouts = sample_rollouts(engine, asked, shown, seeds, tokenizer, cfg)
+    for q, r in zip(questions, rollouts):
+        if r.question != q:
+            r.question = q
+            r.sampler_logps = r.at_every_token(math.nan)
+    return rollouts
+
+
+def look_again(rollouts, policy, prompts, workers, dummy, step, log, cfg):
+    """Score responses once more, with masked images: sets masked_logps, and for vppo credit. Collective."""
+    rollouts = list({id(r): r for r in rollouts}.values())
+    masked = views([r.question for r in rollouts], "masked", workers, step, log)
+    blind = [dataclasses.replace(r, question=(r.question, "masked")) for r in rollouts]
+    for r, logps in zip(rollouts, all_logprobs(policy, blind, masked, dummy, cfg)):
+        r.masked_logps = logps
+    if cfg.perception == "vppo":
+        seen = all_logprobs(policy, rollouts, prompts, dummy, cfg)
+        reliance = []
+        for r, logps in zip(rollouts, seen):
+            r.old_logps = logps if r.old_logps is None else r.old_logps
+            reliance.append(k3(r.masked_logps - logps).clamp(max=10) * policy_mask(r, cfg))
+        for r, of_token, factor in zip(rollouts, reliance, vppo_factors(reliance)):
+            r.credit = factor * most_reliant(of_token)
+
+
+def most_reliant(reliance):
+    """1 at the 40 % of a rollout's tokens that rely most on the image (VPPO, arXiv 2510.09285), else 0."""
+    count = math.ceil(2 * len(reliance) / 5)
+    return torch.zeros(len(reliance)).index_fill(0, reliance.topk(count).indices, 1.0)
+
+
+def vppo_factors(reliance, least=0.9):
+    """What each rollout's advantage is multiplied by: more if it relies on the image, 1 in the mean of the
+    batch. Collective."""
+    means = [of_token.mean().item() for of_token in reliance]
+    low = -global_max(-min(means, default=math.inf))
+    high = global_max(max(means, default=-math.inf))
+    if not low < high:
+        return [1.0] * len(means)
+    scaled = [(mean - low) / (high - low) for mean in means]
+    total, count = global_sum([sum(scaled), len(scaled)])
+    most = least + (1 - least) * count / total
+    return [least + (most - least) * share for share in scaled]
+
+
+def perception_loss(logps, masked_logps, weights, cfg):
+    """What --perception adds to the loss, and the KL to the policy that sees little. Tensors (B, T-1).
+
+    PAPO (arXiv 2507.06448) enlarges that KL; -log pi keeps it from doing so by writing noise.
+    """
+    kl = (weights * k3(masked_logps - logps)).sum()
+    more = -cfg.perception_entropy * (weights * logps).sum()
+    return more - cfg.perception_kl * kl if cfg.perception == "papo" else more, kl.detach()
+
+
 # ----- staged lengths (PTST of Vision-R1, arXiv 2503.06749) ------------------------------------------------
 
 
@@ -889,14 +977,6 @@ def update_metrics(totals, names, cfg):
     return metrics
 
 
-def end_if_mismatched(step, metrics, most, log):
-    """End the run when sampler and trainer have become two models: the gradient would be of neither."""
-    found = metrics["mismatch/mean"]
-    if not found <= most:
-        log.fail(f"step {step}: mismatch/mean is {found:.3g} nats a token, allowed are {most:.3g} "
-                 f"(--max_mismatch); the last checkpoint in {log.out} is sound")
-
-
 def shown_groups(rollouts, records, tokenizer, step, group_size):
     """All rollouts of the first three groups that differ inside, as rows: the ones worth reading."""
     shown = []
@@ -939,59 +1019,6 @@ def evaluate(engine, records, prompts, share, processor, cfg):
 # ----- the run ---------------------------------------------------------------------------------------------
 
 
-def check_run(policy, optimizer, engine, prompts, processor, dummy, log, cfg):
-    """The self-check of a run that samples, before step 1. All ranks alike, on the same few prompts.
-
-    Beside self_check: the engine's log-probabilities of what it samples equal the policy's, and again after
-    every weight was moved and handed over. Returns the mismatch/mean beyond which a step ends the run.
-    """
-    allowed = cfg.max_mismatch or TOLERANCE[policy.compute_dtype]
-    short = dataclasses.replace(cfg, max_new_tokens=min(16, cfg.max_new_tokens), top_p=1.0, top_k=0)
-    prompts = dict(enumerate(prompts))
-    asked = [q for q in prompts for _ in range(2)]  # two rollouts each
-
-    def sampled(options):
-        return sample_rollouts(engine, asked, prompts, list(range(len(asked))), processor.tokenizer, options)
-
-    def compare(rollouts, what, hint):
-        own = all_logprobs(policy, rollouts, prompts, dummy, cfg)
-        gap = mean_gap([r.sampler_logps for r in rollouts], own)
-        if not gap <= allowed:
-            log.fail(f"self-check: {what} by {gap:.2g} nats a token (allowed {allowed:g}, --max_mismatch) "
-                     f"with --engine {cfg.engine} and {policy.config.model_type}; {hint}")
-        return gap
-
-    rollouts = sampled(short)
-    sleep_engine(engine)  # as in the loop: its memory is the trainer's until the next sync
-    rows = [(prompts[r.question], r.response) for r in rollouts[::2]]  # one of each prompt
-    self_check(policy, rows, dummy, log)
-    longest = max(rollouts, key=lambda r: prompts[r.question]["input_ids"].shape[1])
-    response = (longest.response * cfg.max_new_tokens)[:cfg.max_new_tokens]  # as long as one may be
-    group = [dataclasses.replace(longest, response=response)] * cfg.group_size
-    groups, _ = question_groups(group, prompts, policy, cfg.token_budget)
-    rehearse(policy, optimizer, groups[0], dummy, cfg, log, cfg.engine == "hf", cfg.kl_beta > 0)
-
-    gap = compare(rollouts, "the sampler's log-probabilities differ from the trainer's",
-                  "it reads images or positions otherwise, or holds another model")
-    with shaken(policy):
-        sync_weights(policy, engine)
-        compare(sampled(short), "sampler and trainer differ once the weights have changed",
-                "a weight does not reach the sampler (sync_weights)")
-    sync_weights(policy, engine)
-
-    most = 10 * max(gap, allowed / 2)
-    if cfg.top_p < 1 or cfg.top_k:
-        # They cut the distribution that is sampled from, and the trainer scores with all of it. How much that
-        # is depends on the policy, which will change: twice what it is now, or a nat, is left to it.
-        rollouts = sampled(dataclasses.replace(short, top_p=cfg.top_p, top_k=cfg.top_k))
-        own = all_logprobs(policy, rollouts, prompts, dummy, cfg)
-        most += max(1.0, 2 * mean_gap([r.sampler_logps for r in rollouts], own))
-    most = cfg.max_mismatch or most
-    log.note(f"self-check passed: the sampler is {gap:.1e} nats a token from the trainer; a step with "
-             f"mismatch/mean above {most:.2g} ends the run")
-    return most
-
-
 def check(cfg):
     """Refuse what cannot train; returns the stages of --ptst. Raises ValueError naming the flag."""
     check_engine(cfg)
@@ -1014,6 +1041,10 @@ def check(cfg):
         raise ValueError("--rethink_frac: a server takes text, and a forced response goes on from token ids; "
                          "use --engine vllm or hf")
     parse_kinds(cfg.rethink_kinds)
+    if not 0 <= cfg.noisy_frac < 1:
+        raise ValueError("--noisy_frac is a share, at least 0 and below 1")
+    if cfg.perception == "vppo" and cfg.objective == "gspo":
+        raise ValueError("--perception vppo chooses tokens, --objective gspo takes a response as a whole")
     return stages
 
 
@@ -1032,12 +1063,7 @@ def main(cfg):
         dtype = run.policy.compute_dtype
         encode_record = functools.partial(encode_prompt, processor=run.processor, max_pixels=cfg.max_pixels,
                                           max_tokens=cfg.max_prompt_tokens, dtype=dtype)
-
-        def encode(q, step):
-            """What sampler and trainer see of a question. `step` is for what changes over a run; where a
-            replayed question is encoded again, it is the current one."""
-            return encode_record(everything[q])
-
+        encode = functools.partial(encode_view, records=everything, encode=encode_record, cfg=cfg)
         workers = Workers(encode, cfg.workers)
         engine = build_engine(run.origin, run.processor, cfg, device)
         dummy = blank_prompt(run.processor, cfg.max_pixels, dtype)  # where a rank has no image (collate)
@@ -1059,13 +1085,14 @@ def main(cfg):
              f"on {world} rank(s); images are prepared by {len(workers.crew)} process(es) a rank")
     longest = max([stage.max_new_tokens for stage in stages], default=cfg.max_new_tokens)
     if cfg.ssr == "replay":
-        of_token = 8 + 28 + 2 * 4  # bytes of pointer, Python int and two fp32 log-probabilities
+        numbers = 2 if cfg.perception == "off" else 4  # log-probabilities, and what a masked image said
+        of_token = 8 + 28 + 4 * numbers  # bytes of pointer, Python int and fp32 numbers
         size = cfg.ssr_cap * longest * of_token
         log.note(f"replay buffer: at most {cfg.ssr_cap} rollouts, {size / 2**30:.2f} GiB over all ranks")
     few = check_rows(records, encode_record, log)
     with refusing(policy.config.model_type, log):
         longest = dataclasses.replace(cfg, max_new_tokens=longest)
-        worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, longest)
+        worst_mismatch = check_run(policy, optimizer, engine, few, dummy, log, longest)
     if reference:
         reference.packs = policy.packs
     held_out, share = encode_share(run, workers)
@@ -1112,7 +1139,10 @@ def main(cfg):
                 for sample in range(stage_cfg.group_size):
                     asked.append(q)
                     seeds.append(rollout_seed(cfg, step, q, sample))
-            now = sample_rollouts(engine, asked, prompts, seeds, tokenizer, stage_cfg)
+            if cfg.noisy_frac:
+                now = sample_noised(engine, asked, prompts, seeds, tokenizer, workers, step, log, stage_cfg)
+            else:
+                now = sample_rollouts(engine, asked, prompts, seeds, tokenizer, stage_cfg)
             if cfg.rethink_frac:
                 rethought += force_rethink(engine, now, prompts, records, tokenizer, step, stage_cfg)
             watch.lap("time/gen")
@@ -1146,6 +1176,10 @@ def main(cfg):
         encoded = dict(prompts)
         [again] = workers.prepared([list(older)], first_step=step)
         encoded |= readable(again, records, strict=True, log=log)
+        if cfg.perception != "off":
+            watch.lap("time/train")
+            look_again(trained, policy, encoded, workers, dummy, step, log, stage_cfg)
+            watch.lap("time/perception")
 
         # 6. update
         totals = train_on(per_update, policy, reference, optimizer, encoded, dummy, step, log, stage_cfg)
@@ -1161,7 +1195,7 @@ def main(cfg):
         metrics = rollout_metrics(rollouts, batch, parts, spec, stage_cfg)
         if metrics["reward/missing"] == 1:
             log.fail(f"step {step}: the judge was silent on every rollout: {SLOW['judge'].fault}")
-        metrics |= update_metrics(totals, (*MEASURED, "loss/nll"), cfg)
+        metrics |= update_metrics(totals, (*MEASURED, "loss/nll", "perception/kl"), cfg)
         tokens = global_sum([sum(map(len, rollouts)), sum(map(len, trained))])
         metrics["tokens/gen"], metrics["tokens/train"] = tokens
         metrics["data/unreadable"] = unreadable

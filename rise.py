@@ -67,9 +67,9 @@ from sft import (RunLog, Stopwatch, Watchdog, Workers, blank_prompt, catch_signa
                  end_on_signals, gather, global_max, global_sum, host_memory, init_distributed, load_policy,
                  lr_at, one_line_errors, open_run, peak_memory, pixel_names, readable, refusing,
                  save_checkpoint)
-from eval import build_engine, check_engine, sleep_engine, sync_weights
-from grpo import (MEASURED, check_run, end_if_mismatched, group_advantages, has_gradient, rollout_seed,
-                  sample_rollouts, train_on, update_metrics, which_update)
+from eval import build_engine, check_engine, check_run, end_if_mismatched, sleep_engine, sync_weights
+from grpo import (MEASURED, group_advantages, has_gradient, rollout_seed, sample_rollouts, train_on,
+                  update_metrics, which_update)
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ class Config:
     log: str = "off"  # where metrics, samples and flags go as well: off | wandb | tensorboard
     stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never
     dist_timeout: float = 60.0  # minutes that a rank waits for the others
+    perception = "off"  # no flag: grpo.train_on asks
 
 
 # ----- two hops --------------------------------------------------------------------------------------------
@@ -484,7 +485,7 @@ def main(cfg):
     encode_record = functools.partial(encode_cot, processor=run.processor, dtype=dtype, cfg=cfg)
     few = check_rows(records, encode_record, log)
     with refusing(policy.config.model_type, log):
-        worst_mismatch = check_run(policy, optimizer, engine, few, processor, dummy, log, cfg)
+        worst_mismatch = check_run(policy, optimizer, engine, few, dummy, log, cfg)
     if reference:
         reference.packs = policy.packs
     held_out, share = encode_share(run, workers)

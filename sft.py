@@ -648,6 +648,55 @@ def encode_prompt(record, processor, max_pixels, max_tokens=0, dtype=torch.float
     return {**inputs, "request": {"ids": ids, "images": images, "messages": messages}}
 
 
+def blackened(image, share, chance):
+    """An RGB image in which each patch of 14 x 14 pixels is black with probability `share`; others stay."""
+    side = 14
+    columns, rows = math.ceil(image.width / side), math.ceil(image.height / side)
+    shown = Image.new("1", (columns, rows))
+    shown.putdata([chance.random() >= share for _ in range(columns * rows)])
+    shown = shown.resize((columns * side, rows * side), Image.Resampling.NEAREST)
+    black = Image.new("RGB", image.size)
+    return Image.composite(image, black, shown.crop((0, 0, *image.size)))
+
+
+def diffused(image, step, chance):
+    """An RGB image as a diffusion model's forward process leaves it at step 0 .. 999 (arXiv 2504.13055).
+
+    x_t = sqrt(a) x + sqrt(1 - a) noise with x from 0 to 1, a = the product of 1 - beta up to t; clipped.
+    """
+    betas = torch.linspace(-6, 6, 1000).sigmoid() * (0.005 - 1e-5) + 1e-5
+    kept = (1 - betas).cumprod(0)[step]
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) / 255
+    stream = torch.Generator().manual_seed(chance.getrandbits(62))
+    noise = torch.randn(len(pixels), generator=stream)
+    mixed = kept.sqrt() * pixels + (1 - kept).sqrt() * noise
+    levels = (255 * mixed.clamp(0, 1)).round().to(torch.uint8)
+    return Image.frombytes("RGB", image.size, levels.numpy().tobytes())
+
+
+# Share of an image's patches that are blackened, as in the papers.
+MASKED = {"papo": 0.6, "vppo": 0.5}
+
+
+def encode_view(asked, step, records, encode, cfg):
+    """What the workers are asked for: a question as sampler and trainer see it, or (question, view).
+
+    views: `masked`, and `noised`, which fades in the course of the run. `step` is for what changes over a
+    run; where a replayed question is encoded again, it is the current one.
+    """
+    if isinstance(asked, int):
+        return encode(records[asked])
+    q, view = asked
+    chance = random.Random(f"{cfg.seed}/{view}/{step}/{q}")
+    if view == "masked":
+        change = functools.partial(blackened, share=MASKED[cfg.perception], chance=chance)
+    else:
+        strength = 1 / (1 + math.exp(30 * (step - 40) / cfg.steps))
+        change = functools.partial(diffused, step=int(500 * strength), chance=chance)
+    images = [change(load_image(image, cfg.max_pixels)) for image in records[q]["images"]]
+    return encode(dict(records[q], images=images))
+
+
 def pixel_names(inputs):
     """Names of the inputs that are floating point: pixels. Token ids, masks and grids are not."""
     return [name for name, value in inputs.items() if name != "request" and value.is_floating_point()]
@@ -1098,8 +1147,9 @@ def question_groups(rollouts, prompts, policy, budget):
     """Groups of one question each, and the indices of their rollouts.
 
     prompts: {question: encode_prompt's result}; a rollout (grpo.py's) has a `question` and the ids of a
-    `response`. Rollouts of a question share a group, so that its image and prompt are computed once, as long as that is
-    less to compute than a row for each: a long group's tokens have many to look at, if only to be masked.
+    `response`. Rollouts of a question share a group, so that its image and prompt are computed once, as long
+    as that is less to compute than a row for each: a long group's tokens have many to look at, if only to be
+    masked.
     """
     scale = attention_scale(policy.config)
     groups, members = [], []
@@ -1287,7 +1337,7 @@ def padded_batches(rollouts, prompts, dummy, policy, cfg):
 
 def by_rollout(values, mask, rollouts):
     """(B, T-1) -> a CPU tensor (len(response),) for each rollout."""
-    return values[mask].cpu().split([len(r) for r in rollouts])
+    return values[mask].cpu().split([len(r.response) for r in rollouts])
 
 
 def over_tokens(values, mask):

@@ -66,8 +66,7 @@ def check(run):
 
 
 def check_whole(run):
-    return grpo.check_run(run.policy, run.optimizer, run.engine, run.prompts, run.processor, run.dummy,
-                          run.log, run.cfg)
+    return evaluation.check_run(run.policy, run.optimizer, run.engine, run.prompts, run.dummy, run.log, run.cfg)
 
 
 def refusal(call, *args):
@@ -213,10 +212,10 @@ def test_a_model_that_crashes_is_refused_in_one_line(run):
 
 def test_a_run_stops_where_the_sampler_drifts_away():
     log = Log()
-    grpo.end_if_mismatched(3, {"mismatch/mean": 0.01}, 0.01, log)
+    evaluation.end_if_mismatched(3, {"mismatch/mean": 0.01}, 0.01, log)
     for found in (0.011, math.nan):
         with pytest.raises(SystemExit, match="step 3: mismatch/mean is .*--max_mismatch"):
-            grpo.end_if_mismatched(3, {"mismatch/mean": found}, 0.01, log)
+            evaluation.end_if_mismatched(3, {"mismatch/mean": found}, 0.01, log)
 
 
 def test_check_rows_prefers_other_numbers_of_images():
@@ -570,7 +569,7 @@ def test_family(build, attn, head, tmp_path, group):
     optimizer, dummy = sft.make_optimizer(policy, cfg), sft.blank_prompt(processor, cfg.max_pixels)
     prompts = [sft.encode_prompt(record, processor, cfg.max_pixels) for record in RECORDS.values()
                if record["images"]]
-    grpo.check_run(policy, optimizer, engine, prompts, processor, dummy, Log(), cfg)
+    evaluation.check_run(policy, optimizer, engine, prompts, dummy, Log(), cfg)
     assert policy.head == head
 
 
