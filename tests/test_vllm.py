@@ -177,6 +177,25 @@ def test_a_tensor_that_is_not_synced_is_found_before_the_first_step(work, driver
     assert "--engine vllm" in output and not (work / "skipped/metrics.jsonl").exists()
 
 
+def test_noised_images_reach_vllm_and_clean_ones_the_trainer(work, driver):  # noqa: F811
+    """Only what was sampled from clean images is compared, and that agrees; a second run is the same run."""
+    blind = ("usual = grpo.sample_rollouts\n"
+             "def sample(engine, asked, prompts, *rest):\n"
+             "    for q in asked:\n"
+             "        images = prompts[q]['request']['images']\n"
+             "        print('SHOWN', isinstance(q, tuple), hash(images[0].tobytes()))\n"
+             "    return usual(engine, asked, prompts, *rest)\n"
+             "grpo.sample_rollouts = sample")
+    for out in ("one", "two"):
+        output = run(work, *driver(blind), "--noisy_frac", "0.5", "--perception", "papo", "--eval_data", "",
+                     "--steps", "3", "--out", out)
+    rows = metrics(work / "one")
+    assert all(0 < row["mismatch/max"] < TOLERANCE and row["perception/kl"] > 0 for row in rows)
+    assert rows == metrics(work / "two")
+    shown = {noised: set(re.findall(rf"SHOWN {noised} (.*)", output)) for noised in (True, False)}
+    assert len(shown[True]) == len(shown[False]) == 18 and not shown[True] & shown[False]
+
+
 @pytest.mark.parametrize("tp", ["1", "2"])
 def test_two_ranks_equal_one(work, driver, tp, tmp_path):  # noqa: F811
     """Two engines, and one engine over two ranks with uneven shares, sample what a single rank samples."""
