@@ -550,6 +550,13 @@ def balance(per_update, prompts, cfg):
     return lists, metrics, (lent, borrowed)
 
 
+def encoded_here(rollouts, prompts, records, workers, step, log):
+    """{question: prompt} of all rollouts: what is from another rank or an earlier step is encoded again."""
+    missing = dict.fromkeys(r.question for r in rollouts if r.question not in prompts)
+    [drawn] = workers.prepared([list(missing)], first_step=step)
+    return prompts | readable(drawn, records, strict=True, log=log)
+
+
 def settle(lent, borrowed):
     """Give back what training found out of borrowed rollouts: their owner may replay them. Collective."""
     found = {}
@@ -1172,10 +1179,7 @@ def main(cfg):
         batch = list(itertools.chain.from_iterable(per_update))
         per_update, loads, loans = balance(per_update, prompts, stage_cfg)
         trained = [r for r in itertools.chain.from_iterable(per_update) if has_gradient(r, cfg)]
-        older = dict.fromkeys(r.question for r in trained if r.question not in prompts)
-        encoded = dict(prompts)
-        [again] = workers.prepared([list(older)], first_step=step)
-        encoded |= readable(again, records, strict=True, log=log)
+        encoded = encoded_here(trained, prompts, records, workers, step, log)
         if cfg.perception != "off":
             watch.lap("time/train")
             look_again(trained, policy, encoded, workers, dummy, step, log, stage_cfg)

@@ -68,8 +68,8 @@ from sft import (RunLog, Stopwatch, Watchdog, Workers, blank_prompt, catch_signa
                  lr_at, one_line_errors, open_run, peak_memory, pixel_names, readable, refusing,
                  save_checkpoint)
 from eval import build_engine, check_engine, check_run, end_if_mismatched, sleep_engine, sync_weights
-from grpo import (MEASURED, group_advantages, has_gradient, rollout_seed, sample_rollouts, train_on,
-                  update_metrics, which_update)
+from grpo import (MEASURED, balance, encoded_here, group_advantages, has_gradient, rollout_seed,
+                  sample_rollouts, train_on, update_metrics, which_update)
 
 
 @dataclass(frozen=True)
@@ -542,8 +542,14 @@ def main(cfg):
                 number = which_update(place_of[cot.question], len(questions), cfg.updates)
                 per_update[number].append(r)
 
+        loads = {}
+        if cfg.graded == "cot":  # the prompt of a reconstruction is not one that another rank could encode
+            per_update, loads, _ = balance(per_update, prompts, cfg)
+        trained = [r for r in itertools.chain.from_iterable(per_update) if has_gradient(r, cfg)]
+        encoded = encoded_here(trained, prompts, records, workers, step, log)
+
         # 6. update
-        totals = train_on(per_update, policy, reference, optimizer, prompts, dummy, step, log, cfg)
+        totals = train_on(per_update, policy, reference, optimizer, encoded, dummy, step, log, cfg)
         watch.lap("time/train")
 
         # 7. hand the new weights to the sampler
@@ -554,12 +560,11 @@ def main(cfg):
         write_rationales(log, step, rows, records)
         metrics = quality(rows) | group_metrics(rows, cfg.group_size)
         metrics |= update_metrics(totals, MEASURED, cfg)
-        trained = [r for r in itertools.chain.from_iterable(per_update) if has_gradient(r, cfg)]
         tokens = global_sum([sum(map(len, cots + reconstructions)), sum(map(len, trained))])
         metrics["tokens/gen"], metrics["tokens/train"] = tokens
         metrics["data/unreadable"] = unreadable
         stop_now = global_sum([len(stopping)])[0]
-        metrics |= {"optim/lr": lr_at(step, cfg), **watch.laps, "time/step": watch.total(),
+        metrics |= {**loads, "optim/lr": lr_at(step, cfg), **watch.laps, "time/step": watch.total(),
                     "mem/peak_gb": peak_memory(device), "mem/host_gb": host_memory()}
         end_if_mismatched(step, metrics, worst_mismatch, log)
 
