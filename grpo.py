@@ -814,6 +814,7 @@ def before_answer(ids, tokenizer):
 
 # ----- perception: does the answer come from the picture? --------------------------------------------------
 
+
 def views(questions, view, workers, step, log):
     """{(question, view): prompt} of encode_view."""
     asked = [(q, view) for q in dict.fromkeys(questions)]

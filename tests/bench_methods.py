@@ -39,7 +39,7 @@ ARMS = {
 }
 HEAD = ("held out, step 10", "step 20", "counting-id", "counting-ood",
         "rollouts in the loss that have an advantage, steps 1-10", "31-40", "reflect", "fixed minus broke",
-        "perception/kl, steps 1-10", "31-40", "thousand tokens", "s")
+        "perception/kl, steps 1-10", "perception/kl, steps 31-40", "thousand tokens", "s")
 
 
 def run(*argv):
@@ -76,7 +76,7 @@ def main(seeds, names):
         found = [measure(name, ARMS[name], seed) for seed in seeds]
         cells = []
         for title, values in zip(HEAD, zip(*found)):
-            digits = 2 if max(values) < 10 and "kl" in title else 0
+            digits = 2 if "kl" in title else 0
             cells.append(" / ".join(f"{value:.{digits}f}" for value in values))
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 

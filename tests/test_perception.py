@@ -175,6 +175,13 @@ def test_papo_in_an_update(group):
     assert both.tolist() == pytest.approx([slope - 0.5 for slope in slopes], rel=1e-4)
 
 
+@pytest.mark.parametrize("flags, trains", [({}, False), ({"kl_beta": 0.1}, True), ({"perception": "papo"}, True),
+                                           ({"perception": "vppo"}, True), ({"noisy_frac": 0.5}, False)])
+def test_which_groups_without_an_advantage_are_trained_on(flags, trains):
+    assert grpo.has_gradient(seen_rollout(0.0, [-1., -1.]), grpo.Config(**flags)) == trains
+    assert grpo.has_gradient(seen_rollout(0.5, [-1., -1.]), grpo.Config(**flags))
+
+
 # ----- VPPO
 
 

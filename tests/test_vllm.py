@@ -169,8 +169,9 @@ def test_five_steps_twice_give_the_same_run(work, driver):  # noqa: F811
 
 
 def test_a_tensor_that_is_not_synced_is_found_before_the_first_step(work, driver):  # noqa: F811
-    skip = ("whole = grpo.revert_weight_conversion\n"
-            "grpo.revert_weight_conversion = lambda policy, pair: (\n"
+    skip = ("import sft\n"
+            "whole = sft.revert_weight_conversion\n"
+            "sft.revert_weight_conversion = lambda policy, pair: (\n"
             "    {} if 'layers.1.mlp.down_proj' in str(pair.keys()) else whole(policy, pair))")
     output = run(work, *driver(skip), "--steps", "5", "--out", "skipped", code=1)
     assert "sampler and trainer differ once the weights have changed by" in output
