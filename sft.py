@@ -2079,7 +2079,7 @@ def complete_checkpoint(tmp, step, keep, files, state, extra):
 
 
 def drop_weights(step):
-    """Take the merged weights off a checkpoint of LoRA. meta.json goes first: it is complete at any moment."""
+    """Take the merged weights off a checkpoint of LoRA; first off meta.json: it is complete at any moment."""
     meta = read_json(step / "meta.json")
     meta["files"] = {name: size for name, size in meta["files"].items() if not WEIGHTS.match(name)}
     meta["adapter_only"] = True
