@@ -1833,18 +1833,29 @@ def instead_of(step: Path) -> str:
     return f"; {step.parent} has no other sound checkpoint"
 
 
+def weights_gone(folder: Path) -> str:
+    """What to load instead of a step of LoRA that has its adapter only, "" for all others."""
+    meta = folder / "meta.json"
+    if not meta.exists() or not read_json(meta).get("adapter_only"):
+        return ""
+    return (f"{folder} is no model any more: its merged weights went when a newer step was complete; take "
+            f"the newest, --resume from this one, or load {folder}/adapter with peft")
+
+
 def resolve_model(path: str) -> str:
     """Model folder, run directory (newest step) or Hub id for from_pretrained. Raises ValueError, OSError."""
     folder = Path(path)
     if (folder / "config.json").exists() and not (step := newest_step(folder)):
         config = read_json(folder / "config.json")
         if "model_type" in config:
-            if fault := model_fault(folder):
+            if fault := model_fault(folder) or weights_gone(folder):
                 raise ValueError(fault)
             return path
         raise ValueError(f"{path}: the run has no complete checkpoint yet")
     if folder.is_dir():
         if step := newest_step(folder):
+            if fault := weights_gone(step):
+                raise ValueError(fault)
             return str(step)
         raise ValueError(f"{path}: neither a model (config.json) nor a run directory (step_*)")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(("out/", "./", "../")):

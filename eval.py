@@ -722,7 +722,8 @@ def check_run(policy, optimizer, engine, prompts, dummy, log, cfg):
     response = (longest.response * cfg.max_new_tokens)[:cfg.max_new_tokens]  # as long as one may be
     group = [SimpleNamespace(question=longest.question, response=response)] * cfg.group_size
     groups, _ = question_groups(group, prompts, policy, cfg.token_budget)
-    rehearse(policy, optimizer, groups[0], dummy, cfg, log, cfg.engine == "hf", cfg.kl_beta > 0)
+    reference = cfg.kl_beta > 0 and not cfg.lora_rank  # a second model
+    rehearse(policy, optimizer, groups[0], dummy, cfg, log, cfg.engine == "hf", reference)
 
     gap = compare(rollouts, "the sampler's log-probabilities differ from the trainer's",
                   "it reads images or positions otherwise, or holds another model")

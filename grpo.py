@@ -57,8 +57,8 @@ import torch.distributed as dist
 
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
-from sft import (Means, RunLog, Stopwatch, Watchdog, Workers, all_logprobs, assigned, blank_prompt,
-                 by_rollout, catch_signals, check_rows, continued, data_order, encode_prompt, encode_share,
+from sft import (Means, RunLog, Stopwatch, Watchdog, Workers, adapters_off, all_logprobs, assigned,
+                 blank_prompt, by_rollout, catch_signals, check_rows, continued, data_order, encode_prompt, encode_share,
                  encode_view, end_on_signals, evenness, gather, global_max, global_sum, host_memory,
                  init_distributed, load_policy, lr_at, one_line_errors, open_run, optimizer_step,
                  over_tokens, padded_batches, peak_memory, readable, refusing, save_checkpoint)
@@ -139,6 +139,9 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     workers: int = -1  # processes that prepare images, per rank; 0 = none, -1 = by the cores
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
+    lora_rank: int = 0  # train adapters of this rank beside the frozen weights, 0 = all weights
+    lora_alpha: float = 0.0  # an adapter's output is multiplied by alpha / rank, 0 = by 2
+    lora_targets: tuple[str, ...] = ()  # ends of layer names, as regex; none = all of the language model
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
     shard_ranks: int = 0  # ranks that share a copy of the weights, a node's say; 0 = all of them
@@ -379,7 +382,8 @@ def train_on(per_update, policy, reference, optimizer, prompts, dummy, step, log
         keep_old_logprobs(trained.values(), policy, prompts, dummy, cfg)
     if reference:
         fresh = [r for r in trained.values() if r.ref_logps is None]
-        logprobs = all_logprobs(reference, fresh, prompts, dummy, cfg)
+        with adapters_off(reference):
+            logprobs = all_logprobs(reference, fresh, prompts, dummy, cfg)
         for r, logps in zip(fresh, logprobs):
             r.ref_logps = logps
 
@@ -1078,7 +1082,9 @@ def main(cfg):
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
     tokenizer = processor.tokenizer
-    reference = load_policy(run.origin, cfg, device, trainable=False)[0] if cfg.kl_beta else None
+    reference = None
+    if cfg.kl_beta:  # with LoRA the policy is its own: train_on turns the adapters off
+        reference = policy if cfg.lora_rank else load_policy(run.origin, cfg, device, trainable=False)[0]
     buffer = ReplayBuffer()
     buffer.restore([saved["replay"] for saved in run.extras], cfg.ssr_cap)
     waiting, draws = {}, run.done  # refill: groups that were too many; how often questions were drawn

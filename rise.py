@@ -125,6 +125,9 @@ class Config:
     workers: int = -1  # processes that prepare images, per rank; 0 = none, -1 = by the cores
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
+    lora_rank: int = 0  # train adapters of this rank beside the frozen weights, 0 = all weights
+    lora_alpha: float = 0.0  # an adapter's output is multiplied by alpha / rank, 0 = by 2
+    lora_targets: tuple[str, ...] = ()  # ends of layer names, as regex; none = all of the language model
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
     shard_ranks: int = 0  # ranks that share a copy of the weights, a node's say; 0 = all of them
@@ -478,7 +481,9 @@ def main(cfg):
         log = RunLog(cfg, run.done)
     policy, processor, optimizer, records = run.policy, run.processor, run.optimizer, run.records
     tokenizer = processor.tokenizer
-    reference = load_policy(run.origin, cfg, device, trainable=False)[0] if cfg.kl_beta else None
+    reference = None
+    if cfg.kl_beta:  # with LoRA the policy is its own: train_on turns the adapters off
+        reference = policy if cfg.lora_rank else load_policy(run.origin, cfg, device, trainable=False)[0]
     sync_weights(policy, engine)
     log.note(f"{len(records)} records; a step: {cfg.prompts_per_step} x {cfg.group_size} rationales "
              f"on {world} rank(s); images are prepared by {len(workers.crew)} process(es) a rank")

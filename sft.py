@@ -105,6 +105,9 @@ class Config:
     workers: int = -1  # processes that prepare images, per rank; 0 = none, -1 = by the cores
     max_pixels: int = 1003520  # larger images are scaled down to this many pixels
     freeze_vision: bool = False  # train the language model only
+    lora_rank: int = 0  # train adapters of this rank beside the frozen weights, 0 = all weights
+    lora_alpha: float = 0.0  # an adapter's output is multiplied by alpha / rank, 0 = by 2
+    lora_targets: tuple[str, ...] = ()  # ends of layer names, as regex; none = all of the language model
     gradient_checkpointing: bool = False  # redo activations in backward: less memory, a third more compute
     cpu_offload: bool = False  # keep weights and moments in host memory
     shard_ranks: int = 0  # ranks that share a copy of the weights, a node's say; 0 = all of them
@@ -337,8 +340,8 @@ VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")  # in the nam
 def load_policy(path, cfg, device, trainable=True):
     """Load an image-text-to-text model and its processor; shard it with FSDP2 (world size 1 included).
 
-    Master weights are fp32 (a frozen reference: bf16 on GPU), compute is bf16 on GPU. One layer at a time is
-    cast and moved, so the GPU never holds an unsharded model. The policy is always in eval mode: one that
+    Trained weights are fp32, frozen ones and all computing bf16 on GPU. One layer at a time is cast and
+    moved, so the GPU never holds an unsharded model. The policy is always in eval mode: one that
     drops units, or whose batch norm looks at the batch, is not the one that was sampled from.
     """
     policy = load_model(path, "auto", cfg.attn)
@@ -349,6 +352,8 @@ def load_policy(path, cfg, device, trainable=True):
     for name, p in policy.named_parameters():
         frozen = cfg.freeze_vision and VISION.search(name)
         p.requires_grad_(trainable and not frozen)
+    if trainable and cfg.lora_rank:
+        add_adapters(policy, cfg)
     policy.eval()
     blocks = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
     if trainable and cfg.gradient_checkpointing:
@@ -372,7 +377,7 @@ def load_policy(path, cfg, device, trainable=True):
     matrix.logprobs = MethodType(head_logprobs, matrix)
     ends = [] if embedding.weight is matrix.weight else [embedding, matrix]
     for block in [*blocks, *ends, policy]:
-        cast_parameters(block, torch.float32 if trainable else policy.compute_dtype)
+        cast_parameters(block, policy.compute_dtype)
         fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload)
     if ends:
         embedding.set_unshard_in_backward(False)  # the gradient of rows that were looked up needs no weight
@@ -421,9 +426,13 @@ def load_model(path, dtype, attn):
     return model
 
 
-def cast_parameters(module, dtype):
-    """Cast parameters, never buffers: rotary frequencies in bf16 turn distant tokens by wrong angles."""
+def cast_parameters(module, compute_dtype):
+    """Cast trained parameters to fp32, frozen ones to what is computed with.
+
+    Never buffers: rotary frequencies in bf16 turn distant tokens by wrong angles.
+    """
     for p in module.parameters():
+        dtype = torch.float32 if p.requires_grad else compute_dtype
         if p.dtype != dtype:
             p.data = p.data.to(dtype)
 
@@ -479,6 +488,122 @@ def stop_ids(generation_config, processor):
     return list(dict.fromkeys([*written, *known, tokenizer.eos_token_id]))
 
 
+# ----- LoRA: adapters beside frozen weights ----------------------------------------------------------------
+
+
+class LoRALinear(torch.nn.Linear):
+    """y = W x + b + scale B A x, with W (out, in) and b frozen (Hu et al., arXiv 2106.09685).
+
+    An adapter is lora_A (rank, in) and lora_B (out, rank). B begins as 0, and so as the layer was.
+    """
+    off = False  # see adapters_off
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.off:
+            return y
+        low = self.scale * torch.nn.functional.linear(x, self.lora_A)  # (.., rank)
+        return y + torch.nn.functional.linear(low, self.lora_B)
+
+
+def add_adapters(policy, cfg):
+    """Freeze a model and turn the linear layers that --lora_targets names into LoRALinear.
+
+    Ranks draw alike: each keeps its shard of what all have. Raises ValueError.
+    """
+    if cfg.lora_rank < 0:
+        raise ValueError(f"--lora_rank {cfg.lora_rank}: must not be negative")
+    policy.requires_grad_(False)
+    scale = lora_alpha(cfg) / cfg.lora_rank
+    stream = torch.Generator().manual_seed(cfg.seed)
+    for layer in adapted_layers(policy, cfg.lora_targets):
+        layer.__class__, layer.scale = LoRALinear, scale
+        a = layer.weight.new_empty(cfg.lora_rank, layer.in_features, dtype=torch.float32)
+        b = layer.weight.new_zeros(layer.out_features, cfg.lora_rank, dtype=torch.float32)
+        torch.nn.init.kaiming_uniform_(a, math.sqrt(5), generator=stream)
+        layer.lora_A, layer.lora_B = torch.nn.Parameter(a), torch.nn.Parameter(b)
+
+
+def lora_alpha(cfg):
+    """--lora_alpha, or what is usual."""
+    return cfg.lora_alpha or 2 * cfg.lora_rank
+
+
+def adapted_layers(policy, targets):
+    """The linear layers whose names end as one of `targets` does, by default all of the language model.
+
+    A target is looked for in the language model; if it is not there, in the rest, as the vision tower.
+    Raises ValueError, for the output head too: head_logprobs computes with its weight alone.
+    """
+    head = policy.get_output_embeddings()
+    of_text = {id(module) for module in policy.get_decoder().modules()}
+    text, rest = {}, {}
+    for name, module in policy.named_modules():
+        if type(module) is torch.nn.Linear and module is not head:
+            (text if id(module) in of_text else rest)[name] = module
+    found = {}
+    for target in targets or [".*"]:
+        try:
+            ends = re.compile(rf"(.*\.)?({target})").fullmatch
+        except re.error as error:
+            raise ValueError(f"--lora_targets {target}: no regular expression: {error}") from error
+        named = list(filter(ends, text)) or list(filter(ends, rest if targets else []))
+        if not named:
+            some = dict.fromkeys(name.rpartition(".")[2] for name in text)
+            raise ValueError(f"--lora_targets {target}: no linear layer's name ends so; the language model "
+                             f"has {', '.join(some) or 'none'}, and its output head takes no adapter")
+        found |= {name: (text | rest)[name] for name in named}
+    return found.values()
+
+
+@contextlib.contextmanager
+def adapters_off(policy):
+    """For a moment the policy is the model that it started from. Without LoRA nothing changes."""
+    layers = [module for module in policy.modules() if isinstance(module, LoRALinear)]
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False
+
+
+def is_adapter(name):
+    """Whether a parameter is of an adapter, by its name."""
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def merged(layer, device):
+    """W + scale B A of a LoRALinear as one tensor, in fp32. Collective."""
+    a, b = whole(layer.lora_A, device), whole(layer.lora_B, device)
+    return whole(layer.weight, device).float() + layer.scale * (b @ a)
+
+
+def write_adapter(tmp, policy, cfg):
+    """Gather the adapters and have WRITER write them, as peft's PeftModel.from_pretrained loads them.
+
+    Returns its jobs. They have a folder of their own: where peft is installed, transformers loads a folder
+    with an adapter in it without a look at the weights beside it. Collective.
+    """
+    tensors, layers = {}, []
+    for name, layer in policy.named_modules():
+        if isinstance(layer, LoRALinear):
+            layers.append(name)
+            for part in ("lora_A", "lora_B"):
+                tensor = whole(getattr(layer, part), policy.banned.device)
+                if dist.get_rank() == 0:
+                    tensors[f"base_model.model.{name}.{part}.weight"] = tensor.to("cpu", copy=True)
+    if dist.get_rank() > 0:
+        return []
+    folder = tmp / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": policy.config._name_or_path,
+              "r": cfg.lora_rank, "lora_alpha": lora_alpha(cfg), "target_modules": layers}
+    write_json(folder / "adapter_config.json", config)
+    return [WRITER.submit(save_file, tensors, folder / "adapter_model.safetensors", {"format": "pt"})]
+
+
 # ----- memory, by arithmetic -------------------------------------------------------------------------------
 
 
@@ -486,7 +611,7 @@ def describe(policy, rows, cfg, engine, reference):
     """Parameters, and memory_needed (which has the arguments) for a micro-batch of `rows`, as text."""
     shards = cfg.shard_ranks or dist.get_world_size()
     parts, unknown = memory_needed(policy, rows, cfg, shards, engine, reference)
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    trained = trained_of(policy)
     vocabulary = policy.get_output_embeddings().weight.shape[0]
     name = type(policy).__name__.removeprefix("FSDP")
     gib = {what: f"{size / 2**30:.2f} GiB {what}" for what, size in parts.items()}
@@ -503,7 +628,7 @@ def memory_needed(policy, rows, cfg, shards, engine=False, reference=False):
     rows: of a micro-batch (see collate). shards: ranks that share the weights. engine, reference: whether a
     whole copy to sample with and a sharded frozen one are held, too. With c bytes a number in compute dtype:
 
-    states: 4 bytes a weight in fp32, 12 more for a trained one's gradient and two moments, over the shards
+    states: c bytes a frozen weight; a trained one in fp32, its gradient and two moments; over the shards
     activations: see activations
     buffers: the root's weights, in which are embedding and head unless they are groups of their own, and the
         most that is needed beside them and the activations at one of three moments:
@@ -513,29 +638,33 @@ def memory_needed(policy, rows, cfg, shards, engine=False, reference=False):
             waits for the root's
         at the end the root's gradients, and these in fp32, when nothing is left of the activations
 
+    Frozen weights have no gradients.
+
     What CUDA and NCCL take for themselves and what the allocator cannot use come on top.
     """
     each = policy.compute_dtype.itemsize
-    total = numbers_of(policy)
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    total, trained = numbers_of(policy), trained_of(policy)
     inner = [m for m in policy.modules() if isinstance(m, FSDPModule) and m is not policy]
-    root = total - sum(map(numbers_of, inner))
-    layers = [numbers_of(m) for m in inner if isinstance(m, GradientCheckpointingLayer)]
-    block = max(layers, default=0)
+    root, root_trained = total - sum(map(numbers_of, inner)), trained - sum(map(trained_of, inner))
+    layers = [m for m in inner if isinstance(m, GradientCheckpointingLayer)]
+    block, block_trained = max(map(numbers_of, layers), default=0), max(map(trained_of, layers), default=0)
     matrix = policy.get_output_embeddings()
-    head, alone = matrix.weight.numel(), isinstance(matrix, FSDPModule)
+    alone = isinstance(matrix, FSDPModule)
+    head, head_trained = numbers_of(matrix), trained_of(matrix)
     written = sum(int(group.written().sum()) for row in rows for group in as_groups(row))
     logits = min(CHUNK, written * matrix.weight.shape[0])
     stored, in_block, unknown = activations(policy, rows, cfg)
 
-    states, copies = (4 * total + 12 * trained) / shards, each * total * engine
+    states, copies = (each * (total - trained) + 16 * trained) / shards, each * total * engine
     frozen = each * total * reference / shards
-    if cfg.cpu_offload:  # on the GPU is the shard that is gathered next, in fp32 and cast
-        states, frozen = (4 + each) * block / shards, 0
-    ends = head if alone else 0  # the head's group, and the embedding's
-    at_head = stored + each * head + 3 * 4 * logits + (each + 4) * ends
-    at_block = stored + in_block + 3 * each * block + 4 * max(block, ends) + each * (head - ends)
-    at_end = (each + 4) * max(root, ends)
+    if cfg.cpu_offload:  # on the GPU is the shard that is gathered next, cast from fp32 where it is trained
+        states, frozen = (each * block + 4 * block_trained) / shards, 0
+    # The head's group, and the embedding's.
+    ends, ends_trained = (head, head_trained) if alone else (0, 0)
+    at_head = stored + each * (ends + head_trained) + 3 * 4 * logits + 4 * ends_trained
+    at_block = (stored + in_block + each * (2 * block + block_trained) + 4 * max(block_trained, ends_trained)
+                + each * (head_trained - ends_trained))
+    at_end = (each + 4) * max(root_trained, ends_trained)
     buffers = each * root + max(at_head, at_block, at_end) - stored
     parts = {"weights, gradients and moments": states, "model copies": copies + frozen,
              "activations": stored, "buffers": buffers}
@@ -586,7 +715,8 @@ def kept_by(block, each):
         4 I  gate, gate activated, up, their product; or q, k, v, each repeated for every head, and the output
         7 I  q, k and v of one matrix; q and k turned, the output in pieces and joined
 
-    and no attention matrix, which sdpa and flash attention do not make; eager does.
+    and no attention matrix, which sdpa and flash attention do not make; eager does. What an adapter's A gives
+    is kept, too.
     """
     hidden, kept, known = 0, 0, 0
     for module in block.modules():
@@ -599,6 +729,8 @@ def kept_by(block, each):
             kept += {1: 2, 3: 7}.get(before, 4) * inner * each
             known += sum(map(numbers_of, matrices))
         for child in module.children():
+            if isinstance(child, LoRALinear):
+                kept += child.lora_A.shape[0] * each
             if "Norm" in type(child).__name__:
                 width = max(child.weight.numel(), inner)  # beside matrices: of every head
                 own = each if isinstance(child, torch.nn.LayerNorm) else 4 + each
@@ -610,6 +742,11 @@ def kept_by(block, each):
 def numbers_of(module):
     """How many numbers its parameters have, over all ranks."""
     return sum(p.numel() for p in module.parameters())
+
+
+def trained_of(module):
+    """How many of them are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def patches_of(prompt, config):
@@ -1508,11 +1645,13 @@ def shaken(policy):
     policy.reshard()
     stream = torch.Generator().manual_seed(0)
     saved = []
-    for p in policy.parameters():
+    for name, p in policy.named_parameters():
         if p.requires_grad:
             shard = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
             saved.append((shard, shard.cpu().clone()))
             size = shard.square().mean().sqrt().nan_to_num()  # of a small tensor a rank may hold nothing
+            if name.endswith("lora_B"):  # it begins as 0; so its layer's weight moves by some percent
+                size = p.shape[1] ** -0.5
             noise = torch.randn(shard.shape, generator=stream).to(shard)
             shard.add_(0.05 * (size + 1e-3) * noise)
     yield
@@ -1721,7 +1860,10 @@ def open_run(cfg, device, need):
     start = newest_step(cfg.out) if cfg.resume else None
     if start:
         check_same_run(cfg)
-    origin = resolve_model(cfg.model)
+    if (cfg.lora_alpha or cfg.lora_targets) and not cfg.lora_rank:
+        raise ValueError("--lora_alpha and --lora_targets are for LoRA: add --lora_rank 16, say")
+    adapts = start and cfg.lora_rank  # an adapter goes on beside the weights that it began with
+    origin = begun_with(start) if adapts else resolve_model(cfg.model)
     folder = Path(origin).resolve()
     if not cfg.resume and Path(cfg.out).resolve() in [folder, *folder.parents]:
         raise ValueError(f"--out {cfg.out} holds the model to start from: name another --out, or --resume")
@@ -1734,27 +1876,50 @@ def open_run(cfg, device, need):
     held_out = []
     if cfg.eval_data and not foreign:
         held_out = read_records(cfg.eval_data, need=need, limit=cfg.eval_n)
+    path = origin if adapts else start or origin
     try:
-        policy, processor = load_policy(start or origin, cfg, device)
+        policy, processor = load_policy(path, cfg, device)
         optimizer = make_optimizer(policy, cfg)
+        path = start or origin
         done, extras = load_checkpoint(start, policy, optimizer) if start else (0, [])
     except (ValueError, OSError) as error:
-        raise ValueError(first_reason(error) + instead_of(Path(start or origin))) from error
+        raise ValueError(first_reason(error) + instead_of(Path(path))) from error
     return SimpleNamespace(origin=origin, records=records, held_out=held_out, policy=policy,
                            processor=processor, optimizer=optimizer, done=done, extras=extras)
 
 
-def full_weights(policy, dtype=None, frozen=True):
-    """Iterate over (name, whole tensor) of the policy's parameters. Collective: all ranks gather each.
+def begun_with(step):
+    """The start model of a checkpoint's adapter; --model may be a run that has a newer step by now."""
+    path = step / "adapter/adapter_config.json"
+    origin = read_json(path).get("base_model_name_or_path")
+    if not isinstance(origin, str):
+        raise ValueError(f"{path} names no base_model_name_or_path" + instead_of(step))
+    return resolve_model(origin)
 
-    They are cast to `dtype` before they travel; with frozen=False only trained ones are given.
+
+def whole(p, device, dtype=None):
+    """A parameter as one tensor on `device`, cast to `dtype` before it travels. Collective."""
+    # A shard in host memory (--cpu_offload) would travel over gloo, at 0.2 GB/s.
+    weight = p.detach().to(device).to(dtype or p.dtype)
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def full_weights(policy, dtype=None, frozen=True):
+    """Iterate over (name, whole tensor) of the policy's weights. Collective: all ranks gather each.
+
+    They are cast to `dtype` before they travel; with frozen=False only those that training changes are given.
+    An adapter is merged into its layer's weight.
     """
     policy.reshard()  # a forward without backward leaves the root's parameters gathered, in compute dtype
+    device, adapted = policy.banned.device, {}
+    for name, module in policy.named_modules():
+        if isinstance(module, LoRALinear):
+            adapted[f"{name}.weight"] = module
     for name, p in policy.named_parameters():
-        if p.requires_grad or frozen:
-            # A shard in host memory (--cpu_offload) would travel over gloo, at 0.2 GB/s.
-            weight = p.detach().to(policy.banned.device).to(dtype or p.dtype)
-            yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if name in adapted:
+            yield name, merged(adapted[name], device).to(dtype or p.dtype)
+        elif (p.requires_grad or frozen) and not is_adapter(name):
+            yield name, whole(p, device, dtype)
 
 
 def checkpoint_names(policy, weights):
@@ -1769,6 +1934,7 @@ def checkpoint_names(policy, weights):
         yield from revert_weight_conversion(policy, dict(together)).items()
 
 
+WEIGHTS = re.compile(r"model[\w.-]*\.safetensors")  # files of HF weights, and their index
 SHARD_BYTES = 5 * 10**9  # of a safetensors file, at most, and of what is collected before it is written
 
 
@@ -1794,7 +1960,8 @@ def writers():
 def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None, wait=True):
     """Write out/step_000200, complete or not at all: HF weights and processor, trainer/, meta.json.
 
-    HF weights are in compute dtype, as users load them. trainer/ has the optimizer's moments and, if those
+    HF weights are in compute dtype, as users load them. With LoRA they are merged and the newest step's
+    alone, while each has its adapters (write_adapter). trainer/ has the optimizer's moments and, if those
     weights lack digits, the masters: sharded, for any number of ranks to go on from. `extra` is what else
     this rank needs for that, of plain containers and tensors.
 
@@ -1817,6 +1984,8 @@ def save_checkpoint(cfg, step, policy, processor, optimizer, extra=None, wait=Tr
             policy.generation_config.save_pretrained(tmp)
             processor.save_pretrained(tmp)
     files = write_weights(tmp, policy)
+    if cfg.lora_rank:
+        files += write_adapter(tmp, policy, cfg)
     state = trainer_state(policy, optimizer)
     state = {name: value.to("cpu", copy=not wait) for name, value in state.items()}
     held = io.BytesIO()  # the run will change what `extra` is made of
@@ -1846,7 +2015,8 @@ def write_weights(tmp, policy):
     # Which name goes into which file, from shapes alone.
     shapes = {name: buffer.to("meta") for name, buffer in buffers.items()}
     for name, p in policy.named_parameters():
-        shapes[name] = torch.empty(p.shape, dtype=policy.compute_dtype, device="meta")
+        if not is_adapter(name):  # it is merged
+            shapes[name] = torch.empty(p.shape, dtype=policy.compute_dtype, device="meta")
     shapes = revert_weight_conversion(policy, shapes)
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -1869,11 +2039,11 @@ def write_weights(tmp, policy):
 
 
 def trainer_state(policy, optimizer):
-    """{parameter/key: tensor}, this rank's shards: AdamW's moments, and masters finer than HF weights."""
+    """{parameter/key: tensor}, this rank's shards: AdamW's moments, and masters that HF weights lack."""
     state = {}
     for name, p in policy.named_parameters():
         kept = dict(optimizer.state.get(p, {}))
-        if p.requires_grad and p.dtype != policy.compute_dtype:
+        if p.requires_grad and (p.dtype != policy.compute_dtype or is_adapter(name)):
             kept["master"] = p.detach()
         for key, value in kept.items():
             state[f"{name}/{key}"] = value
@@ -1903,6 +2073,20 @@ def complete_checkpoint(tmp, step, keep, files, state, extra):
             complete = sorted(final.parent.glob("step_??????"))
             for old in complete[:-keep]:
                 shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # half removed, it is not complete
+            for old in complete[-keep:-1]:
+                if (old / "adapter").is_dir():
+                    drop_weights(old)
+
+
+def drop_weights(step):
+    """Take the merged weights off a checkpoint of LoRA; first off meta.json: it is complete at any moment."""
+    meta = read_json(step / "meta.json")
+    meta["files"] = {name: size for name, size in meta["files"].items() if not WEIGHTS.match(name)}
+    meta["adapter_only"] = True
+    write_json(step / "meta.json", meta)
+    for path in step.iterdir():
+        if WEIGHTS.match(path.name):
+            path.unlink()
 
 
 @contextlib.contextmanager

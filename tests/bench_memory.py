@@ -17,7 +17,8 @@ calls.
 --quick takes a small model, holds the simulation against the same tracker over real tensors too, and fails where the
 estimate is off by more than 15 % or the two simulations by 2 %. --plan prints the table of docs/reference.md from
 estimates: the least that fits, C for --gradient_checkpointing, O for --cpu_offload, and the --tp with which vLLM's
-weights and half as much for its cache fit beside weights, gradients and moments while it samples.
+weights and half as much for its cache fit beside weights, gradients and moments while it samples. With --lora_rank 64
+that of LoRA.
 """
 import argparse
 import contextlib
@@ -49,7 +50,9 @@ SHAPES = {"small": (512, 1408, 6, 8, 2, 4096, False, 128, 344, 4, 4),
           "32B": (5120, 27648, 64, 40, 8, 152064, False, 1280, 3456, 32, 16),
           "72B": (8192, 29568, 80, 64, 8, 152064, False, 1280, 3456, 32, 16)}
 FLAGS = {"": {}, "freeze_vision": dict(freeze_vision=True), "gradient_checkpointing": dict(gradient_checkpointing=True),
-         "gradient_checkpointing, freeze_vision": dict(gradient_checkpointing=True, freeze_vision=True)}
+         "gradient_checkpointing, freeze_vision": dict(gradient_checkpointing=True, freeze_vision=True),
+         "lora_rank 64": dict(lora_rank=64),
+         "gradient_checkpointing, lora_rank 64": dict(lora_rank=64, gradient_checkpointing=True)}
 SIDE = 70  # patches along an image's side
 IMAGE, VIDEO, BEGIN, END, WORD = 2, 3, 4, 5, 6  # token ids
 
@@ -185,7 +188,7 @@ def table(models, ranks):
     for name in models:
         for world in ranks:
             for flags, values in FLAGS.items():
-                if flags != "gradient_checkpointing" and world != 8:
+                if not flags.startswith("gradient_checkpointing") and world != 8:
                     continue
                 pairs = zip(*measured(name, world, sft.Config(attn="sdpa", **values), group))
                 for offload, (estimate, simulation) in zip(("", "cpu_offload"), pairs):
@@ -194,7 +197,7 @@ def table(models, ranks):
                                            f"{estimate / simulation:.2f}", *fits(simulation)]), "|", flush=True)
 
 
-def plan(models, ranks):
+def plan(models, ranks, lora_rank):
     """The least that makes an update fit, for each model and number of GPUs: flags, GiB, and the engine's --tp."""
     group = question(SIDE, 100, 8, 512)
     print("| model | GPUs |", *(f"{card} |" for card in CARDS))
@@ -202,7 +205,7 @@ def plan(models, ranks):
     for name in models:
         choices = {world: [] for world in ranks}  # flags, bytes of an update, of them what stays while vLLM samples
         for values, flags in (({}, "as it is"), (dict(gradient_checkpointing=True), "C")):
-            cfg = sft.Config(attn="sdpa", **values)
+            cfg = sft.Config(attn="sdpa", lora_rank=lora_rank, **values)
             with loaded(name, 8, cfg, FakeTensorMode(allow_non_fake_inputs=True)) as policy:
                 weights = 2 * sft.numbers_of(policy)
                 for world in ranks:
@@ -249,11 +252,15 @@ def main():
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 8, 16, 32, 64])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--lora_rank", type=int, default=0)
     args = parser.parse_args()
     prepare()
     if args.quick:
         quick()
-    (plan if args.plan else table)(args.models, args.ranks)
+    if args.plan:
+        plan(args.models, args.ranks, args.lora_rank)
+    else:
+        table(args.models, args.ranks)
 
 
 if __name__ == "__main__":

@@ -167,4 +167,4 @@ def test_the_bench_agrees_with_real_tensors():
     done = subprocess.run([sys.executable, ROOT / "tests/bench_memory.py", "--quick"], capture_output=True, text=True,
                           timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count("with real tensors x1.0") == 8 and "WRONG" not in done.stdout
+    assert done.stdout.count("with real tensors x1.0") == 12 and "WRONG" not in done.stdout
