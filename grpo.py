@@ -58,9 +58,9 @@ import torch.distributed as dist
 from rewards import REWARDS, accuracy, length_bonus, parse_reward_spec, reflections
 from data_prep import check_at_least, parse_config
 from sft import (Means, RunLog, Stopwatch, Watchdog, Workers, adapters_off, all_logprobs, assigned,
-                 blank_prompt, by_rollout, catch_signals, check_rows, continued, data_order, encode_prompt, encode_share,
-                 encode_view, end_on_signals, evenness, gather, global_max, global_sum, host_memory,
-                 init_distributed, load_policy, lr_at, one_line_errors, open_run, optimizer_step,
+                 blank_prompt, by_rollout, catch_signals, check_rows, continued, data_order, encode_prompt,
+                 encode_share, encode_view, end_on_signals, evenness, gather, global_max, global_sum,
+                 host_memory, init_distributed, load_policy, lr_at, one_line_errors, open_run, optimizer_step,
                  over_tokens, padded_batches, peak_memory, readable, refusing, save_checkpoint)
 from eval import (SLOW, add_rewards, build_engine, check_engine, check_run, end_if_mismatched, generate,
                   sleep_engine, slow_scores, sync_weights)

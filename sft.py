@@ -732,7 +732,8 @@ def kept_by(block, each):
             if isinstance(child, LoRALinear):
                 kept += child.lora_A.shape[0] * each
             if "Norm" in type(child).__name__:
-                width = max(child.weight.numel(), inner)  # beside matrices: of every head
+                scales = getattr(child, "weight", None)  # not all norms have any
+                width = max(inner, 0 if scales is None else scales.numel())  # beside matrices: of every head
                 own = each if isinstance(child, torch.nn.LayerNorm) else 4 + each
                 kept += width * (own + each)
                 known += numbers_of(child)

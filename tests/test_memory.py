@@ -168,3 +168,14 @@ def test_the_bench_agrees_with_real_tensors():
                           timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("with real tensors x1.0") == 12 and "WRONG" not in done.stdout
+
+
+def test_a_norm_without_scales_and_a_model_without_known_blocks():
+    """Gemma 4 normalises without scales; what is not known is left out, and refuses no run."""
+    class PlainNorm(torch.nn.Module):
+        pass
+
+    block = torch.nn.Module()
+    block.norm, block.up, block.down = PlainNorm(), torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+    hidden, kept, known = sft.kept_by(block, 2)
+    assert hidden == 8 and kept > 0 and 0 < known <= 1
