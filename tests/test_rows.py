@@ -166,7 +166,7 @@ def grouped(lengths, prompt=10, packs=True, budget=10**6, hidden=10**6):
     policy = SimpleNamespace(packs=packs, config=SimpleNamespace(get_text_config=lambda: text))
     prompts = {q: {"input_ids": torch.ones(1, prompt, dtype=torch.long)} for q, _ in lengths}
     rollouts = [grpo.Rollout(q, [1] * n, torch.zeros(n), False, "") for q, n in lengths]
-    groups, members = grpo.question_groups(rollouts, prompts, policy, budget)
+    groups, members = sft.question_groups(rollouts, prompts, policy, budget)
     assert sorted(itertools.chain.from_iterable(members)) == list(range(len(lengths)))
     assert [len(group.responses) for group in groups] == [len(m) for m in members]
     return members
