@@ -1,5 +1,6 @@
 """Shared fixtures: a process group, the mini suite, tiny models of every family with real processors."""
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -248,6 +249,15 @@ MORE_FAMILIES = {"internvl": internvl, "llava-onevision": llava_onevision}
 
 
 # ----- fixtures
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A stage that ran in this process takes signals; a test after it may fork what must end by them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
