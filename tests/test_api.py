@@ -230,7 +230,7 @@ def test_one_question_about_two_images(serve, capsys):
     assert seen == [Image.open(name).tobytes() for name in ("b.png", "a.png")]
     assert parts[2:] == [{"type": "text", "text": "Which?"}]
     server.behave = lambda row, n, s: (400, {}, b"no such thing")
-    assert refusal(*argv).endswith(".py: HTTP 400: no such thing")
+    assert refusal(*argv).endswith(": HTTP 400: no such thing")
 
 
 @pytest.mark.parametrize("name, folder", [
