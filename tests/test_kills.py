@@ -207,7 +207,8 @@ def test_one_run_writes_into_a_folder(work):  # noqa: F811
 def test_one_eval_writes_a_benchmark(work):  # noqa: F811
     """A second one is refused, as long as the first lives."""
     path = work / "tiny/eval/counting-id.jsonl"
-    path.parent.mkdir(exist_ok=True)
+    shutil.rmtree(path.parent, ignore_errors=True)  # another test may have evaluated what this is a copy of
+    path.parent.mkdir()
     hold = f"import time, sft; sft.claim({str(path)!r}); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
