@@ -114,7 +114,9 @@ def check_family(path):
             p.requires_grad_("visual" not in name and "vision" not in name)
 
     with torch.no_grad():  # placeholders become the likeliest tokens; still none is sampled
+        policy.reshard()
         head = dict(policy.named_parameters()).get("lm_head.weight", policy.get_input_embeddings().weight)
+        head = head.to_local()  # of one rank: all of it
         head[policy.banned] = 100 * head.mean(0)
     grpo.sync_weights(policy, engine)
     sampled = evaluation.generate(engine, prompts, seeds, cfg)
