@@ -1038,7 +1038,7 @@ def check(cfg):
     check_at_least(-1, cfg, "workers")
     check_at_least(1, cfg, "steps", "prompts_per_step", "max_prompt_tokens", "max_new_tokens",
                    "rollout_tokens", "updates", "tp", "token_budget", "eval_every", "eval_n", "save_every",
-                   "samples_every", "keep", "ssr_cap")
+                   "samples_every", "keep", "ssr_cap", "refill_max")
     if cfg.group_size < 2:
         raise ValueError("--group_size must be at least 2: the advantage compares the rollouts of a group")
     if any(stage.group_size < 2 for stage in stages):

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 import data_prep
 import grpo
 import sft
-from test_shards import RESPONSES, made, rows_of
+from test_shards import RESPONSES, backward_through_own_logits, made, rows_of
 from test_stages import GRPO, SFT, close, environment, metrics, newest, run, weights, work  # noqa: F401
 
 LORA = ["--lora_rank", "4", "--lora_alpha", "6"]
@@ -63,12 +63,7 @@ def merged_gradients(path, policy):
             a, b = sft.whole(layer.lora_A, CPU), sft.whole(layer.lora_B, CPU)
             a_and_b[name], scale = (a, b), layer.scale
             plain[f"{name}.weight"] += scale * b @ a
-    banned = sft.vision_ids(model.config, CPU)
-    for row in rows_of(processor):
-        inputs, mask = sft.collate([row], None, 0, CPU)
-        logits = model(**inputs).logits[:, :-1].index_fill(2, banned, -torch.inf)
-        logps = logits.log_softmax(2).gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
-        (logps[mask].sum() / sum(map(len, RESPONSES))).backward()
+    backward_through_own_logits(model, processor)
     found = {}
     for name, (a, b) in a_and_b.items():
         grad = plain[f"{name}.weight"].grad

@@ -41,16 +41,21 @@ def rows_of(processor):
     return list(zip(prompts, RESPONSES))
 
 
-def plain_gradients(path):
-    """{name: gradient} of the mean log-probability from the logits that the model itself returns, unsharded."""
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-    processor = sft.AutoProcessor.from_pretrained(path)
+def backward_through_own_logits(model, processor):
+    """Backward of the mean log-probability of the responses, from the logits that the model itself returns."""
     banned = sft.vision_ids(model.config, CPU)
     for row in rows_of(processor):
         inputs, mask = sft.collate([row], None, 0, CPU)
         logits = model(**inputs).logits[:, :-1].index_fill(2, banned, -torch.inf)
         logps = logits.log_softmax(2).gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
         (logps[mask].sum() / sum(map(len, RESPONSES))).backward()
+
+
+def plain_gradients(path):
+    """{name: gradient} of the mean log-probability from the logits that the model itself returns, unsharded."""
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    processor = sft.AutoProcessor.from_pretrained(path)
+    backward_through_own_logits(model, processor)
     return {name: p.grad for name, p in model.named_parameters()}
 
 
