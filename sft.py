@@ -1884,7 +1884,10 @@ def open_run(cfg, device, need):
         path = start or origin
         done, extras = load_checkpoint(start, policy, optimizer) if start else (0, [])
     except (ValueError, OSError) as error:
-        raise ValueError(first_reason(error) + instead_of(Path(path))) from error
+        reason = first_reason(error)
+        if not reason.startswith("--"):  # a wrong flag is no fault of the checkpoint's
+            reason += instead_of(Path(path))
+        raise ValueError(reason) from error
     return SimpleNamespace(origin=origin, records=records, held_out=held_out, policy=policy,
                            processor=processor, optimizer=optimizer, done=done, extras=extras)
 

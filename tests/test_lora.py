@@ -369,3 +369,13 @@ def test_peft_loads_it(work, monkeypatch):  # noqa: F811
 
 if __name__ == "__main__":
     on_each_rank(sys.argv[1])
+
+
+@pytest.mark.parametrize("flags", [{"lora_rank": -1}, {"lora_rank": 4, "lora_targets": ("nowhere",)}])
+def test_a_wrong_flag_does_not_blame_the_checkpoint(tiny, tmp_path, group, flags):
+    step = shutil.copytree(tiny.model, tmp_path / "run/step_000004")
+    cfg = sft.Config(model=str(step), data=str(tiny.mini / "counting_train.jsonl"), eval_data="",
+                     out=str(tmp_path / "out"), **flags)
+    with pytest.raises(ValueError, match="^--lora_") as error:
+        sft.open_run(cfg, CPU, need=("response",))
+    assert "checkpoint" not in str(error.value)

@@ -503,6 +503,11 @@ def test_refill_keeps_what_has_no_advantage_within_a_group(group):
     assert part == rollouts[:2]
 
 
+def test_a_step_draws_at_least_once(group):
+    with pytest.raises(ValueError, match="--refill_max"):
+        grpo.check(grpo.Config(ssr="refill", refill_max=0))
+
+
 # ----- whole runs
 
 
