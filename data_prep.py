@@ -93,9 +93,11 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
 import stat
 import string
 import sys
@@ -1527,8 +1529,10 @@ def json_list(rows: Iterable[dict]) -> Iterator[str]:
 
 def save_image(ref: str | Path | dict | Image.Image, folder: Path) -> str:
     """Make sure an image lies under `folder`; return its path relative to it. Raises OSError."""
-    if isinstance(ref, (str, Path)) and Path(ref).resolve().is_relative_to(folder):
-        return Path(ref).resolve().relative_to(folder).as_posix()
+    if isinstance(ref, (str, Path)):
+        path = os.path.realpath(ref)
+        if path.startswith(f"{folder}{os.sep}"):
+            return Path(path).relative_to(folder).as_posix()
     if isinstance(ref, Image.Image):
         ref.save(png := io.BytesIO(), "PNG")
         data = png.getvalue()
@@ -2318,7 +2322,12 @@ CELL = 28           # pixels: one merged vision token of the tiny model, so that
 CELLS = "abcdefghi"  # 3 x 3, each marked with its letter: the chain of thought can name the place it looks at
 INK, PLAIN, GREY = (20, 20, 20), (246, 246, 246), (205, 205, 200)
 GLANCE = 0.7        # share of training rows answered at first sight: the habit that RL has to unlearn
+TOLD = 0.6          # share of SFT's rows that ask for a look at each cell, and get it
+LOOK = " Look at each cell."
 SPLITS = {"train": 8000, "id": 500, "ood": 500, "left": 500, "right": 500}
+
+
+board_font = functools.cache(ImageFont.load_default_imagefont)
 
 
 def draw_board(cells: list, style: str, draw: Callable) -> Image.Image:
@@ -2327,7 +2336,7 @@ def draw_board(cells: list, style: str, draw: Callable) -> Image.Image:
     Style "ood" is another look of the same content, on grey.
     """
     image = Image.new("RGB", (3 * CELL, 3 * CELL), GREY if style == "ood" else PLAIN)
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default_imagefont()
+    pen, font = ImageDraw.Draw(image), board_font()
     for i, cell in enumerate(cells):
         x, y = CELL * (i % 3), CELL * (i // 3)
         if cell:
@@ -2646,45 +2655,71 @@ MINI = {"counting": (counting_example, ("train", "id", "ood"), "counting"),
         "mood": (mood_example, ("train", "id", "ood"), "mood")}
 
 
+def told_to_look(records: list, thoughts: dict, rng: random.Random) -> list:
+    """SFT's rows: a share TOLD of the records asks for what the others rarely do.
+
+    So the model learns early to look, and still seldom does unless it is told to. Looking is learnt from many
+    words a row, to count at first sight from one: without these rows it learns the one as fast as the other,
+    and RL has nothing left to choose.
+    """
+    lessons = []
+    for record in records:
+        if rng.random() < TOLD:
+            response = f"<think> {thoughts[record['id']]} </think> <answer> {record['answer']} </answer>"
+            record = record | {"question": record["question"] + LOOK, "response": response,
+                               "meta": record["meta"] | {"style": "told"}}
+        lessons.append(record)
+    return lessons
+
+
 def make_mini(out: Path, seed: int, sizes: dict = SPLITS) -> None:
-    """Write TASK_SPLIT.jsonl, their images and TASK_meta.json under `out`, for all tasks and splits of MINI.
+    """All tasks of MINI under `out`, one after the other."""
+    for task in MINI:
+        make_task(task, out, seed, sizes)
+
+
+def make_task(task: str, out: Path, seed: int, sizes: dict = SPLITS) -> None:
+    """Write TASK_SPLIT.jsonl, their images and TASK_meta.json under `out`, for all splits of a task.
 
     No example occurs twice, within or across splits. The same seed gives the same bytes. In training a share
-    GLANCE of the responses names the answer at first sight, without looking. TASK_meta.json holds the same
-    rows as Reason-RFT publishes its own, each with its thought; RISE's tasks have TASK_see.jsonl and
-    TASK_talk.jsonl instead (rise_lessons).
+    GLANCE of the responses names the answer at first sight, without looking. TASK_lessons.jsonl is for SFT
+    (told_to_look), TASK_meta.json holds the same rows as Reason-RFT publishes its own, each with its thought;
+    RISE's tasks have TASK_see.jsonl and TASK_talk.jsonl instead (rise_lessons).
     """
-    for task, (example, splits, prompt) in MINI.items():
-        seen = set()
-        for split in [split for split in splits if split in sizes]:
-            rng, records, rows = random.Random(f"{task}/{split}/{seed}"), [], []
-            folder = out / "images" / f"{task}_{split}"
-            folder.mkdir(parents=True, exist_ok=True)
-            for i in tqdm(range(sizes[split]), desc=f"{task}_{split}"):
+    example, splits, prompt = MINI[task]
+    seen = set()
+    for split in [split for split in splits if split in sizes]:
+        rng, records, rows = random.Random(f"{task}/{split}/{seed}"), [], []
+        folder = out / "images" / f"{task}_{split}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in tqdm(range(sizes[split]), desc=f"{task}_{split}", leave=False):
+            row = example(rng, i, split)
+            while (key := (row["question"], *(p.tobytes() for p in row["pictures"]))) in seen:
                 row = example(rng, i, split)
-                while (key := (row["question"], *(p.tobytes() for p in row["pictures"]))) in seen:
-                    row = example(rng, i, split)
-                seen.add(key)
-                images, thought, name = [], row.pop("thought"), f"{task}-{split}-{i}"
-                for picture, suffix in zip(row.pop("pictures"), ("", "b")):
-                    images.append(str(folder / f"{i:05d}{suffix}.png"))
-                    picture.save(images[-1])
-                rows.append({"id": name, "image": [os.path.relpath(path, out) for path in images],
-                             "problem": row["question"], "answer": row["answer"], "cot": thought})
-                if split == "train" and rng.random() < GLANCE:
-                    row["meta"]["style"], thought = "glance", "at first sight"
-                else:
-                    row["meta"]["style"] = "look"
-                records.append({"id": name, "images": images, "task": prompt, "source": "mini", **row,
-                                "response": f"<think> {thought} </think> <answer> {row['answer']} </answer>"})
-            # Rows of equal answers would otherwise sit at a fixed stride.
-            rng.shuffle(records)
-            write_records(out / f"{task}_{split}.jsonl", records)
-            if split == "train" and "rationale" in records[0]["meta"]:
-                for name, lessons in zip(("see", "talk"), rise_lessons(records, rng)):
-                    write_records(out / f"{task}_{name}.jsonl", lessons)
-            elif split == "train":
-                write_text(out / f"{task}_meta.json", json_list(rows))
+            seen.add(key)
+            images, thought, name = [], row.pop("thought"), f"{task}-{split}-{i}"
+            for picture, suffix in zip(row.pop("pictures"), ("", "b")):
+                images.append(str(folder / f"{i:05d}{suffix}.png"))
+                picture.save(images[-1])
+            rows.append({"id": name, "image": [os.path.relpath(path, out) for path in images],
+                         "problem": row["question"], "answer": row["answer"], "cot": thought})
+            if split == "train" and rng.random() < GLANCE:
+                row["meta"]["style"], thought = "glance", "at first sight"
+            else:
+                row["meta"]["style"] = "look"
+            records.append({"id": name, "images": images, "task": prompt, "source": "mini", **row,
+                            "response": f"<think> {thought} </think> <answer> {row['answer']} </answer>"})
+        # Rows of equal answers would otherwise sit at a fixed stride.
+        rng.shuffle(records)
+        write_records(out / f"{task}_{split}.jsonl", records)
+        if split == "train" and "rationale" in records[0]["meta"]:
+            for name, lessons in zip(("see", "talk"), rise_lessons(records, rng)):
+                write_records(out / f"{task}_{name}.jsonl", lessons)
+        elif split == "train":
+            write_text(out / f"{task}_meta.json", json_list(rows))
+            thoughts = {row["id"]: row["cot"] for row in rows}
+            write_records(out / f"{task}_lessons.jsonl", told_to_look(records, thoughts, rng))
+        print(f"{out}/{task}_{split}.jsonl: {len(records)} records")
 
 
 # ----- tiny model -----
@@ -2870,11 +2905,13 @@ CONVERTERS = {"records": convert_input, "reason_rft": convert_reason_rft, "bridg
 
 def main(cfg: Config) -> None:
     if cfg.source == "mini":
-        make_mini(Path(cfg.out), cfg.seed)
+        at_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # this process ends the others
+        with multiprocessing.Pool(initializer=signal.signal, initargs=at_ctrl_c) as pool:
+            pool.starmap(make_task, [(task, Path(cfg.out), cfg.seed) for task in MINI], chunksize=1)
         files = [*Path(cfg.out).glob("*_train.jsonl"), *Path(cfg.out).glob("*_talk.jsonl")]
         rows = [r for path in sorted(files) for r in read_records(path, need=("response",))]
         texts = [text for r in rows for text in (rewards.build_prompt(r), r["response"])]
-        make_tiny(Path("out/tiny"), texts, cfg.seed)
+        make_tiny(Path("out/tiny"), [*texts, LOOK], cfg.seed)
     else:
         check_choice(cfg, "task", ("", *rewards.PROMPTS))
         CONVERTERS[cfg.source](cfg)

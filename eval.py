@@ -888,7 +888,7 @@ def benches_of(data):
     if origin != data:
         return benches_of(origin)
     # The mini suite's training files, TASK_train.jsonl, and what is made of them, TASK_meta_rl.jsonl.
-    of_task = re.fullmatch(r"([a-z]+)_(?:train|see|talk|meta\w*)\.jsonl?", path.name)
+    of_task = re.fullmatch(r"([a-z]+)_(?:train|lessons|see|talk|meta\w*)\.jsonl?", path.name)
     names = []
     for name, bench in BENCHES.items():
         folder = Path(bench.path).parent

@@ -84,17 +84,17 @@ from data_prep import (build_messages, check_at_least, complete_rows, instead_of
 class Config:
     # i/o
     model: str = "out/tiny"  # Hub id, model folder or run directory to start from
-    data: str = "data/mini/counting_train.jsonl"  # records with a response: file or Hub id in a known format
+    data: str = "data/mini/counting_lessons.jsonl"  # records with a response: file or Hub id, known format
     out: str = "out/sft"  # run directory
     resume: bool = False  # go on from the newest complete step of --out
     strict: bool = False  # stop at an unreadable image instead of skipping its row
     seed: int = 0  # data order
     # optimisation
-    steps: int = 400  # optimizer steps
+    steps: int = 1600  # optimizer steps
     epochs: float = 0.0  # passes over the data instead of --steps, 0 = use --steps
-    batch_size: int = 32  # rows per step, over all ranks
-    lr: float = 2e-3  # peak learning rate (1e-5 is usual for a 7B model)
-    warmup: int = 30  # steps of linear warm-up
+    batch_size: int = 8  # rows per step, over all ranks
+    lr: float = 1.5e-3  # peak learning rate (1e-5 is usual for a 7B model)
+    warmup: int = 50  # steps of linear warm-up
     schedule: str = "cosine"  # cosine | linear | constant
     lr_floor: float = 0.02  # final learning rate as a share of the peak (cosine, linear)
     weight_decay: float = 0.0  # AdamW
@@ -114,9 +114,9 @@ class Config:
     attn: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_3 | flex_attention | eager
     # cadence
     eval_data: str = "data/mini/counting_id.jsonl"  # held-out records with a response, "" = no evaluation
-    eval_every: int = 100  # steps between evaluations
+    eval_every: int = 400  # steps between evaluations
     eval_n: int = 200  # held-out rows used
-    save_every: int = 100  # steps between checkpoints (one is always written at the end)
+    save_every: int = 400  # steps between checkpoints (one is always written at the end)
     keep: int = 1  # checkpoints kept
     log: str = "off"  # where metrics, samples and flags go as well: off | wandb | tensorboard
     stall: float = 20.0  # end the run when a step takes this many medians (10 minutes at least), 0 = never

@@ -32,7 +32,8 @@ STEPS = {  # of SFT with 32 rows, of GRPO (rl, stage2) with 32 questions x 8
     "structure": {"base": 400, "ans_sft": 1200, "cot_sft": 300, "rl": 40, "stage1": 100, "stage2": 40},
     "transform": {"base": 600, "ans_sft": 1200, "cot_sft": 800, "rl": 40, "stage1": 400, "stage2": 40},
 }
-RATE = {"ans_sft": 1e-3}  # at sft.py's own 2e-3 counting stayed at the floor
+SFT = ["sft.py", "--batch_size", 32]
+RATE = {"ans_sft": 1e-3}  # at the others' 2e-3 counting stayed at the floor
 TOKENS = {"counting": 80, "structure": 80, "transform": 96}  # of a response, at most
 SPLITS = {"counting": ("id", "ood"), "structure": ("id", "ood"), "transform": ("id", "left", "right")}
 ARMS = {"base": (), "ANS-SFT": ("ans_sft",), "CoT-SFT": ("cot_sft",), "RFT-Zero": ("rl",),
@@ -57,7 +58,7 @@ def train(task, arm, seed, base):
         out, clock = ROOM / f"{task}_{form}_{seed}", ROOM / f"{task}_{form}_{seed}/seconds"
         stage = ["grpo.py", "--reward", f"{score}=1,format=1", "--prompts_per_step", 32,
                  "--max_new_tokens", TOKENS[task]] if form in ("rl", "stage2") else [
-                     "sft.py", "--warmup", 10, "--lr", RATE.get(form, 2e-3)]
+                     *SFT, "--warmup", 10, "--lr", RATE.get(form, 2e-3)]
         if not clock.exists():
             took = run(*stage, "--model", model, "--data", ROOM / f"data/{task}_meta_{form}.jsonl",
                        "--steps", STEPS[task][form], "--seed", seed, "--out", out)
@@ -70,7 +71,7 @@ def measure(task, seed):
     """{arm: (seconds, {split: summary entry})} of one task and seed."""
     base, found = ROOM / f"{task}_base_{seed}", {}
     if not list(base.glob("step_*/meta.json")):
-        run("sft.py", "--data", f"data/mini/{task}_train.jsonl", "--seed", seed, "--out", base,
+        run(*SFT, "--lr", 2e-3, "--data", f"data/mini/{task}_train.jsonl", "--seed", seed, "--out", base,
             "--steps", STEPS[task]["base"])
     for arm in ARMS:
         model, seconds = train(task, arm, seed, base)

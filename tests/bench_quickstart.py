@@ -1,13 +1,19 @@
 """The quickstart's claim, measured: GRPO against its own start, and against as much extra time of more SFT.
 
-    python tests/bench_quickstart.py       # 3 seeds, about 25 minutes on 2 cores; writes under out/bench
-    python tests/bench_quickstart.py 0     # one seed
+    python tests/bench_quickstart.py              # 5 seeds, 10 minutes each on 2 cores; writes under out/bench
+    python tests/bench_quickstart.py --seeds 0 1 --threads 1 2 --pythons python3.11 other/bin/python --no-control
     python tests/bench_quickstart.py --curve out/grpo/metrics.jsonl    # only the picture, of a run that exists
 
-Prints one row per seed (held-out accuracy of the three models, 500 questions each) and the curve of the first
-seed, which is also drawn: docs/curve.svg, the picture of the README.
+The second form shows how much depends on the machine: each seed runs once with each pair of a number of threads and
+a Python, whose packages may be other ones. Prints a row per run (held-out accuracy, 500 questions each), paired
+differences with 95 % intervals, and the curve of the first run, which is also drawn: docs/curve.svg, the picture of
+the README. What is finished is not repeated: remove out/bench to have it anew.
 """
+import argparse
+import itertools
 import json
+import os
+import random
 import subprocess
 import sys
 import time
@@ -20,17 +26,22 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 578, 48, 244  # the plot's frame within the pictu
 BLUE, ORANGE, GREY, INK = "#0b62c4", "#bf5500", "#d9dde2", "#24292f"
 
 
-def run(*argv):
-    """Run a stage in the repository root; return its wall time in seconds."""
-    began = time.time()
-    subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
-    return time.time() - began
+def run(out, *argv, threads="", python=sys.executable):
+    """Run a stage in the repository root unless `out` has its wall time already; return that, in seconds."""
+    took = ROOT / out / "wall_time"
+    if not took.exists():
+        began = time.time()
+        variables = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
+        subprocess.run([python, *map(str, argv)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, env=variables)
+        took.write_text(str(time.time() - began))
+    return float(took.read_text())
 
 
-def accuracy(model):
+def accuracy(model, **how):
     """Greedy accuracy on the 500 held-out questions of counting-id and of counting-ood, in percent."""
-    run("eval.py", "--bench", "counting-id", "counting-ood", "--model", model, "--max_new_tokens", 96)
+    run(f"{model}/eval", "eval.py", "--bench", "counting-id", "counting-ood", "--model", model,
+        "--max_new_tokens", 96, **how)
     return [100 * bench["accuracy"] for bench in json.loads((ROOT / model / "eval/summary.json").read_text())]
 
 
@@ -114,20 +125,45 @@ def read_metrics(path):
 # ----- the tables
 
 
-def main(seeds):
-    print("| seed | start (sft.py) | s | + GRPO | s | gain | + SFT for the same time | s |\n"
-          "|---|---|---|---|---|---|---|---|")
-    for seed in seeds:
-        base, policy, control = (f"out/bench/{name}{seed}" for name in ("sft", "grpo", "more_sft"))
-        t_base = run("sft.py", "--seed", seed, "--out", base)
-        t_grpo = run("grpo.py", "--seed", seed, "--model", base, "--out", policy)
-        steps = round(len((ROOT / base / "metrics.jsonl").read_text().splitlines()) * t_grpo / t_base)
-        t_more = run("sft.py", "--seed", seed + 100, "--model", base, "--out", control, "--steps", steps)
-        a, b, c = accuracy(base), accuracy(policy), accuracy(control)
-        print(f"| {seed} | {a[0]:.1f} (ood {a[1]:.1f}) | {t_base:.0f} "
-              f"| {b[0]:.1f} (ood {b[1]:.1f}) | {t_grpo:.0f} | {b[0] - a[0]:+.1f} "
-              f"| {c[0]:.1f} (ood {c[1]:.1f}) | {t_more:.0f} |", flush=True)
-    rows = read_metrics(ROOT / f"out/bench/grpo{seeds[0]}/metrics.jsonl")
+def interval(differences, draws=10_000):
+    """Their mean with a bootstrap 95 % interval (percentiles of resampled means); "no difference" if it holds 0."""
+    rng, n = random.Random(0), len(differences)
+    means = sorted(sum(rng.choices(differences, k=n)) / n for _ in range(draws))
+    low, high = means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
+    verdict = ", no difference" if low <= 0 <= high else ""
+    return f"{sum(differences) / n:+.1f} ({low:+.1f} to {high:+.1f}, {n} runs{verdict})"
+
+
+def measure(seed, how, folder, control):
+    """The models of one run: name -> (accuracy id, accuracy ood, seconds of training)."""
+    base, policy, more = (f"{folder}/{name}" for name in ("sft", "grpo", "more_sft"))
+    t_base = run(base, "sft.py", "--seed", seed, "--out", base, **how)
+    t_grpo = run(policy, "grpo.py", "--seed", seed, "--model", base, "--out", policy, **how)
+    found = {"start": (*accuracy(base, **how), t_base), "GRPO": (*accuracy(policy, **how), t_grpo)}
+    if control:
+        steps = round(len(read_metrics(ROOT / base / "metrics.jsonl")) * t_grpo / t_base)
+        t_more = run(more, "sft.py", "--seed", seed + 100, "--model", base, "--out", more, "--steps", steps, **how)
+        found["more SFT"] = (*accuracy(more, **how), t_more)
+    return found
+
+
+def main(args):
+    print("| seed | threads | torch | model | id | ood | s |\n|---|---|---|---|---|---|---|")
+    runs, folders = [], []
+    for seed, (threads, python) in itertools.product(args.seeds, zip(args.threads, args.pythons)):
+        ask = [python, "-c", "import torch; print(torch.__version__)"]
+        torch = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
+        folders.append(f"out/bench/{seed}-{threads or 'any'}-{torch}")
+        runs.append(measure(seed, {"threads": threads, "python": python}, folders[-1], args.control))
+        for model, (inside, outside, took) in runs[-1].items():
+            numbers = f"{inside:.1f} | {outside:.1f} | {took:.0f}"
+            print(f"| {seed} | {threads} | {torch} | {model} | {numbers} |", flush=True)
+    for split, name in enumerate(("id", "ood")):
+        for other in [model for model in runs[0] if model != "GRPO"]:
+            gains = [found["GRPO"][split] - found[other][split] for found in runs]
+            print(f"{name}, GRPO minus {other}: {interval(gains)}")
+        print(f"{name}, GRPO: {min(found['GRPO'][split] for found in runs):.1f} at least")
+    rows = read_metrics(ROOT / f"{folders[0]}/grpo/metrics.jsonl")
     show_curve(rows)
     draw_curve(rows, CURVE)
 
@@ -148,9 +184,15 @@ def show_curve(rows):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--curve"]:
-        metrics = read_metrics(sys.argv[2])
-        show_curve(metrics)
-        draw_curve(metrics, CURVE)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", nargs="*", default=[""])
+    parser.add_argument("--pythons", nargs="*", default=[sys.executable])
+    parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--curve", metavar="METRICS")
+    args = parser.parse_args()
+    if args.curve:
+        show_curve(read_metrics(args.curve))
+        draw_curve(read_metrics(args.curve), CURVE)
     else:
-        main([int(s) for s in sys.argv[1:]] or [0, 1, 2])
+        main(args)

@@ -26,7 +26,7 @@ import rewards  # noqa: E402
 
 RL = ["--prompts_per_step", "16", "--group_size", "8", "--max_new_tokens", "64", "--warmup", "2",
       "--lr", "2e-4"]
-SFT = ["--eval_data", "", "--token_budget", "2048"]
+SFT = ["--eval_data", "", "--token_budget", "2048", "--batch_size", "32", "--lr", "2e-3"]
 STEPS = {"see": 300, "talk": 500, "cot": 20, "sft": 120, "grpo": 20}
 KNOWN = {"detect": 64, "mood": 16}  # annotated records, for all arms
 

@@ -127,7 +127,8 @@ TRANSFORM = ["transform-id", "transform-left", "transform-right"]
 @pytest.mark.parametrize("data, names", [
     ("data/mini/counting_train.jsonl", COUNTING), ("/elsewhere/counting_train.jsonl", COUNTING),
     ("data/mini/transform_train.jsonl", TRANSFORM), ("data/mini/mood_see.jsonl", MOOD_BENCHES),
-    ("data/mini/mood_talk.jsonl", MOOD_BENCHES), ("data/mini/detect_train.jsonl", ["detect-id", "detect-ood"]),
+    ("data/mini/mood_talk.jsonl", MOOD_BENCHES), ("data/mini/counting_lessons.jsonl", COUNTING),
+    ("data/mini/detect_train.jsonl", ["detect-id", "detect-ood"]),
     ("data/rft/structure_meta_rl.jsonl", ["structure-id", "structure-ood"]),
     ("data/rft/transform_meta_cot_sft.jsonl", TRANSFORM), ("data/mini/counting_meta.json", COUNTING),
     ("hiyouga/geometry3k", ["geometry3k"]), ("data/geometry3k/train.jsonl", ["geometry3k"]),

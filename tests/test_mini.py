@@ -146,6 +146,21 @@ def test_only_training_rows_are_answered_at_a_glance(tiny):
     assert styles == {"train": {"glance", "look"}, "id": {"look"}, "ood": {"look"}}
 
 
+@pytest.mark.parametrize("task", ["counting", "structure", "transform"])
+def test_lessons_tell_to_look_what_is_then_looked_at(tiny, task):
+    """They are the training rows, of which some ask for it; those and no others are sure to go cell by cell."""
+    train = {row["id"]: row for row in rows(tiny.mini, "train", task)}
+    lessons = rows(tiny.mini, "lessons", task)
+    assert [row["id"] for row in lessons] == list(train)
+    told = [row for row in lessons if row["meta"]["style"] == "told"]
+    assert len(told) == sum(row["question"].endswith(" Look at each cell.") for row in lessons) > 5
+    assert all(row == train[row["id"]] for row in lessons if row not in told)
+    for row in told:
+        same = {name for name in row if row[name] == train[row["id"]][name]}
+        assert {"id", "images", "answer", "answer_type", "task"} <= same and "question" not in same
+        assert rewards.accuracy(row["response"], row) == 1 and "at first sight" not in row["response"]
+
+
 def test_same_seed_same_bytes_other_seed_other_scenes(tmp_path):
     sizes = {"train": 8, "id": 4, "ood": 4}
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):

@@ -383,9 +383,10 @@ def test_each_alone_trains_and_resumes(work, rewarded, flags):  # noqa: F811
 
 
 def test_everything_together(work, taught):  # noqa: F811
-    """Replay, rethinking, one ratio a rollout, masked and noised images."""
+    """Replay, rethinking, adapters, one ratio a rollout, masked and noised images."""
     rows = check_whole_run(work, [*taught, "--ssr", "replay", "--rethink_frac", "0.6", "--rethink_min", "1",
                                   "--rethink_max", "24", "--max_new_tokens", "48", "--objective", "gspo",
-                                  "--perception", "papo", "--noisy_frac", "0.5", "--updates", "2"])
+                                  "--perception", "papo", "--noisy_frac", "0.5", "--updates", "2",
+                                  "--lora_rank", "4"])
     for name in ("replay/frac", "rethink/frac", "perception/kl"):
         assert max(row[name] for row in rows) > 0

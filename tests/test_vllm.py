@@ -199,6 +199,22 @@ def test_noised_images_reach_vllm_and_clean_ones_the_trainer(work, driver):  # n
     assert len(shown[True]) == len(shown[False]) == 18 and not shown[True] & shown[False]
 
 
+def test_adapters_with_methods_that_sample_resume(work, driver):  # noqa: F811
+    """vLLM gets merged weights: what it samples agrees with the trainer; a run that is cut goes on as it was."""
+    command = [*driver(), "--lora_rank", "4", "--lr", "1e-2", "--objective", "gspo", "--perception", "papo",
+               "--ssr", "refill", "--rethink_frac", "0.6", "--rethink_min", "1", "--rethink_max", "8",
+               "--eval_data", "", "--steps", "3", "--save_every", "2", "--keep", "9", "--out", "run"]
+    run(work, *command)
+    rows, end = metrics(work / "run"), weights(newest(work / "run"))
+    assert all(0 < row["mismatch/max"] < TOLERANCE and row["perception/kl"] > 0 for row in rows)
+    shutil.rmtree(work / "run/step_000003")
+    run(work, *command, "--resume")
+    assert metrics(work / "run") == rows
+    again, start = weights(newest(work / "run")), weights(work / "tiny")
+    assert all(torch.equal(end[name], again[name]) for name in end)
+    assert any((end[name] - start[name]).abs().max() > 1e-3 for name in end)
+
+
 @pytest.mark.parametrize("tp", ["1", "2"])
 def test_two_ranks_equal_one(work, driver, tp, tmp_path):  # noqa: F811
     """Two engines, and one engine over two ranks with uneven shares, sample what a single rank samples."""
