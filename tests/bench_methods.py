@@ -82,7 +82,8 @@ def main(seeds, names):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seeds", nargs="*", type=int)
     parser.add_argument("--only", nargs="*", choices=ARMS, default=list(ARMS))
     args = parser.parse_args()

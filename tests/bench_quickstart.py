@@ -1,13 +1,14 @@
 """The quickstart's claim, measured: GRPO against its own start, and against as much extra time of more SFT.
 
-    python tests/bench_quickstart.py              # 5 seeds, 10 minutes each on 2 cores; writes under out/bench
-    python tests/bench_quickstart.py --seeds 0 1 --threads 1 2 --pythons python3.11 other/bin/python --no-control
-    python tests/bench_quickstart.py --curve out/grpo/metrics.jsonl    # only the picture, of a run that exists
+    python tests/bench_quickstart.py           # 5 seeds, 10 minutes each on 2 cores; writes under out/bench
+    python tests/bench_quickstart.py --seeds 0 1 --threads 1 2 --pythons python3.11 other/bin/python \\
+        --no-control
+    python tests/bench_quickstart.py --curve out/grpo/metrics.jsonl  # only the picture, of a run that exists
 
-The second form shows how much depends on the machine: each seed runs once with each pair of a number of threads and
-a Python, whose packages may be other ones. Prints a row per run (held-out accuracy, 500 questions each), paired
-differences with 95 % intervals, and the curve of the first run, which is also drawn: docs/curve.svg, the picture of
-the README. What is finished is not repeated: remove out/bench to have it anew.
+The second form shows how much depends on the machine: each seed runs once with each pair of a number of
+threads and a Python, whose packages may be other ones. Prints a row per run (held-out accuracy, 500 questions
+each), paired differences with 95 % intervals, and the curve of the first run, which is also drawn:
+docs/curve.svg, the picture of the README. What is finished is not repeated: remove out/bench to have it anew.
 """
 import argparse
 import itertools
@@ -59,7 +60,8 @@ def line(x1, y1, x2, y2, colour):
 def series(points, colour, dots):
     """A polyline through (x, y) points, with a dot on each of them if asked."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5" stroke-linejoin="round"/>'
+    yield (f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5" '
+           'stroke-linejoin="round"/>')
     if dots:
         for x, y in points:
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
@@ -80,7 +82,8 @@ def draw_curve(rows, path):
     accuracies = [(row["step"], 100 * row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
     lengths = [(row["step"], row["len/mean"]) for row in rows if "len/mean" in row]
     if not accuracies or not lengths:
-        raise ValueError("no step with eval/accuracy, or none with len/mean: is this a metrics.jsonl of grpo.py?")
+        raise ValueError("no step with eval/accuracy, or none with len/mean: "
+                         "is this a metrics.jsonl of grpo.py?")
     last = max(1, rows[-1]["step"])
     tokens = tick_size(max(length for _, length in lengths), 5)  # between two lines; there are five of them
 
@@ -102,7 +105,8 @@ def draw_curve(rows, path):
     marks += [line(LEFT, BOTTOM, RIGHT, BOTTOM, INK),
               text((LEFT + RIGHT) / 2, BOTTOM + 42, "GRPO step"),
               text(18, middle, "accuracy (%)", BLUE, more=f' transform="rotate(-90 18 {middle:g})"'),
-              text(WIDTH - 14, middle, "tokens", ORANGE, more=f' transform="rotate(90 {WIDTH - 14} {middle:g})"')]
+              text(WIDTH - 14, middle, "tokens", ORANGE,
+                   more=f' transform="rotate(90 {WIDTH - 14} {middle:g})"')]
     marks += series([(x(step), y(length / (5 * tokens))) for step, length in lengths], ORANGE, dots=False)
     marks += series([(x(step), y(percent / 100)) for step, percent in accuracies], BLUE, dots=True)
     marks += series([(LEFT, 24), (LEFT + 13, 24), (LEFT + 26, 24)], BLUE, dots=False)
@@ -126,7 +130,10 @@ def read_metrics(path):
 
 
 def interval(differences, draws=10_000):
-    """Their mean with a bootstrap 95 % interval (percentiles of resampled means); "no difference" if it holds 0."""
+    """Their mean with a bootstrap 95 % interval (percentiles of resampled means).
+
+    "no difference" if it holds 0.
+    """
     rng, n = random.Random(0), len(differences)
     means = sorted(sum(rng.choices(differences, k=n)) / n for _ in range(draws))
     low, high = means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
@@ -142,7 +149,8 @@ def measure(seed, how, folder, control):
     found = {"start": (*accuracy(base, **how), t_base), "GRPO": (*accuracy(policy, **how), t_grpo)}
     if control:
         steps = round(len(read_metrics(ROOT / base / "metrics.jsonl")) * t_grpo / t_base)
-        t_more = run(more, "sft.py", "--seed", seed + 100, "--model", base, "--out", more, "--steps", steps, **how)
+        t_more = run(more, "sft.py", "--seed", seed + 100, "--model", base, "--out", more, "--steps", steps,
+                     **how)
         found["more SFT"] = (*accuracy(more, **how), t_more)
     return found
 
@@ -184,7 +192,8 @@ def show_curve(rows):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", nargs="*", default=[""])
     parser.add_argument("--pythons", nargs="*", default=[sys.executable])

@@ -111,7 +111,8 @@ def test_task_sets_the_prompt_of_every_row(tiny, tmp_path, monkeypatch):
 def run_dir(folder, model="", config=None, **flags):
     """A run directory: its flags, and a copy of a model as its only step."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"config": {"model": model, **flags}} if config is None else config))
+    written = {"config": {"model": model, **flags}} if config is None else config
+    (folder / "config.json").write_text(json.dumps(written))
     return folder
 
 
@@ -149,8 +150,10 @@ def test_the_benchmarks_of_training_data(data, names, tmp_path, monkeypatch):
 @pytest.mark.parametrize("models, found", [
     (["grpo"], COUNTING), (["grpo/step_000002"], COUNTING), (["grpo", "rise"], COUNTING + MOOD_BENCHES),
     (["rise", "plain", "grpo"], MOOD_BENCHES + COUNTING), (["grpo", "again"], COUNTING),
-    (["plain"], "plain does not say on which data it was trained; name what to run: a records file, or counting-id,"),
-    (["org/model"], "org/model does not say"), (["mine"], "no benchmark goes with mine.jsonl, on which mine was")])
+    (["plain"], "plain does not say on which data it was trained; "
+                "name what to run: a records file, or counting-id,"),
+    (["org/model"], "org/model does not say"),
+    (["mine"], "no benchmark goes with mine.jsonl, on which mine was")])
 def test_the_benchmarks_of_models(models, found, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_dir(tmp_path / "grpo", data="data/mini/counting_train.jsonl")
@@ -204,7 +207,8 @@ def test_before_and_after_in_one_table(runs, capsys):
 
 
 @pytest.mark.parametrize("argv, heads", [
-    (["--bench", "counting-id"], "| out/grpo |"), (["--bench", "counting-id", "--model", "out/sft"], "| out/sft |"),
+    (["--bench", "counting-id"], "| out/grpo |"),
+    (["--bench", "counting-id", "--model", "out/sft"], "| out/sft |"),
     (["--model", "out/sft", "out/grpo"], "| out/sft | out/grpo |"), (["--model", "out/grpo", "out/sft"],
                                                                     "| out/grpo | out/sft |"),
     (["--model", "out/sft"], "| out/tiny | out/sft |"), (["--model", "out/grpo/step_000002"],
@@ -249,8 +253,11 @@ def test_the_length_after_sft_is_twice_what_it_learnt(runs, tiny):
 
 def test_one_question_at_the_length_of_the_run(runs, tiny, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluation, "open_engine", lambda model, cfg: asked.append((model, cfg.max_new_tokens)) or (
-        lambda records: [(records[0], [{"response": "three"}])]))
+
+    def open_engine(model, cfg):
+        asked.append((model, cfg.max_new_tokens))
+        return lambda records: [(records[0], [{"response": "three"}])]
+    monkeypatch.setattr(evaluation, "open_engine", open_engine)
     image = tiny.records[0]["images"][0]
     for more in ([], ["--max_new_tokens", "5"]):
         evaluate("--image", image, "--prompt", "How many?", *more)
@@ -259,7 +266,8 @@ def test_one_question_at_the_length_of_the_run(runs, tiny, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv, named", [
     (["--model", "out/none"], "out/none: no such model"), (["--model"], "--model: name at least one"),
-    (["--model", "out/tiny"], "--bench: out/tiny does not say on which data it was trained; name what to run"),
+    (["--model", "out/tiny"],
+     "--bench: out/tiny does not say on which data it was trained; name what to run"),
     (["--bench", "counting"], "unknown benchmark counting; did you mean counting-"),
     (["--model", "out/sft", "--bench", "mathvista=gone.jsonl"], "gone.jsonl")])
 def test_what_cannot_be_run_is_one_line(runs, argv, named):
@@ -269,7 +277,7 @@ def test_what_cannot_be_run_is_one_line(runs, argv, named):
 
 
 def test_rows_that_were_paid_for_are_never_deleted(runs, monkeypatch, capsys):
-    """Fewer rows leave them, other settings set them aside and say so; asked as before, they are there again."""
+    """Fewer rows leave them, other settings set them aside; asked as before, they are there again."""
     path, asked = runs / "out/grpo/eval/counting-id.jsonl", []
     whole = evaluation.answer_rows
 
@@ -298,7 +306,7 @@ def test_rows_that_were_paid_for_are_never_deleted(runs, monkeypatch, capsys):
 
 
 def test_rows_of_questions_that_changed_are_set_aside(runs, capsys):
-    """A gold answer that was mended: that row is asked again, the others stay, and so do those beyond --limit."""
+    """A gold answer that was mended: that row is asked again; the others stay, those beyond --limit too."""
     source, path = runs / "mine.jsonl", runs / "out/tiny/eval/mine.jsonl"
     records = read_records("data/mini/counting_id.jsonl")
     write_records(source, records)

@@ -148,7 +148,7 @@ def test_only_training_rows_are_answered_at_a_glance(tiny):
 
 @pytest.mark.parametrize("task", ["counting", "structure", "transform"])
 def test_lessons_tell_to_look_what_is_then_looked_at(tiny, task):
-    """They are the training rows, of which some ask for it; those and no others are sure to go cell by cell."""
+    """They are the training rows, of which some ask for it; those are sure to go cell by cell."""
     train = {row["id"]: row for row in rows(tiny.mini, "train", task)}
     lessons = rows(tiny.mini, "lessons", task)
     assert [row["id"] for row in lessons] == list(train)

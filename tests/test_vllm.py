@@ -200,7 +200,7 @@ def test_noised_images_reach_vllm_and_clean_ones_the_trainer(work, driver):  # n
 
 
 def test_adapters_with_methods_that_sample_resume(work, driver):  # noqa: F811
-    """vLLM gets merged weights: what it samples agrees with the trainer; a run that is cut goes on as it was."""
+    """vLLM gets merged weights: what it samples agrees with the trainer; a cut run goes on as it was."""
     command = [*driver(), "--lora_rank", "4", "--lr", "1e-2", "--objective", "gspo", "--perception", "papo",
                "--ssr", "refill", "--rethink_frac", "0.6", "--rethink_min", "1", "--rethink_max", "8",
                "--eval_data", "", "--steps", "3", "--save_every", "2", "--keep", "9", "--out", "run"]
