@@ -4,14 +4,15 @@
     python tests/bench_regimes.py rethink --seeds 0 1       # one regime, two seeds
     python tests/bench_regimes.py saturated --only GRPO SSR
 
-Prints a row per seed and arm, then each arm minus plain GRPO, paired by seed, with bootstrap 95 % intervals. Rows go
-to out/regimes/REGIME.jsonl as well. What is finished is not repeated: remove out/regimes to have it anew. Starts are
-the quickstart's (out/bench/SEED, made here if there are none). The regimes:
+Prints a row per seed and arm, then each arm minus plain GRPO, paired by seed, with bootstrap 95 % intervals.
+Rows go to out/regimes/REGIME.jsonl as well. What is finished is not repeated: remove out/regimes to have it
+anew. Starts are the quickstart's (out/bench/SEED, made here if there are none). The regimes:
 
-saturated  The start, GRPO's own result, answers nearly all questions right. One in ten is drawn in the style that it
-           has not seen, and rollouts are scarce: few groups have an advantage. Measured: accuracy in that style.
-rethink    The start answers at first sight, mostly wrong. In one response of twenty it notices, hesitates with one of
-           the triggers' words, and goes through the board. Measured: accuracy, and how many responses reflect.
+saturated  The start, GRPO's own result, answers nearly all questions right. One in ten is drawn in the style
+           that it has not seen, and rollouts are scarce: few groups have an advantage. Measured: accuracy in
+           that style.
+rethink    The start answers at first sight, mostly wrong. In one response of twenty it notices, hesitates with
+           one of the triggers' words, and goes through the board. Measured: accuracy, how many reflect.
 """
 import argparse
 import json
@@ -112,8 +113,8 @@ def measure(regime, arm, seed):
     folder.mkdir(parents=True, exist_ok=True)
     start, data = prepare(seed, folder)
     out = f"out/regimes/{regime}/{seed}/{arm.replace(' ', '_')}"
-    seconds = run(out, "grpo.py", "--seed", seed, "--model", start, "--data", data, "--out", out, *COMMON, *flags,
-                  *arms[arm])
+    seconds = run(out, "grpo.py", "--seed", seed, "--model", start, "--data", data, "--out", out, *COMMON,
+                  *flags, *arms[arm])
     for model in (start, out):
         run(f"{model}/{bench}", "eval.py", "--bench", bench, "--model", model, "--max_new_tokens", 140)
     before, after = (data_prep.read_json(ROOT / f"{model}/eval/summary.json")[0] for model in (start, out))
@@ -121,8 +122,8 @@ def measure(regime, arm, seed):
     return {"regime": regime, "arm": arm, "seed": seed, "start": 100 * before["accuracy"],
             "accuracy": 100 * after["accuracy"], "tokens": after["tokens"],
             "effective": 100 * mean(row["groups/effective_frac"] for row in steps[:10]),
-            "reflect": 100 * steps[-1]["len/reflect"], "rollout tokens": sum(row["tokens/gen"] for row in steps),
-            "seconds": seconds}
+            "reflect": 100 * steps[-1]["len/reflect"],
+            "rollout tokens": sum(row["tokens/gen"] for row in steps), "seconds": seconds}
 
 
 def main(regimes, seeds, only):
@@ -133,16 +134,19 @@ def main(regimes, seeds, only):
                 rows.append(measure(regime, arm, seed))
                 if len(rows) == 1:
                     print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-                cells = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in rows[-1].values()]
-                print("| " + " | ".join(cells) + " |", flush=True)
+                shown = [f"{cell:.1f}" if isinstance(cell, float) else str(cell)
+                         for cell in rows[-1].values()]
+                print("| " + " | ".join(shown) + " |", flush=True)
         data_prep.write_rows(ROOT / f"out/regimes/{regime}.jsonl", rows)
         scores = {(row["arm"], row["seed"]): row["accuracy"] for row in rows}
         for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != "GRPO"):
-            print(f"{arm} minus GRPO: {interval([scores[arm, seed] - scores['GRPO', seed] for seed in seeds])}")
+            gains = [scores[arm, seed] - scores["GRPO", seed] for seed in seeds]
+            print(f"{arm} minus GRPO: {interval(gains)}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []], default=list(REGIMES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="*", default=[])
