@@ -1,8 +1,8 @@
 """How evenly ranks are loaded, as sampled and as trained: python tests/bench_balance.py
 
-Simulated: 16 questions a rank with 8 rollouts each, of which a share has an advantage; response lengths are drawn
-from a log-normal distribution around 500 tokens, prompts have 300. Mean load over largest, mean of 20 steps: what is
-left of the GPUs while they wait for the last one.
+Simulated: 16 questions a rank with 8 rollouts each, of which a share has an advantage; response lengths are
+drawn from a log-normal distribution around 500 tokens, prompts have 300. Mean load over largest, mean of 20
+steps: what is left of the GPUs while they wait for the last one.
 """
 import random
 import sys
@@ -26,7 +26,8 @@ def drawn_costs(world, effective, chance):
 
 
 def main():
-    print("| ranks | groups with an advantage | before | after | questions that move |\n|---|---|---|---|---|")
+    print("| ranks | groups with an advantage | before | after | questions that move |\n"
+          "|---|---|---|---|---|")
     for world in (8, 64, 512):
         for effective in (1.0, 0.5, 0.2):
             rows = []

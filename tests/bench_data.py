@@ -1,9 +1,11 @@
-"""What it costs to start on, and to read from, images inside parquet files: python tests/bench_data.py [--gb 1]
+"""What it costs to start on, and to read from, images inside parquet files:
+python tests/bench_data.py [--gb 1]
 
-Writes two files of --gb GB, one of row groups of 100 rows as on the Hub, one of a single row group as pandas writes.
-Each is read by --ranks processes at once, first without and then with an unpacked copy in the cache. Columns, the worst
-of the ranks: seconds until the records are there; MiB that belong to a process then, at most and at the end (RssAnon,
-so without the pages of the file that all processes share); rows/s of --reads rows in order, then of as many at random.
+Writes two files of --gb GB, one of row groups of 100 rows as on the Hub, one of a single row group as pandas
+writes. Each is read by --ranks processes at once, first without and then with an unpacked copy in the cache.
+Columns, the worst of the ranks: seconds until the records are there; MiB that belong to a process then, at
+most and at the end (RssAnon, so without the pages of the file that all processes share); rows/s of --reads
+rows in order, then of as many at random.
 """
 import argparse
 import json
@@ -28,7 +30,8 @@ def write_table(path: Path, gigabytes: float, rows_a_group: int) -> int:
     import pyarrow
     from pyarrow.parquet import ParquetWriter
     image = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-    schema = pyarrow.schema({"images": pyarrow.list_(image), "problem": pyarrow.string(), "answer": pyarrow.string()})
+    schema = pyarrow.schema({"images": pyarrow.list_(image), "problem": pyarrow.string(),
+                             "answer": pyarrow.string()})
     rng, count = random.Random(0), int(gigabytes * 1e9 / IMAGE)
     with ParquetWriter(path, schema) as writer:
         for start in range(0, count, rows_a_group):
@@ -69,7 +72,8 @@ def read_as_a_rank(path: str, reads: int) -> dict:
 def measure(path: Path, reads: int, ranks: int, cache: Path) -> dict:
     """The worst of what `ranks` processes see, each beside the others."""
     command = [sys.executable, __file__, "--read", str(path), "--reads", str(reads)]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"XDG_CACHE_HOME": str(cache)})
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE,
+                                env=os.environ | {"XDG_CACHE_HOME": str(cache)})
                for _ in range(ranks)]
     seen = [json.loads(process.communicate()[0]) for process in started]
     worst = {name: max(figures[name] for figures in seen) for name in ("start", "then", "most", "at the end")}
@@ -77,7 +81,8 @@ def measure(path: Path, reads: int, ranks: int, cache: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=1.0)
     parser.add_argument("--reads", type=int, default=500)
     parser.add_argument("--ranks", type=int, default=2)
@@ -86,7 +91,8 @@ def main() -> None:
     if args.read:
         print(json.dumps(read_as_a_rank(args.read, args.reads)))
         return
-    print("| file | start, s | own memory then, MiB | at most | at the end | in order, rows/s | at random, rows/s |")
+    print("| file | start, s | own memory then, MiB | at most | at the end | in order, rows/s "
+          "| at random, rows/s |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         cache, path = Path(folder) / "cache", Path(folder) / "train.parquet"

@@ -2,13 +2,15 @@
 
     python tests/bench_fuzz.py               # 100,000 formulas
     python tests/bench_fuzz.py 20000 1       # that many, of another seed
-    python tests/bench_fuzz.py 2000 0 1.0    # with the limits of a run: a second each, a tenth of it for the many
+    python tests/bench_fuzz.py 2000 0 1.0    # with the limits of a run: a second each,
+                                               a tenth of it for the many
 
-Formulas are drawn around those that have stalled a run (STALLS): high powers of sums, products of sums, functions
-of sums, nested roots, towers, factorials, sums and integrals, broken braces. Each is boxed and graded against one of
-GOLDS, as a policy would write it. Prints percentiles of the wall time of a call and the slowest formulas. Ends with an
-error if a call raised, was no 0 or 1, or took more than LIMIT seconds. All limits are 0.3 of a run's, so that those
-that are given up, mostly after 0.03 s, do not take hours: the mechanics are the same.
+Formulas are drawn around those that have stalled a run (STALLS): high powers of sums, products of sums,
+functions of sums, nested roots, towers, factorials, sums and integrals, broken braces. Each is boxed and
+graded against one of GOLDS, as a policy would write it. Prints percentiles of the wall time of a call and the
+slowest formulas. Ends with an error if a call raised, was no 0 or 1, or took more than LIMIT seconds. All
+limits are 0.3 of a run's, so that those that are given up, mostly after 0.03 s, do not take hours: the
+mechanics are the same.
 """
 import random
 import sys
@@ -31,15 +33,18 @@ FUNCTIONS = ["sin", "cos", "tan", "log", "ln", "arctan", "exp", "sec"]
 def formula(rng, depth=3):
     """A formula of random shape; the deeper, the worse."""
     if depth == 0 or rng.random() < 0.15:
-        return rng.choice([rng.choice("abcxyz"), str(rng.randrange(1, 13)), str(rng.randrange(100, 10000)), r"\pi"])
+        return rng.choice([rng.choice("abcxyz"), str(rng.randrange(1, 13)), str(rng.randrange(100, 10000)),
+                           r"\pi"])
     inner = [formula(rng, depth - 1) for _ in range(rng.randrange(2, 5))]
     power, function = rng.choice([2, 3, 5, 9, 20, 50, 99]), rng.choice(FUNCTIONS)
     return rng.choice([
-        "+".join(inner), "-".join(inner), "".join(f"({part})" for part in inner), f"({'+'.join(inner)})^{{{power}}}",
+        "+".join(inner), "-".join(inner), "".join(f"({part})" for part in inner),
+        f"({'+'.join(inner)})^{{{power}}}",
         rf"\{function}({'+'.join(inner)})", rf"\frac{{{inner[0]}}}{{{inner[1]}}}", rf"\sqrt{{{inner[0]}}}",
         rf"\sqrt[{power}]{{{inner[0]}}}", f"{{{inner[0]}}}^{{{inner[1]}}}", f"({inner[0]})!",
         rf"\{function} {inner[0]}",
-        f"{inner[0]} = {inner[1]}", rf"{inner[0]} \le {inner[1]}", rf"\{{{','.join(inner)}\}}", f"({','.join(inner)})",
+        f"{inner[0]} = {inner[1]}", rf"{inner[0]} \le {inner[1]}", rf"\{{{','.join(inner)}\}}",
+        f"({','.join(inner)})",
         rf"|{inner[0]}|", rf"\int_0^{{{inner[0]}}} {inner[1]} dx", rf"\sum_{{k=1}}^{{{power}}} {inner[0]}",
         rf"\lim_{{x\to 0}} {inner[0]}", rf"\binom{{{power}}}{{{inner[0]}}}",
         rf"\begin{{pmatrix}}{inner[0]}&{inner[1]}\\1&{power}\end{{pmatrix}}"])
@@ -49,13 +54,16 @@ def mutated(rng, text):
     """A formula with a few characters changed, doubled or lost, so that braces break as well."""
     for _ in range(rng.randrange(3)):
         at = rng.randrange(len(text))
-        text = text[:at] + rng.choice(["", text[at] * 2, rng.choice("0123456789xyz(){}^_!/+-=,.\\ ")]) + text[at + 1:]
+        text = (text[:at] + rng.choice(["", text[at] * 2, rng.choice("0123456789xyz(){}^_!/+-=,.\\ ")])
+                + text[at + 1:])
         text = text or "x"
     return text
 
 
 def fuzz(rng):
-    """(formula, gold): most grown at random, every eighth a stalling one with other numbers and a few changes."""
+    """(formula, gold): most grown at random, every eighth a stalling one with other numbers
+    and a few changes.
+    """
     if rng.random() < 7 / 8:
         text = formula(rng, rng.choice([1, 1, 2, 2, 3]))
     else:
@@ -74,7 +82,8 @@ def timed(text, gold):
 
 def report(took):
     """A line of percentiles of (seconds, ...), sorted."""
-    shown = ", ".join(f"{100 * q:g} %: {took[int(q * len(took))][0] * 1000:.0f} ms" for q in (0.5, 0.9, 0.99, 0.999))
+    shown = ", ".join(f"{100 * q:g} %: {took[int(q * len(took))][0] * 1000:.0f} ms"
+                      for q in (0.5, 0.9, 0.99, 0.999))
     return f"{shown}, slowest {took[-1][0]:.3f} s, {sum(seconds for seconds, *_ in took):.0f} s in all"
 
 

@@ -2,9 +2,9 @@
 
     python tests/bench_images.py              # 160 rows of a million pixels a rank and step: 8 GiB of memory
 
-1,280 questions a step on the 8 ranks of a node are 160 a rank. The rows are real ones of Qwen2.5-VL's processor;
-making them is not measured: a worker copies one. Each way is measured in a process of its own: fp32 pixels without
-a bound, as on a CPU, and bf16 pixels with Workers' own bound, as on a GPU.
+1,280 questions a step on the 8 ranks of a node are 160 a rank. The rows are real ones of Qwen2.5-VL's
+processor; making them is not measured: a worker copies one. Each way is measured in a process of its own:
+fp32 pixels without a bound, as on a CPU, and bf16 pixels with Workers' own bound, as on a GPU.
 """
 import argparse
 import os
@@ -33,7 +33,9 @@ def held(pid):
 
 
 def measure(dtype, rows):
-    """Print a line of the table: two batches of `rows`, of which the first was taken and the second is ahead."""
+    """Print a line of the table: two batches of `rows`,
+    of which the first was taken and the second is ahead.
+    """
     torch.set_num_threads(1)
     _, processor = qwen25()
     record = {"question": "one two", "images": [picture(SIDE, SIDE)], "answer_type": "text"}
@@ -55,12 +57,13 @@ def measure(dtype, rows):
         last, now = now, sum(map(held, pids))
     size = len(pickle.dumps(batch[0][1])) / 2**20
     name = str(dtype).removeprefix("torch.")
-    print(f"| {name} | {size:.1f} | {now - before[0]:.2f} | {held(os.getpid()) - before[1]:.2f} | {seconds:.1f} |",
-          flush=True)
+    print(f"| {name} | {size:.1f} | {now - before[0]:.2f} | {held(os.getpid()) - before[1]:.2f} "
+          f"| {seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=160, help="rows of a batch")
     parser.add_argument("--dtype", default="", help="measure this one alone")
     args = parser.parse_args()
@@ -73,5 +76,6 @@ if __name__ == "__main__":
         print("|---|---|---|---|---|", flush=True)
         for dtype in ("float32", "bfloat16"):
             with tempfile.TemporaryDirectory() as room:
-                command = [sys.executable, Path(__file__).resolve(), "--rows", str(args.rows), "--dtype", dtype]
+                command = [sys.executable, Path(__file__).resolve(), "--rows", str(args.rows),
+                           "--dtype", dtype]
                 subprocess.run(command, check=True, cwd=room)

@@ -1,9 +1,10 @@
-"""Runs that are stopped, killed and resumed at random moments: python tests/bench_kills.py [--times 10] [--only NAME]
+"""Runs that are stopped, killed and resumed at random moments:
+python tests/bench_kills.py [--times 10] [--only NAME]
 
-Each row: how often a run that was stopped so ended as it should, over --times random moments. `saved`: the step it
-was at is complete. `gone`: no rank and no worker is left. `quiet`: no traceback but torchrun's own. `same`: resumed,
-it has the metrics and weights of a run that nobody touched, bit for bit. A signal before the first step has nothing
-to save and counts as saved.
+Each row: how often a run that was stopped so ended as it should, over --times random moments. `saved`: the
+step it was at is complete. `gone`: no rank and no worker is left. `quiet`: no traceback but torchrun's own.
+`same`: resumed, it has the metrics and weights of a run that nobody touched, bit for bit. A signal before the
+first step has nothing to save and counts as saved.
 """
 import argparse
 import random
@@ -23,8 +24,8 @@ import rewards  # noqa: E402
 from test_kills import GRPO, SFT, TWO, is_gone, own_lines, send, stage_traceback, started  # noqa: E402
 from test_stages import metrics, newest, run, weights  # noqa: E402
 
-RISE = ["rise.py", "--model", "tiny", "--data", "data/mood_train.jsonl", "--eval_data", "", "--prompts_per_step", "4",
-        "--group_size", "2", "--max_new_tokens", "12"]
+RISE = ["rise.py", "--model", "tiny", "--data", "data/mood_train.jsonl", "--eval_data", "",
+        "--prompts_per_step", "4", "--group_size", "2", "--max_new_tokens", "12"]
 STAGES = {"sft": SFT, "grpo": GRPO, "rise": RISE}
 # name: (stage, torchrun, signal, target)
 STOPS = {}
@@ -79,7 +80,8 @@ def stop_once(root, stop, chance, seconds, command, whole):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--only", default="")
     args = parser.parse_args()

@@ -131,7 +131,10 @@ def beside_trainer(name, args):
 
 
 def standalone(args):
-    """LLM.generate. The settings repeat those of evaluation.VLLM; the parent says so when they are not the same."""
+    """LLM.generate.
+
+    The settings repeat those of evaluation.VLLM; the parent says so when they are not the same.
+    """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     cfg, on_gpu = grpo.Config(max_new_tokens=args.max_new_tokens), torch.cuda.is_available()
@@ -232,7 +235,8 @@ def compare(args):
     print(f"\nvllm / standalone {share:.2f} (per CPU second {ratio('vllm', 'standalone', 'cpu'):.2f}), "
           f"vllm / hf {ratio('vllm', 'hf', 'wall'):.2f}")
     if alike["vllm"] != alike["standalone"]:
-        print("the engine settings of vllm and standalone differ: bring this file in line with evaluation.VLLM")
+        print("the engine settings of vllm and standalone differ: "
+              "bring this file in line with evaluation.VLLM")
     sys.exit(0 if share >= 0.9 else "vllm beside the trainer is slower than 0.90 of standalone")
 
 

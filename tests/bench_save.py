@@ -1,4 +1,5 @@
-"""How long a run waits for a checkpoint, with and without the files: [torchrun ...] tests/bench_save.py [--folder F]
+"""How long a run waits for a checkpoint, with and without the files:
+[torchrun ...] tests/bench_save.py [--folder F]
 
 A random Qwen2-VL of 201M parameters in fp32 with AdamW's moments, 2.4 GB a checkpoint, in a new folder of F
 (default: the temporary one). Seconds of save_checkpoint, and until the checkpoint is complete; median of 3.
@@ -25,13 +26,16 @@ def make_model(folder):
     """Save a Qwen2-VL whose language model has 12 layers, WIDTH units and 32,000 words, untied."""
     tok = tiny.tokenizer()
     rope = tiny.ROPE | {"mrope_section": [16, 24, 24]}
-    text = tiny.text_config(tok, vocab_size=32000, hidden_size=WIDTH, intermediate_size=2816, num_hidden_layers=12,
-                            num_attention_heads=8, num_key_value_heads=2, head_dim=128, rope_parameters=rope)
+    text = tiny.text_config(tok, vocab_size=32000, hidden_size=WIDTH, intermediate_size=2816,
+                            num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, head_dim=128,
+                            rope_parameters=rope)
     vision = dict(depth=2, embed_dim=32, hidden_size=WIDTH, num_heads=2, mlp_ratio=2, patch_size=14)
-    config = hf.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **tiny.qwen_ids(tok))
+    config = hf.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False,
+                              **tiny.qwen_ids(tok))
     hf.Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
     images = tiny.qwen_images(14)
-    hf.Qwen2VLProcessor(images, tok, hf.Qwen2VLVideoProcessor(), chat_template=tiny.CHATML).save_pretrained(folder)
+    hf.Qwen2VLProcessor(images, tok, hf.Qwen2VLVideoProcessor(),
+                        chat_template=tiny.CHATML).save_pretrained(folder)
 
 
 def measure(cfg, policy, processor, optimizer, wait):

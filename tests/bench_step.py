@@ -5,15 +5,15 @@
     448 short    about 280        16 to 48            448 x 448 pixels
     448 long     about 280        128 to 256
 
-8 questions with 8 rollouts each, of the tiny model, fp32, one thread. The rewards are drawn at random, so that
-every group counts. Each round trains the same invented rollouts once with a row for each response (the
-baseline) and once with a row for each question, in turns; printed are medians, the ratio of each round's two and
-its spread. Then it does a whole step, sampling, update and weight sync, on what the random model samples: nearly
-always the longest that is allowed. `else` is what is neither sampling nor forward nor backward: AdamW, sync,
-collation.
+8 questions with 8 rollouts each, of the tiny model, fp32, one thread. The rewards are drawn at random, so
+that every group counts. Each round trains the same invented rollouts once with a row for each response (the
+baseline) and once with a row for each question, in turns; printed are medians, the ratio of each round's two
+and its spread. Then it does a whole step, sampling, update and weight sync, on what the random model samples:
+nearly always the longest that is allowed. `else` is what is neither sampling nor forward nor backward: AdamW,
+sync, collation.
 
-With --trl PYTHON, an interpreter that has `trl` and `accelerate`, TRL's GRPOTrainer does whole steps of the same
-shape in a process of its own, after ours (bench_step_trl.py).
+With --trl PYTHON, an interpreter that has `trl` and `accelerate`, TRL's GRPOTrainer does whole steps of the
+same shape in a process of its own, after ours (bench_step_trl.py).
 """
 import argparse
 import dataclasses
@@ -92,7 +92,9 @@ class Clock:
 
 
 def measured(run, shape, rounds):
-    """(prompt tokens, seconds over rounds by what was done): updates of both arms, and a whole step's parts."""
+    """(prompt tokens, seconds over rounds by what was done):
+    updates of both arms, and a whole step's parts.
+    """
     pixels, least, most = SHAPES[shape]
     cfg = dataclasses.replace(run.cfg, max_new_tokens=most, max_pixels=max(run.cfg.max_pixels, pixels ** 2))
     records = at_size(run.records, pixels)
@@ -117,7 +119,8 @@ def measured(run, shape, rounds):
 
         run.forward.seconds = run.backward.seconds = 0.0
         began = time.perf_counter()
-        sampled = grpo.sample_rollouts(run.engine, asked, prompts, range(len(asked)), run.processor.tokenizer, cfg)
+        sampled = grpo.sample_rollouts(run.engine, asked, prompts, range(len(asked)),
+                                       run.processor.tokenizer, cfg)
         found["sampling"].append(time.perf_counter() - began)
         drawn = torch.tensor([[chance.random() for _ in range(GROUP)] for _ in range(QUESTIONS)])
         for r, advantage in zip(sampled, grpo.group_advantages(drawn).flatten().tolist()):
@@ -161,8 +164,8 @@ def main():
                           optimizer=sft.make_optimizer(policy, cfg),
                           dummy=sft.blank_prompt(processor, cfg.max_pixels))
     run.forward, run.backward = Clock(policy, "token_logprobs"), Clock(torch.Tensor, "backward")
-    print("| shape | prompt | update, a row a response, s | a row a question, s | times faster | step, s | of it "
-          "sampling, s | else |\n|---|---|---|---|---|---|---|---|", flush=True)
+    print("| shape | prompt | update, a row a response, s | a row a question, s | times faster | step, s "
+          "| of it sampling, s | else |\n|---|---|---|---|---|---|---|---|", flush=True)
     for shape in SHAPES:
         if args.only not in shape:
             continue
@@ -170,8 +173,8 @@ def main():
         ratios = [a / b for a, b in zip(found["apart"], found["shared"])]
         seconds = {name: median(values) for name, values in found.items()}
         step = seconds["step"]
-        cells = [shape, length, f"{seconds['apart']:.3f}", f"{seconds['shared']:.3f}", spread(ratios), f"{step:.3f}",
-                 f"{seconds['sampling']:.3f}", f"{100 * seconds['else'] / step:.0f} %"]
+        cells = [shape, length, f"{seconds['apart']:.3f}", f"{seconds['shared']:.3f}", spread(ratios),
+                 f"{step:.3f}", f"{seconds['sampling']:.3f}", f"{100 * seconds['else'] / step:.0f} %"]
         print("|", " | ".join(map(str, cells)), "|", flush=True)
         if args.trl:
             theirs = trl_seconds(args.trl, room, shape, args.rounds)

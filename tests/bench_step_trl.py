@@ -1,7 +1,7 @@
 """TRL's side of bench_step.py: ROOM PIXELS TOKENS ROUNDS; prints {"version", "seconds": [of each step]}.
 
-Runs under an interpreter that has trl and accelerate: the same tiny model, questions, images and group size, rewards
-drawn at random, one thread, fp32, no KL term.
+Runs under an interpreter that has trl and accelerate: the same tiny model, questions, images and group size,
+rewards drawn at random, one thread, fp32, no KL term.
 """
 import json
 import random
@@ -31,8 +31,9 @@ def main():
     data = datasets.Dataset.from_list(rows)
     cfg = trl.GRPOConfig(
         output_dir=str(room / "trl"), per_device_train_batch_size=QUESTIONS * GROUP, num_generations=GROUP,
-        max_completion_length=tokens, max_steps=rounds + 1, learning_rate=1e-6, beta=0.0, bf16=False, use_cpu=True,
-        gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=10**6, disable_tqdm=True)
+        max_completion_length=tokens, max_steps=rounds + 1, learning_rate=1e-6, beta=0.0, bf16=False,
+        use_cpu=True, gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=10**6,
+        disable_tqdm=True)
 
     def drawn(completions, **_):
         return [random.random() for _ in completions]

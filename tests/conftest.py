@@ -42,7 +42,10 @@ GEMMA_TEMPLATE = (
 
 
 def wait_until(happened, process=None, seconds=300):
-    """Wait for happened(). Fails when it is late, or when `process` has ended without it, and shows its output."""
+    """Wait for happened().
+
+    Fails when it is late, or when `process` has ended without it, and shows its output.
+    """
     deadline = time.time() + seconds
     while True:
         ended = process is not None and process.poll() is not None
@@ -53,7 +56,8 @@ def wait_until(happened, process=None, seconds=300):
             if process is not None:
                 process.terminate()
                 output, _ = process.communicate(timeout=60)
-            pytest.fail(f"{'the process ended' if ended else f'{seconds} s passed'}: {(output or '')[-3000:]}")
+            pytest.fail(f"{'the process ended' if ended else f'{seconds} s passed'}: "
+                        f"{(output or '')[-3000:]}")
         time.sleep(0.02)
 
 
@@ -239,7 +243,8 @@ def llava_onevision():
         video_token_index=tok.convert_tokens_to_ids("<video>"), tie_word_embeddings=False)
     images = hf.LlavaOnevisionImageProcessor(size={"height": 56, "width": 56}, image_grid_pinpoints=tiles)
     return hf.LlavaOnevisionForConditionalGeneration(config), hf.LlavaOnevisionProcessor(
-        images, tok, hf.LlavaOnevisionVideoProcessor(), num_image_tokens=16, vision_feature_select_strategy="full",
+        images, tok, hf.LlavaOnevisionVideoProcessor(), num_image_tokens=16,
+        vision_feature_select_strategy="full",
         chat_template=CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n"))
 
 

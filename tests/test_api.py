@@ -305,8 +305,9 @@ PASSING = {
     "gzip": (200, {"Content-Encoding": "gzip"}, gzip.compress(bytes(10**8))),
     "announces too little": sent(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n" + right("row-0")),
     "announces an exabyte": sent(HALF.replace(b"400", b"1" + b"0" * 18)),
-    "announces nonsense": sent(HALF.replace(b"400", b"-7")), "a chunk of minus five": sent(CHUNKED + b"-5\r\nx"),
-    "a huge chunk": sent(CHUNKED + b"F" * 40 + b"\r\nx"), "a huge status": sent(b"HTTP/1.1 9999999 OK\r\n\r\n"),
+    "announces nonsense": sent(HALF.replace(b"400", b"-7")),
+    "a chunk of minus five": sent(CHUNKED + b"-5\r\nx"), "a huge chunk": sent(CHUNKED + b"F" * 40 + b"\r\nx"),
+    "a huge status": sent(b"HTTP/1.1 9999999 OK\r\n\r\n"),
     "a header without end": flood(b"HTTP/1.1 200 OK\r\nA: ", b"x" * 9999),
     "headers without end": flood(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n"),
     "a body without end": flood(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 99999),
@@ -389,7 +390,8 @@ def test_absurd_numbers_of_tokens_are_no_number(serve):
     usages = [*({"completion_tokens": count} for count in ABSURD), [1], "many", 7]
     server = serve(lambda row, n, s: chat(f"<answer> {row[4:]} </answer>", usage=usages[int(row[4:])]))
     rows = evaluate(server)
-    assert len(server.asked) == len(usages) and {(r["tokens"], r["correct"]) for r in rows.values()} == {(0, 1)}
+    assert len(server.asked) == len(usages) and {
+        (r["tokens"], r["correct"]) for r in rows.values()} == {(0, 1)}
 
 
 def test_bytes_that_are_no_text(serve):
@@ -596,11 +598,13 @@ def test_a_completion_that_repeats_the_key_is_masked(serve, monkeypatch, capfd, 
     argv = ["--engine", "api", "--base_url", server.url, "--bench", "rows.jsonl"]
     stage.main(stage.parse_config(stage.Config, argv))
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
-    rows = [json.loads(line) for p in files if p.parent.name == "eval" and p.name == "rows.jsonl" for line in open(p)]
+    rows = [json.loads(line) for p in files if p.parent.name == "eval" and p.name == "rows.jsonl"
+            for line in open(p)]
     assert [(row["response"], row["correct"]) for row in rows] == [
         ("[key]: <answer> 0 </answer>", 1), ("<think>The key is [key].</think><answer> 1 </answer>", 1)]
     shown = "".join(capfd.readouterr())
-    assert "model [key]" in shown and not any(KEY in text for text in (shown, *(p.read_text() for p in files)))
+    assert "model [key]" in shown and not any(
+        KEY in text for text in (shown, *(p.read_text() for p in files)))
 
 
 def test_a_key_that_is_a_word_changes_no_answer(serve, monkeypatch):
@@ -656,7 +660,8 @@ def test_bad_flags_are_one_line_errors(serve, flags, named):
 
 @pytest.mark.parametrize("models", [
     b"{}", b'{"data": []}', b"[]", b"<html>", b"", (500, {}, b"down"), sent(b""), sent(b"hello\r\n\r\n"),
-    hang, *(PASSING[name] for name in ("header drip", "body drip", "a million deep", "announces an exabyte"))])
+    hang, *(PASSING[name] for name in ("header drip", "body drip", "a million deep",
+                                       "announces an exabyte"))])
 def test_a_server_without_models_is_a_one_line_error(serve, models):
     make_rows(1)
     server = serve()

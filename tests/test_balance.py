@@ -38,7 +38,8 @@ def test_loads_end_within_an_item_of_the_mean(world, updates):
         assert ranks == grpo.assigned(dict(reversed(costs.items())), world)  # in whatever order ranks report
         for number in range(updates):
             of_update = {item: cost for item, cost in costs.items() if item[0] == number}
-            loads = [sum(cost for item, cost in of_update.items() if ranks[item] == rank) for rank in range(world)]
+            loads = [sum(cost for item, cost in of_update.items() if ranks[item] == rank)
+                     for rank in range(world)]
             assert max(loads) <= sum(loads) / world + max(of_update.values(), default=0)
         before = grpo.evenness(costs, {item: item[1] for item in costs}, world)
         after = grpo.evenness(costs, ranks, world)
@@ -46,7 +47,9 @@ def test_loads_end_within_an_item_of_the_mean(world, updates):
 
 
 def test_an_update_is_the_same_whoever_makes_it(work):  # noqa: F811
-    """Three ranks, some without a group that counts: questions move, and the weights are those of one rank."""
+    """Three ranks, some without a group that counts:
+    questions move, and the weights are those of one rank.
+    """
     command = [*GRPO, "--steps", "3", "--lr", "1e-4", "--prompts_per_step", "15", "--ssr", "replay"]
     run(work, *command, "--out", "one")
     run(work, *command, "--out", "three", torchrun=["--standalone", "--nproc_per_node", "3"])

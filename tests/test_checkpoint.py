@@ -90,7 +90,8 @@ def test_a_run_that_is_resumed_goes_on_from_its_newest_step(room):
     for name, p in again.policy.named_parameters():
         assert torch.equal(full(p), full(kept[name]))
         state, saved = again.optimizer.state[p], optimizer.state[kept[name]]
-        assert state.keys() == saved.keys() and all(torch.equal(full(state[k]), full(saved[k])) for k in state)
+        assert state.keys() == saved.keys() and all(
+            torch.equal(full(state[k]), full(saved[k])) for k in state)
     assert again.optimizer.skipped == 0 and len(again.records) == 24 and len(again.held_out) == 12
 
 
@@ -109,7 +110,8 @@ def test_a_run_does_not_move_its_own_start_aside(room, model, out):
     shutil.copytree("out/tiny", "out/begun/step_000002")
     (room / "out/begun/step_000002/meta.json").write_text('{"step": 2, "world_size": 1}')
     (room / "link").symlink_to(room / "out/begun")
-    with pytest.raises(ValueError, match=f"^--out {out} holds the model to start from: name another --out, or"):
+    with pytest.raises(ValueError, match=f"^--out {out} holds the model to start from: "
+                                         "name another --out, or"):
         opened(model=model, out=out)
 
 
@@ -125,7 +127,8 @@ OTHER = "data/mini/structure_train.jsonl"
 
 @pytest.mark.parametrize("stage", [sft, grpo])
 @pytest.mark.parametrize("flags, held_out", [
-    ({}, 12), ({"eval_n": 5}, 5), ({"eval_data": ""}, 0), ({"data": OTHER}, 0), ({"data": OTHER, "eval_data": ""}, 0),
+    ({}, 12), ({"eval_n": 5}, 5), ({"eval_data": ""}, 0), ({"data": OTHER}, 0),
+    ({"data": OTHER, "eval_data": ""}, 0),
     ({"data": OTHER, "eval_data": "data/mini/structure_id.jsonl"}, 12),
     ({"eval_data": "data/mini/structure_id.jsonl"}, 12),
 ])
@@ -292,8 +295,8 @@ def test_damage_is_told_in_one_line(saved, tmp_path, damage):
     if "trainer/" in name and "garble" in damage or "without step" in damage:
         return  # only a trainer would read it
     with pytest.raises(SystemExit) as end, sft.one_line_errors():
-        sft.open_run(dataclasses.replace(saved.cfg, model=str(out), out=str(tmp_path / "next"), resume=False), CPU,
-                     need=("answer",))
+        sft.open_run(dataclasses.replace(saved.cfg, model=str(out), out=str(tmp_path / "next"),
+                                         resume=False), CPU, need=("answer",))
     line = str(end.value)
     assert str(out / name) in line or named_by_transformers(out / name) in line, line
     assert "\n" not in line and "step_000001" in line, line
@@ -313,7 +316,8 @@ def test_a_run_of_an_earlier_release_is_a_start_not_resumed(saved, tmp_path):
 # ----- flags, and a file that cannot be written
 
 
-@pytest.mark.parametrize("flags", [{"seed": 1}, {"prompts_per_step": 3, "reward": "format=1"}, {"ssr": "replay"}])
+@pytest.mark.parametrize("flags", [{"seed": 1}, {"prompts_per_step": 3, "reward": "format=1"},
+                                   {"ssr": "replay"}])
 def test_a_resumed_run_is_the_same_run(saved, tmp_path, flags):
     """A flag that makes it another run is named with both values; nothing is written."""
     out = shutil.copytree(saved.out, tmp_path / "run")
@@ -350,8 +354,9 @@ def test_a_file_that_cannot_be_written_ends_the_run_in_one_line(saved, tmp_path)
 
 def test_one_two_one_ranks_equal_an_unbroken_run(work):  # noqa: F811
     """Moments are sharded anew, and what rank 0 or 1 held for replay goes to one rank."""
-    command = [*GRPO, "--lr", "1e-4", "--save_every", "2", "--eval_data", "", "--ssr", "replay", "--model", "tiny",
-               "--reward", "accuracy=1,format=0.5", "--group_size", "8", "--max_new_tokens", "24"]
+    command = [*GRPO, "--lr", "1e-4", "--save_every", "2", "--eval_data", "", "--ssr", "replay",
+               "--model", "tiny", "--reward", "accuracy=1,format=0.5", "--group_size", "8",
+               "--max_new_tokens", "24"]
     two = ["--standalone", "--nproc_per_node", "2"]
     run(work, *command, "--steps", "6", "--out", "whole")
     run(work, *command, "--steps", "2", "--out", "cut")

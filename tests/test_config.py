@@ -172,8 +172,8 @@ def test_help_of_a_script():
 def test_a_stage_runs_under_a_profiler_and_a_debugger(profiler, tmp_path):
     """There __main__ is another module, and the comments of Config must still be found."""
     extra = ["-c", "continue"] if profiler == "pdb" else []
-    done = subprocess.run([sys.executable, "-m", profiler, *extra, ROOT / "data_prep.py", "--help"], cwd=tmp_path,
-                          input="q\n", capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", profiler, *extra, ROOT / "data_prep.py", "--help"],
+                          cwd=tmp_path, input="q\n", capture_output=True, text=True, timeout=120)
     assert "--source" in done.stdout and "records (--input" in done.stdout, done.stderr
 
 

@@ -51,12 +51,15 @@ def headings(path):
 
 
 def anchors(path):
-    """What #anchor may name in a page, a heading each: lower case, without punctuation, as GitHub makes it."""
+    """What #anchor may name in a page, a heading each: lower case, without punctuation,
+    as GitHub makes it.
+    """
     found = []
     for line in headings(path):
         title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line.lstrip("# "))
         found.append(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-"))
-    assert len(set(found)) == len(found), f"{path.name}: two headings are alike, and a link can name only the first"
+    assert len(set(found)) == len(found), (
+        f"{path.name}: two headings are alike, and a link can name only the first")
     return found
 
 
@@ -111,7 +114,8 @@ def test_links_lead_somewhere(page):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
         assert target.exists(), f"{page.name}: {link}"
-        assert not anchor or anchor in anchors(target), f"{page.name}: {link}: {target.name} has no such heading"
+        assert not anchor or anchor in anchors(target), (
+            f"{page.name}: {link}: {target.name} has no such heading")
 
 
 @pytest.mark.parametrize("path", PAGES[1:], ids=lambda path: path.name)
@@ -240,7 +244,8 @@ def test_a_curve_needs_evaluations_and_rollouts(tmp_path):
     assert not (tmp_path / "curve.svg").exists()
 
 
-@pytest.mark.parametrize("largest, most, size", [(40, 8, 5), (45, 5, 10), (1, 8, 1), (4096, 5, 1000), (200, 8, 50)])
+@pytest.mark.parametrize("largest, most, size", [
+    (40, 8, 5), (45, 5, 10), (1, 8, 1), (4096, 5, 1000), (200, 8, 50)])
 def test_ticks_are_round(largest, most, size):
     assert tick_size(largest, most) == size
 

@@ -17,7 +17,8 @@ SLOW = ["eval.py", "--bench", BENCH, "--batch_rows", "1", "--max_new_tokens", "3
 
 
 def two(count=2):
-    return ["--standalone", "--nproc_per_node", str(count), "--"]  # else torchrun takes --n for one of its own
+    # else torchrun takes --n for one of its own
+    return ["--standalone", "--nproc_per_node", str(count), "--"]
 
 
 def answers(path):
@@ -29,7 +30,9 @@ def answers(path):
 
 
 def test_two_ranks_write_what_one_process_writes(work):  # noqa: F811
-    """In the same order, and the same table; a row that cannot be read, and fewer rows than ranks at the end."""
+    """In the same order, and the same table; a row that cannot be read,
+    and fewer rows than ranks at the end.
+    """
     more = ["--n", "3", "--temperature", "1", "--limit", "11"]
     (work / "data/broken.png").write_bytes(b"no image")
     lines = (work / "data/counting_id.jsonl").read_text().splitlines()

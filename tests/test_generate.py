@@ -244,7 +244,9 @@ def test_truncate_table(top_k, top_p, kept):
 
 
 def kept_by_definition(logits, top_k, top_p):
-    """Slow reference of one row: ids by rank, the first top_k, of those the nucleus with the one that crosses it."""
+    """Slow reference of one row: ids by rank, the first top_k,
+    of those the nucleus with the one that crosses it.
+    """
     ranked = logits.sort(descending=True)
     values, order = ranked.values.double(), ranked.indices.tolist()
     if top_k:  # whatever is as likely as the last of them stays too
@@ -258,7 +260,8 @@ def kept_by_definition(logits, top_k, top_p):
     return kept
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (0, 0.9), (0, 0.999), (0, 1e-6), (5, 1.0), (5, 0.7), (1000, 0.8)])
+@pytest.mark.parametrize("top_k, top_p", [
+    (0, 0.5), (0, 0.9), (0, 0.999), (0, 1e-6), (5, 1.0), (5, 0.7), (1000, 0.8)])
 @pytest.mark.parametrize("ties", [False, True])
 def test_truncation_is_by_definition(top_k, top_p, ties):
     """As many tokens, of the same probabilities; which of equal ones is cut is anyone's choice."""
@@ -371,13 +374,15 @@ def server(group, family, tmp_path, monkeypatch):
         if route != "/v1/chat/completions":
             return None
         choices = [{"token_ids": [5, 6 + k], "finish_reason": ("stop", "length")[k],
-                    "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1.0 - k}]}} for k in range(body["n"])]
+                    "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1.0 - k}]}}
+                   for k in range(body["n"])]
         return read({"prompt_token_ids": ids_of[json.dumps(body["messages"])], "choices": choices})
 
     ids_of = {}
     monkeypatch.setattr(evaluation.Server, "call", call)
     cfg = dataclasses.replace(CFG, servers=("http://a", "http://b"), out=str(tmp_path / "run"))
-    return SimpleNamespace(engine=evaluation.Server(family.path, family.processor, cfg), sent=sent, ids_of=ids_of)
+    return SimpleNamespace(engine=evaluation.Server(family.path, family.processor, cfg), sent=sent,
+                           ids_of=ids_of)
 
 
 def test_a_server_is_asked_once_for_all_samples_of_a_prompt(server, family):
@@ -397,14 +402,16 @@ def test_a_server_is_asked_once_for_all_samples_of_a_prompt(server, family):
     for body in json.loads(json.dumps(asked)):  # as it is sent
         assert body["logprobs"] is True and body["return_token_ids"] is True and body["model"] == "served"
         assert body["max_tokens"] == CFG.max_new_tokens and body["stop_token_ids"] == server.engine.stop
-        assert body["logit_bias"] == banned and (body["temperature"], body["top_p"], body["top_k"]) == (1.0, 1.0, 0)
+        assert body["logit_bias"] == banned and (
+            body["temperature"], body["top_p"], body["top_k"]) == (1.0, 1.0, 0)
 
 
 def test_a_server_that_reads_a_prompt_otherwise_is_an_error(server, family):
     prompt = sft.encode_prompt(RECORDS["text"], family.processor, 10**6)
     messages = data_prep.chat_messages(prompt["request"]["messages"], [])
     server.ids_of[json.dumps(messages)] = [1, 2, 3]
-    with pytest.raises(ValueError, match="reads a prompt as 3 tokens, the trainer as .*: their processors differ"):
+    with pytest.raises(ValueError, match="reads a prompt as 3 tokens, the trainer as .*: "
+                                         "their processors differ"):
         evaluation.generate(server.engine, [prompt], [0], CFG)
 
 
@@ -429,15 +436,15 @@ def test_servers_load_weights_in_files_and_forget_what_they_cached(server):
             name: i for i, name in enumerate(names)}
         for url in ("http://a", "http://b"):
             mine = [(route, body) for to, route, body in server.sent if to == url]
-            assert [route for route, _ in mine] == ["/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache",
-                                                    "/reset_encoder_cache"]
+            assert [route for route, _ in mine] == ["/collective_rpc", "/reset_prefix_cache",
+                                                    "/reset_mm_cache", "/reset_encoder_cache"]
             assert mine[0][1] == {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
 
 
 # ----- transformers moves on
 
-RL = ["--steps", "1", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "4", "--eval_n", "2",
-      "--workers", "0"]
+RL = ["--steps", "1", "--prompts_per_step", "2", "--group_size", "2", "--max_new_tokens", "4",
+      "--eval_n", "2", "--workers", "0"]
 
 
 @pytest.mark.parametrize("command", [
@@ -451,8 +458,9 @@ def test_no_stage_uses_what_goes_away(command, tiny, tmp_path):
     (tmp_path / "data/mini").symlink_to(tiny.mini)
     script = Path(evaluation.__file__).with_name(command[0])
     done = subprocess.run(
-        [sys.executable, "-W", "error::FutureWarning", script, "--model", tiny.model, *command[1:]], text=True,
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        [sys.executable, "-W", "error::FutureWarning", script, "--model", tiny.model, *command[1:]],
+        text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
     assert done.returncode == 0 and "deprecated" not in done.stdout, done.stdout[-3000:]
 
 

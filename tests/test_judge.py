@@ -1,4 +1,6 @@
-"""The process that compares formulas: bounded in time and memory, in threads and forks, and gone with its parent."""
+"""The process that compares formulas: bounded in time and memory, in threads and forks,
+and gone with its parent.
+"""
 import itertools
 import multiprocessing
 import os
@@ -19,7 +21,8 @@ from conftest import wait_until
 import rewards
 
 ROOT = Path(__file__).resolve().parents[1]
-EQUAL = [(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True), ("(x-1)(x+1)", "x^2-1", True), ("x^2+1", "x^2-1", False)]
+EQUAL = [(r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}", True), ("(x-1)(x+1)", "x^2-1", True),
+         ("x^2+1", "x^2-1", False)]
 LATE = 4  # seconds that a bounded call may take on a machine with other work; one that is not takes for ever
 needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -114,7 +117,8 @@ def test_the_budget_comes_back_with_time(judge):
 @needs_proc
 def test_memory_has_a_cap(judge):
     [worker] = children(judge.process.pid)
-    [line] = [line for line in Path(f"/proc/{worker}/limits").read_text().splitlines() if "address space" in line]
+    [line] = [line for line in Path(f"/proc/{worker}/limits").read_text().splitlines()
+              if "address space" in line]
     assert int(line.split()[3]) == 2**30
     assert not judge.equal(r"\{" + ",".join(rf"10^{{{9 * i}99}}" for i in range(9)) + r"\}", "1")
     assert judge.equal("x+x", "2x")
@@ -130,7 +134,8 @@ def test_threads_take_turns():
 
 
 def judged(i):
-    return os.getpid(), rewards.JUDGE.equal("x+x", "2x"), rewards.JUDGE.process.pid, rewards.JUDGE.equal("x", "y")
+    return (os.getpid(), rewards.JUDGE.equal("x+x", "2x"), rewards.JUDGE.process.pid,
+            rewards.JUDGE.equal("x", "y"))
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -159,14 +164,16 @@ RANKS = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import rewards
-print(os.environ["RANK"], rewards.accuracy("\\\\boxed{(x-1)(x+1)}", {"answer": "x^2-1", "answer_type": "math"}),
+print(os.environ["RANK"], rewards.accuracy("\\\\boxed{(x-1)(x+1)}", \
+{"answer": "x^2-1", "answer_type": "math"}),
       flush=True)
 """
 
 
 def test_every_rank_of_torchrun_has_one(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ranks.py", ROOT]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "ranks.py", ROOT]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert sorted(done.stdout.split("\n"))[-2:] == ["0 1.0", "1 1.0"], done.stderr
 

@@ -1,4 +1,7 @@
-"""What operators do to runs: SIGTERM, Ctrl-C, kill -9, a full disk, two runs in one folder. Nothing is lost."""
+"""What operators do to runs: SIGTERM, Ctrl-C, kill -9, a full disk, two runs in one folder.
+
+Nothing is lost.
+"""
 import os
 import re
 import shutil
@@ -91,8 +94,8 @@ def is_gone(pids):
 # ----- signals
 
 
-@pytest.mark.parametrize("stage, number, target", [(SFT, signal.SIGINT, "all"), (GRPO, signal.SIGTERM, "all")],
-                         ids=["sft-SIGINT", "grpo-SIGTERM"])
+@pytest.mark.parametrize("stage, number, target", [
+    (SFT, signal.SIGINT, "all"), (GRPO, signal.SIGTERM, "all")], ids=["sft-SIGINT", "grpo-SIGTERM"])
 def test_a_stopped_run_loses_nothing(work, stage, number, target):  # noqa: F811
     """A signal to trainer and workers: one line, exit 0, and the resumed run equals the unbroken one."""
     command = [*stage, "--steps", "12", "--save_every", "100", "--eval_every", "100"]
@@ -167,15 +170,16 @@ def test_a_stopped_eval_keeps_what_was_answered(work, number=signal.SIGINT):  # 
 
 def test_a_stopped_annotate_goes_on(work):  # noqa: F811
     """What was sampled is on disk, and the resumed run samples the rest of it."""
-    command = ["rise.py", "--phase", "annotate", "--model", "tiny", "--data", "data/mood_train.jsonl", "--tau", "0",
-               "--group_size", "2", "--prompts_per_step", "4", "--max_new_tokens", "12"]
+    command = ["rise.py", "--phase", "annotate", "--model", "tiny", "--data", "data/mood_train.jsonl",
+               "--tau", "0", "--group_size", "2", "--prompts_per_step", "4", "--max_new_tokens", "12"]
     job = started(work, *command, "--out", "cut")
     wait_for(reached(work / "cut", 2))
     pids = send(job, signal.SIGTERM, "all")
     assert job.process.wait(30) == 0, job.log()
     wait_for(is_gone(pids), 10)
     told = own_lines(job.log())
-    assert len(told) == 1 and "of 6 steps are in cut/rationales.jsonl; go on with --resume" in told[0], job.log()
+    assert len(told) == 1 and (
+        "of 6 steps are in cut/rationales.jsonl; go on with --resume" in told[0]), job.log()
     assert "Traceback" not in job.log() and not (work / "cut/sft.jsonl").exists()
     run(work, *command, "--out", "cut", "--resume")
     run(work, *command, "--out", "whole")
@@ -213,7 +217,8 @@ def test_one_eval_writes_a_benchmark(work):  # noqa: F811
     other = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        command = ["eval.py", "--model", "tiny", "--bench", "counting-id=data/counting_id.jsonl", "--limit", "1", "--max_new_tokens", "2"]
+        command = ["eval.py", "--model", "tiny", "--bench", "counting-id=data/counting_id.jsonl",
+                   "--limit", "1", "--max_new_tokens", "2"]
         output = run(work, *command, code=1)
         assert f"counting-id.jsonl: another run writes into it (process {other.pid} " in output, output
         assert "Traceback" not in output and not path.exists()
@@ -241,7 +246,8 @@ def test_a_full_disk_ends_a_run_in_one_line(work, small_disk):  # noqa: F811
     command = [*SFT, "--steps", "4", "--save_every", "1", "--keep", "9", "--out", small_disk / "run"]
     output = run(work, *command, code=1)
     assert "Traceback" not in output
-    assert re.search(rf"sft.py: {small_disk}/run/step_00000\d.tmp cannot be written, [01] MiB free: .* intact$", output, re.M)
+    assert re.search(rf"sft.py: {small_disk}/run/step_00000\d.tmp cannot be written, "
+                     r"[01] MiB free: .* intact$", output, re.M)
     left = sorted(path.name for path in (small_disk / "run").glob("step_*"))
     assert left and not any(name.endswith(".tmp") for name in left)
     subprocess.run(["mount", "-o", "remount,size=60m", small_disk], check=True)
@@ -264,7 +270,8 @@ def save(state, checkpoint_id, **more):
 sft.dcp.save = save
 sft.main(sft.parse_config(sft.Config))
 """
-AHEAD = [*SFT[1:], "--save_every", "3", "--keep", "9", "--eval_data", "", "--schedule", "constant", "--out", "run"]
+AHEAD = [*SFT[1:], "--save_every", "3", "--keep", "9", "--eval_data", "", "--schedule", "constant",
+         "--out", "run"]
 
 
 @pytest.mark.parametrize("torchrun", [(), TWO], ids=["", "two ranks"])

@@ -1,4 +1,5 @@
-"""Rows as other frameworks write them: the record each must give, or the line it must say. Offline, without torch.
+"""Rows as other frameworks write them: the record each must give, or the line it must say.
+Offline, without torch.
 
 python -m pytest tests/test_layouts.py
 """
@@ -56,8 +57,9 @@ def parts(record, expected):
     ("choices_int_gold.jsonl", [CHOICE | {"choices": ["3", "4"]}]),
     ("choices_multi.jsonl", [{"answer": "A, C", "answer_type": "choice", "choices": ["a1", "b1", "c1"]}] * 3),
     ("image_bytes_dict.jsonl", [ASKED]), ("img_col.jsonl", [ASKED]), ("jsonl_in_json.json", [ASKED] * 2),
-    ("nonstring_answer.jsonl", [{"answer": "3", "answer_type": "number"}, {"answer": "3.5"}, {"answer": "True"},
-                                {"answer": "3", "meta": None}, {"answer": "3", "meta": {"accepted": ["three"]}}]),
+    ("nonstring_answer.jsonl", [{"answer": "3", "answer_type": "number"}, {"answer": "3.5"},
+                                {"answer": "True"}, {"answer": "3", "meta": None},
+                                {"answer": "3", "meta": {"accepted": ["three"]}}]),
     ("openai_messages.jsonl", [{"question": "<image>Find x", "answer": "5", "response": None}]),
     ("qwen_messages.jsonl", [{"question": "<image>Find x", "answer": "5", "response": None}]),
 ])
@@ -109,7 +111,8 @@ def test_a_gold_names_its_option_in_many_ways(tmp_path, gold, answer):
 
 
 @pytest.mark.parametrize("options, gold, choices, answer", [
-    ({"A": "cat", "B": "dog"}, "dog", ["cat", "dog"], "B"), ({"B": "dog", "A": "cat"}, "B", ["cat", "dog"], "B"),
+    ({"A": "cat", "B": "dog"}, "dog", ["cat", "dog"], "B"),
+    ({"B": "dog", "A": "cat"}, "B", ["cat", "dog"], "B"),
     ({"A": "cat", "B": "dog", "C": None}, "B", ["cat", "dog"], "B"),
     ({"1": "cat", "2": "dog"}, "2", ["cat", "dog"], "B"), ({"1": "cat", "2": "dog"}, 1, ["cat", "dog"], "A"),
     ([{"letter": "A", "content": "cat"}, {"letter": "B", "content": "dog"}], "B", ["cat", "dog"], "B"),
@@ -119,7 +122,8 @@ def test_a_gold_names_its_option_in_many_ways(tmp_path, gold, answer):
     ("A. cat\nB. dog", "B", ["cat", "dog"], "B"), ("(A) cat (B) dog", "dog", ["cat", "dog"], "B"),
     (["A. cat", "B. dog"], "B. dog", ["cat", "dog"], "B"), (["(A) cat", "(B) dog"], "b", ["cat", "dog"], "B"),
     (["Yes", "No"], False, ["Yes", "No"], "B"), (["No", "Yes"], True, ["No", "Yes"], "B"),
-    ([3, 4], 4, ["3", "4"], "B"), ([1, 2, 3], 1, ["1", "2", "3"], "A"), ([0.5, 1.5], 1.5, ["0.5", "1.5"], "B"),
+    ([3, 4], 4, ["3", "4"], "B"), ([1, 2, 3], 1, ["1", "2", "3"], "A"),
+    ([0.5, 1.5], 1.5, ["0.5", "1.5"], "B"),
     (["True", "False"], True, ["True", "False"], "A"), (["False", "true"], True, ["False", "true"], "B"),
     (["B", "A"], "B", ["B", "A"], "B"), (["b", "a"], "b", ["b", "a"], "A"),
     (["A", "AB"], "AB", ["A", "AB"], "B"),
@@ -160,10 +164,12 @@ def test_a_worked_solution_must_state_its_answer(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("column, value, reason", [
-    ("answer", {"value": 3}, "its answer is an object"), ("answer", "{'value': 3}", "its answer is an object"),
+    ("answer", {"value": 3}, "its answer is an object"),
+    ("answer", "{'value': 3}", "its answer is an object"),
     ("answer", float("nan"), "its answer is nan"), ("answer", float("inf"), "its answer is inf"),
     ("answer", None, "it has no answer"),
-    ("answer", [1, 2, 3, 4], "its answer is a list of numbers"), ("answer", [[1, 2]], "its answer holds lists"),
+    ("answer", [1, 2, 3, 4], "its answer is a list of numbers"),
+    ("answer", [[1, 2]], "its answer holds lists"),
     ("answer", [{"value": 3}], "its answer is an object"), ("answer", [], "its answer is an empty list"),
     ("videos", ["a.mp4"], "it shows a video"), ("video", "a.mp4", "it shows a video"),
     ("audio", "a.wav", "it plays a sound"), ("question", "<video>q", "it shows a video"),
@@ -180,7 +186,8 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path, capsys, monkeypat
     assert [record["id"] for record in records] == ["0", "2"]
     assert capsys.readouterr().err == f"{tmp_path}/x.jsonl: left out 2 of 4 rows: {reason}\n"
     monkeypatch.setenv("RANK", "1")
-    assert len(read(tmp_path, good, good | {column: value})) == 1 and not capsys.readouterr().err  # one rank says it
+    # one rank says it
+    assert len(read(tmp_path, good, good | {column: value})) == 1 and not capsys.readouterr().err
     with pytest.raises(ValueError, match="x.jsonl: no records: left out 1 of 1 rows: its|it "):
         read(tmp_path, good | {column: value})
 
@@ -188,11 +195,12 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path, capsys, monkeypat
 def test_rows_of_only_null_and_missing_columns(tmp_path, capsys):
     """The first row lacks its image, and what is NaN to pandas is nothing, but as a gold."""
     good = {"question": "q", "answer": "3"}
-    rows = [good, good | {"image": "a.png", "choices": float("nan"), "hint": float("nan")}, good | {"image": None},
-            {"question": None, "answer": None, "image": None}]
+    rows = [good, good | {"image": "a.png", "choices": float("nan"), "hint": float("nan")},
+            good | {"image": None}, {"question": None, "answer": None, "image": None}]
     assert [len(record["images"]) for record in read(tmp_path, *rows)] == [0, 1, 0]
     assert "left out 1 of 4 rows: it is empty" in capsys.readouterr().err
-    records = read(tmp_path, *(row | {"image": row.get("image")} for row in rows[:1] + rows[3:]), name="x.parquet")
+    records = read(tmp_path, *(row | {"image": row.get("image")} for row in rows[:1] + rows[3:]),
+                   name="x.parquet")
     assert len(records) == 1
     for name in ("x.parquet", "x.jsonl"):
         for empty in (rows[3], rows[3] | {"id": "7"}):
@@ -210,7 +218,8 @@ def test_empty_files(tmp_path, name, text):
 
 def test_what_a_generic_row_says_of_itself_is_kept(tmp_path):
     row = {"question": "q", "image": "a.png", "answer": "3", "answer_type": "text", "system": "Be brief."}
-    as_easyr1 = {"problem": "q", "images": ["a.png"], "answer": "3", "answer_type": "text", "system": "Be brief."}
+    as_easyr1 = {"problem": "q", "images": ["a.png"], "answer": "3", "answer_type": "text",
+                 "system": "Be brief."}
     for each in row, as_easyr1:
         [record] = read(tmp_path, each)
         assert (record["answer_type"], record["system"]) == ("text", "Be brief.")
@@ -227,14 +236,16 @@ def test_names_in_capitals_and_values_of_mixed_types(tmp_path):
     [record] = read(tmp_path, row)
     assert record["choices"] == ["cat", "0"] and record["answer"] == "B"
     rows = [{"question": "q", "image": image, "answer": gold} for image, gold in [
-        ("a.png", 3), (["a.png"], "3"), ({"path": "a.png"}, 3.0), ([{"url": "a.png"}], ["3"]), ("['a.png']", "$3$")]]
+        ("a.png", 3), (["a.png"], "3"), ({"path": "a.png"}, 3.0), ([{"url": "a.png"}], ["3"]),
+        ("['a.png']", "$3$")]]
     for record in read(tmp_path, *rows):
         assert record["images"] == [str(tmp_path / "a.png")] and float(record["answer"]) == 3
 
 
 # ----- turns
 def chat(content, said="5", **columns):
-    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": said}], **columns}
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": said}],
+            **columns}
 
 
 TEXT = {"type": "text", "text": "Find x"}
@@ -247,11 +258,13 @@ TEXT = {"type": "text", "text": "Find x"}
     chat([{"type": "image"}, TEXT], images=["a.png"]),
     chat([{"type": "image", "text": None, "image": "a.png"}, "Find x"]),
     chat([{"type": "image", "path": "a.png"}, TEXT]), chat("<image>Find x", images="a.png"),
-    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>Find x"}, {"from": "gpt", "value": "5"}]},
+    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>Find x"},
+                                         {"from": "gpt", "value": "5"}]},
     {"image": "a.png", "conversations": chat("<image>Find x")["messages"]},
     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>Find x"},
                                          {"from": "gpt", "value": "<answer>5</answer>"}]},
-    {"prompt": [{"role": "user", "content": [{"type": "image"}, TEXT]}], "images": ["a.png"], "solution": "$5$"},
+    {"prompt": [{"role": "user", "content": [{"type": "image"}, TEXT]}], "images": ["a.png"],
+     "solution": "$5$"},
     {"prompt": [{"role": "user", "content": "<image>Find x"}], "images": ["a.png"],
      "reward_model": {"ground_truth": "5"}},
     {"messages": [{"role": "user", "content": "<image>Find x"}], "images": ["a.png"], "answer": 5},
@@ -269,7 +282,8 @@ def test_turns_become_a_question_an_image_and_a_gold(tmp_path, row):
 def test_a_turn_is_a_response_where_one_is_needed(tmp_path):
     row = chat([{"type": "image", "image": "a.png"}, TEXT], "Two and three make five.", answer="5")
     [record] = read(tmp_path, row, need=("response",))
-    assert (record["response"], record["answer"], record["task"]) == ("Two and three make five.", "5", "plain")
+    assert (record["response"], record["answer"], record["task"]) == (
+        "Two and three make five.", "5", "plain")
     [record] = read(tmp_path, chat("Find x"), need=())  # the bridge, which does without a gold
     assert "answer" not in record and record["response"] == "5"
     [record] = read(tmp_path, chat("Find x"), need=("answer", "response"))
@@ -296,8 +310,9 @@ def test_a_long_turn_is_no_gold(tmp_path, capsys):
     assert record["answer"] == "5" and "1 of 2 rows: its response names no answer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("part", [{"type": "video", "video": "a.mp4"}, {"type": "video_url", "video_url": {"url": "a"}},
-                                  {"type": "image", "image": "a.mp4"}, {"type": "text", "text": "<video>"}])
+@pytest.mark.parametrize("part", [
+    {"type": "video", "video": "a.mp4"}, {"type": "video_url", "video_url": {"url": "a"}},
+    {"type": "image", "image": "a.mp4"}, {"type": "text", "text": "<video>"}])
 def test_turns_that_show_a_video(tmp_path, part):
     with pytest.raises(ValueError, match="no records: left out 1 of 1 rows: it shows a video"):
         read(tmp_path, chat([part, TEXT]))
@@ -329,8 +344,8 @@ def test_verls_parquet(tmp_path):
 @pytest.mark.parametrize("image", [
     "a.png", ["a.png"], {"path": "a.png"}, {"url": "a.png"}, {"image_url": {"url": "a.png"}},
     {"bytes": None, "path": "a.png"},
-    f"data:image/png;base64,{INLINE}", {"url": f"data:image/png;base64,{INLINE}"}, {"bytes": INLINE}, INLINE, [INLINE],
-    "FILE"])
+    f"data:image/png;base64,{INLINE}", {"url": f"data:image/png;base64,{INLINE}"}, {"bytes": INLINE},
+    INLINE, [INLINE], "FILE"])
 @pytest.mark.parametrize("column", ["image", "images", "img", "image_url"])
 def test_images_in_many_forms(tmp_path, image, column):
     (tmp_path / "a.png").write_bytes(RED)

@@ -1,4 +1,6 @@
-"""Annotations that a rationale gives away in words, in scattered digits, by ratios or late; and what is innocent."""
+"""Annotations that a rationale gives away in words, in scattered digits, by ratios or late;
+and what is innocent.
+"""
 import random
 import re
 import sys
@@ -12,7 +14,8 @@ sys.path.insert(0, str(ROOT))
 import rewards  # noqa: E402
 from test_rise_rewards import CUP, EMOTIONS, GOLD, INNOCENT, boxes, mood, record  # noqa: E402
 
-UNITS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+UNITS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen \
+fifteen sixteen
 seventeen eighteen nineteen""".split()
 TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
 ROTATED = str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩")
@@ -72,7 +75,8 @@ def test_disguised_coordinates_are_leaks_and_are_scrubbed():
 
 @pytest.mark.parametrize("text", [
     "one, two, zero; three, four, zero", "hundred-and-twenty, three hundred forty", "1a 2b 0c and 3a 4b 0c",
-    "onetwozero threefourzero", "1.2.0 then 3.4.0", "one twenty by three forty", "A HUNDRED AND TWENTY of THREE-FORTY",
+    "onetwozero threefourzero", "1.2.0 then 3.4.0", "one twenty by three forty",
+    "A HUNDRED AND TWENTY of THREE-FORTY",
     "x" * 8100 + " at 120, 340, 560, 780", "five hundred sixty. " + "so " * 5000 + "seven hundred eighty",
     "so " * 2660 + "120 340 560 780", "١٢٠ and ٣٤٠",
     "one hundred twenty, three hundred forty, five sixty, seven eighty"])
@@ -84,8 +88,9 @@ def test_boxes_leak_in_these_forms(text):
 
 
 @pytest.mark.parametrize("text", [
-    "seven tenths", "seven-tenths", "7 tenths", "7:3", "70 : 30", "6:3:1", "７：３", "7 out of 10", "seven out of 10",
-    "three quarters", "one half", "two thirds", "sixty percent", "zero point six", "zero, point, six", "point six",
+    "seven tenths", "seven-tenths", "7 tenths", "7:3", "70 : 30", "6:3:1", "７：３", "7 out of 10",
+    "seven out of 10", "three quarters", "one half", "two thirds", "sixty percent", "zero point six",
+    "zero, point, six", "point six",
     "sixty hundredths", "j/o/y", "j, o, y", "J|O|Y", "j - o - y", "j\no\ny", "f.e.a.r", "so " * 3000 + "joy",
     "(j)(o)(y)", "0 . 6 of it is .6", "6 in 10"])
 def test_distributions_leak_in_these_forms(text):
@@ -99,9 +104,12 @@ def test_distributions_leak_in_these_forms(text):
     "One by one they leave.",
     "The third one is half hidden.", "A quarter moon, a fifth wheel.", "Two or three people.",
     "A hundred candles burn.",
-    "Seven people at the table, three on the floor.", "One left, one right, two behind.", "The point is, one can tell.",
-    "She is at her tenth step.", "Twenty-one candles.", "In the nineties, two bands met.", "Someone often lightens it.",
-    "A 3D view of 2 rooms, 4 doors.", "Rows 1 and 2.", "It happened in 1998 and in 2020.", "Of a, b and c, b is odd.",
+    "Seven people at the table, three on the floor.", "One left, one right, two behind.",
+    "The point is, one can tell.",
+    "She is at her tenth step.", "Twenty-one candles.", "In the nineties, two bands met.",
+    "Someone often lightens it.",
+    "A 3D view of 2 rooms, 4 doors.", "Rows 1 and 2.", "It happened in 1998 and in 2020.",
+    "Of a, b and c, b is odd.",
     "He is one of ten.", "A ten. Then four.", "Two to one against.", "Jo, you see it?", "He is fe, a robot."])
 def test_innocent_sentences_are_no_leaks(text):
     spelled_list = {"One left, one right, two behind."}
@@ -110,7 +118,8 @@ def test_innocent_sentences_are_no_leaks(text):
 
 
 def test_a_rationale_is_read_to_its_end_in_linear_time():
-    for text in ("one and ", "one, two ", "7:", "1a", "j/", "seven ", "twenty one point ", "0.5", "joy ", "1 2 3 "):
+    for text in ("one and ", "one, two ", "7:", "1a", "j/", "seven ", "twenty one point ", "0.5", "joy ",
+                 "1 2 3 "):
         long = (text * 20_000)[:100_000]
         for gold in (GOLD, CUP, record("frying pan", "text")):
             began = time.process_time()
@@ -125,8 +134,9 @@ def test_number_words_of_other_answers_stay():
 
 
 @pytest.mark.parametrize("words, digits", [
-    ("hundred-and-twenty", "120"), ("three hundred four", "304"), ("one twenty", "1 20"), ("twenty-one", "21"),
-    ("hundred-and-twenty and three hundred forty", "120 340"), ("three, four, zero", "3 4 0"), ("nine hundred", "900"),
+    ("hundred-and-twenty", "120"), ("three hundred four", "304"), ("one twenty", "1 20"),
+    ("twenty-one", "21"), ("hundred-and-twenty and three hundred forty", "120 340"),
+    ("three, four, zero", "3 4 0"), ("nine hundred", "900"),
     ("two hundred three hundred", "200 300"), ("zero point six", "0.6"), ("seven tenths", "7 /10"),
     ("one, two, three", "one, two, three"), ("one one", "1 1"), ("ten", "ten"), ("ninety", "90"),
     ("one thousand", "1 1000")])

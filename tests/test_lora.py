@@ -42,7 +42,8 @@ def scramble(policy, seed=0):
             noise = 0.1 * torch.randn(p.shape, generator=stream)
             shard = p.detach()
             if hasattr(shard, "to_local"):
-                noise = torch.distributed.tensor.distribute_tensor(noise, p.device_mesh, p.placements).to_local()
+                noise = torch.distributed.tensor.distribute_tensor(noise, p.device_mesh,
+                                                                   p.placements).to_local()
                 shard = shard.to_local()
             shard.copy_(noise)
             state[name] = noise
@@ -111,8 +112,8 @@ def on_each_rank(path):
 def test_gradients_of_two_ranks(tmp_path):
     """One copy of the weights, and two."""
     made("qwen2-vl", tmp_path / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__,
-               str(tmp_path / "model")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               __file__, str(tmp_path / "model")]
     path = os.pathsep.join([environment()["PYTHONPATH"], str(Path(__file__).parent)])
     done = subprocess.run(command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -161,7 +162,8 @@ def test_a_target_that_is_not_there_is_refused(group, tiny, target, message):
     ({"lora_targets": ("q_proj",)}, "--lora_alpha and --lora_targets are for LoRA"),
     ({"lora_rank": -1}, "--lora_rank -1: must not be negative")])
 def test_flags_that_say_nothing_are_refused(group, tiny, tmp_path, flags, message):
-    cfg = sft.Config(model=tiny.model, data=str(tiny.mini / "counting_train.jsonl"), out=str(tmp_path / "x"), **flags)
+    cfg = sft.Config(model=tiny.model, data=str(tiny.mini / "counting_train.jsonl"),
+                     out=str(tmp_path / "x"), **flags)
     with pytest.raises(ValueError, match=message):
         sft.open_run(cfg, CPU, need=("response",))
 
@@ -224,7 +226,8 @@ def test_precision_of_a_gpu(group, tiny, monkeypatch):
     assert grads.keys() == {f"{name}.lora_{part}" for name in adapters(policy) for part in "AB"}
     assert {g.dtype for g in grads.values()} == {torch.float32}
     scramble(policy)
-    start = dict(AutoModelForImageTextToText.from_pretrained(tiny.model, dtype=torch.bfloat16).named_parameters())
+    start = dict(AutoModelForImageTextToText.from_pretrained(
+        tiny.model, dtype=torch.bfloat16).named_parameters())
     for name, weight in sft.full_weights(policy, torch.bfloat16, frozen=False):
         layer = policy.get_submodule(name.removesuffix(".weight"))
         a, b = layer.lora_A.full_tensor(), layer.lora_B.full_tensor()
@@ -254,9 +257,10 @@ def test_a_merge_that_is_left_out_is_found(tiny, tmp_path, work, monkeypatch):  
 
 COMMANDS = {"sft": [*SFT, *LORA, "--lr", "1e-2", "--schedule", "constant", "--eval_data", ""],
             "grpo": [*GRPO, *LORA, "--lr", "3e-2", "--kl_beta", "0.1", "--updates", "2"],
-            "rise": ["rise.py", "--model", "tiny", "--data", "data/mood_train.jsonl", "--eval_data", "", *LORA,
-                     "--prompts_per_step", "4", "--group_size", "2", "--max_new_tokens", "12", "--kl_beta", "0.1",
-                     "--graded", "both", "--lr", "3e-2", "--warmup", "1", "--token_budget", "512"]}
+            "rise": ["rise.py", "--model", "tiny", "--data", "data/mood_train.jsonl", "--eval_data", "",
+                     *LORA, "--prompts_per_step", "4", "--group_size", "2", "--max_new_tokens", "12",
+                     "--kl_beta", "0.1", "--graded", "both", "--lr", "3e-2", "--warmup", "1",
+                     "--token_budget", "512"]}
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
@@ -269,11 +273,13 @@ def test_a_run_resumes_bitwise_and_leaves_the_base_alone(work, stage):  # noqa: 
     a, b, start = weights(newest(work / "one")), weights(newest(work / "cut")), weights(work / "tiny")
     assert a.keys() == b.keys() == start.keys()
     changed = {name for name in a if not torch.equal(a[name], start[name])}
-    assert changed or stage == "rise", "nothing was learnt"  # an untrained model's rationales are worth 0 each
+    # an untrained model's rationales are worth 0 each
+    assert changed or stage == "rise", "nothing was learnt"
     assert all(re.match(r"model\.layers\..*_proj\.weight", name) for name in changed)
     for name in a:
         assert torch.equal(a[name], b[name]), name
-    first, second = (load_file(newest(work / out) / "adapter/adapter_model.safetensors") for out in ("one", "cut"))
+    first, second = (load_file(newest(work / out) / "adapter/adapter_model.safetensors")
+                     for out in ("one", "cut"))
     assert all(torch.equal(first[name], second[name]) for name in first) and len(first) == 28
 
 
@@ -288,7 +294,8 @@ def test_the_kl_of_the_first_step_is_zero(work):  # noqa: F811
 def test_two_ranks_are_one(work, stage):  # noqa: F811
     """And the one goes on from the checkpoint of the two."""
     two = ["--standalone", "--nproc_per_node", "2", "--"]
-    command = [*COMMANDS[stage], "--lr", "1e-3", "--steps", "2", "--save_every", "1", "--keep", "9", "--eval_data", ""]
+    command = [*COMMANDS[stage], "--lr", "1e-3", "--steps", "2", "--save_every", "1", "--keep", "9",
+               "--eval_data", ""]
     run(work, *command, "--out", "one")
     run(work, *command, "--steps", "1", "--out", "two", torchrun=two)
     run(work, *command, "--out", "two", "--resume")
@@ -344,7 +351,8 @@ def test_a_run_goes_on_beside_the_weights_it_began_with(work):  # noqa: F811
 
 def test_peft_loads_it(work, monkeypatch):  # noqa: F811
     peft = pytest.importorskip("peft")
-    command = [*COMMANDS["sft"], "--steps", "3", "--out", "out", "--lora_targets", "q_proj", "(gate|down)_proj"]
+    command = [*COMMANDS["sft"], "--steps", "3", "--out", "out",
+               "--lora_targets", "q_proj", "(gate|down)_proj"]
     run(work, *command)
     step = newest(work / "out")
     monkeypatch.chdir(work)

@@ -1,4 +1,6 @@
-"""Memory by arithmetic: the estimate is what autograd keeps, in every family; the bench agrees with real tensors."""
+"""Memory by arithmetic: the estimate is what autograd keeps, in every family;
+the bench agrees with real tensors.
+"""
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +125,8 @@ class Experts(torch.nn.Module):
 def test_a_block_of_other_weights_is_not_known():
     *_, known = sft.kept_by(torch.nn.Sequential(Experts()), 2)
     assert known < 0.5
-    *_, known = sft.kept_by(torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))), 2)
+    *_, known = sft.kept_by(torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))), 2)
     assert known == 1
 
 
@@ -134,7 +137,8 @@ def test_an_unknown_tower_is_named(policy, rows, monkeypatch):
         patch.setattr(sft, "patches_of", lambda prompt, config: None)
         stored, _, unknown = sft.activations(policy, rows, CFG)
         assert unknown == ["vision tower"] and 0 < stored < whole
-        assert "what the vision tower keeps is not known and left out" in sft.describe(policy, rows, CFG, False, False)
+        assert "what the vision tower keeps is not known and left out" in sft.describe(
+            policy, rows, CFG, False, False)
     layer = type(policy.model.language_model.layers[0])
     monkeypatch.setattr(sft, "GradientCheckpointingLayer", layer)
     assert sft.activations(policy, rows, CFG)[::2] == (stored, ["vision tower"])
@@ -142,7 +146,8 @@ def test_an_unknown_tower_is_named(policy, rows, monkeypatch):
 
 def test_patches_are_counted_as_the_processor_gives_them():
     config = SimpleNamespace(vision_config=SimpleNamespace(patch_size=14))
-    for shape, patches in {(24, 1176): 24, (1, 24, 588): 24, (2, 3, 56, 28): 16, (1, 5, 3, 28, 28): 20}.items():
+    for shape, patches in {(24, 1176): 24, (1, 24, 588): 24, (2, 3, 56, 28): 16,
+                           (1, 5, 3, 28, 28): 20}.items():
         assert sft.patches_of({"pixel_values": torch.zeros(shape)}, config) == patches
     assert sft.patches_of({}, config) == 0
     assert sft.patches_of({"pixel_values": torch.zeros(1, 3, 28, 28)}, SimpleNamespace()) is None
@@ -164,8 +169,8 @@ def test_a_frozen_tower_takes_no_gradients_under_checkpointing(tiny, rows, freez
 
 def test_the_bench_agrees_with_real_tensors():
     """The estimate within 15 % of the simulation; that within 2 % of the same tracker over real tensors."""
-    done = subprocess.run([sys.executable, ROOT / "tests/bench_memory.py", "--quick"], capture_output=True, text=True,
-                          timeout=600)
+    done = subprocess.run([sys.executable, ROOT / "tests/bench_memory.py", "--quick"], capture_output=True,
+                          text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("with real tensors x1.0") == 12 and "WRONG" not in done.stdout
 

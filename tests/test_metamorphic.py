@@ -155,9 +155,9 @@ def test_counts_in_words(word, value):
     ("<answer>1.2 million</answer>", "1200000", 1), ("<answer>1.2 million</answer>", "1.2", 1),
     ("<answer>1.2 million</answer>", "1.2 billion", 0), ("<answer>3万</answer>", "30000", 1),
     ("The loss is -$450.", "-450", 1), ("The loss is -$450.", "450", 0), ("It would be negative 8.", "-8", 1),
-    ("<answer>12!</answer>", "12", 0), ("7 minus 2 is 5", "5", 1), ("7 - 2", "-2", 0), ("<answer>7 - 2</answer>", "-2", 0),
-    ("<answer>3 or -3</answer>", "-3", 0), ("<answer>-3, 3</answer>", "-3", 0), ("<answer>not -3</answer>",
-                                                                                 "-3", 0),
+    ("<answer>12!</answer>", "12", 0), ("7 minus 2 is 5", "5", 1), ("7 - 2", "-2", 0),
+    ("<answer>7 - 2</answer>", "-2", 0), ("<answer>3 or -3</answer>", "-3", 0),
+    ("<answer>-3, 3</answer>", "-3", 0), ("<answer>not -3</answer>", "-3", 0),
 ])
 def test_numbers_and_what_is_around_them(response, gold, verdict):
     assert graded(response, gold, "number") == verdict

@@ -180,7 +180,8 @@ def updated(rollouts, logps, **flags):
     optimizer.skipped = 0
     tokens = sum(grpo.policy_mask(r, cfg).sum() for r in rollouts)
     imitated = sum(len(r) for r in rollouts if grpo.is_imitated(r))
-    sums = grpo.update(policy, optimizer, rollouts, float(tokens), imitated, {0: prompt()}, None, 1, None, cfg)
+    sums = grpo.update(policy, optimizer, rollouts, float(tokens), imitated, {0: prompt()}, None, 1, None,
+                       cfg)
     return sums, torch.tensor(logps) - policy.logps.detach()
 
 
@@ -258,7 +259,8 @@ def check_forced(policy, engine, processor, records, monkeypatch):
     monkeypatch.setattr(grpo, "accuracy", lambda text, record: 1.0)
     prompts = {q: sft.encode_prompt(record, processor, 10**6) for q, record in enumerate(records)}
     asked = [q for q in prompts for _ in range(4)]
-    samples = evaluation.generate(engine, [prompts[q] for q in asked], [7 * i for i in range(len(asked))], cfg)
+    samples = evaluation.generate(engine, [prompts[q] for q in asked], [7 * i for i in range(len(asked))],
+                                  cfg)
     rollouts = [grpo.Rollout(q, *sample, "one") for q, sample in zip(asked, samples)]
     before = list(rollouts)
     sums = grpo.force_rethink(engine, rollouts, prompts, records, processor.tokenizer, 1, cfg)

@@ -11,7 +11,8 @@ import sft
 import grpo
 
 EIGHT = {k: [1.0] * k + [0.0] * (8 - k) for k in range(9)}
-PLAIN = SimpleNamespace(objective="clip", clip_low=0.2, clip_high=0.35, kl_beta=0.0, is_mode="truncate", is_cap=2.0)
+PLAIN = SimpleNamespace(objective="clip", clip_low=0.2, clip_high=0.35, kl_beta=0.0, is_mode="truncate",
+                        is_cap=2.0)
 
 
 def row(values):
@@ -272,7 +273,9 @@ def slow_gain(name, logp, old, log_ratios, advantage, cfg):
 
 
 def slow_slopes(name, rollout, advantage, cfg):
-    """d gain / d logp of each token of [(logp, old)], summed over the rollout, by the rules of each objective."""
+    """d gain / d logp of each token of [(logp, old)], summed over the rollout,
+    by the rules of each objective.
+    """
     log_ratios = [logp - old for logp, old in rollout]
     slopes = []
     for logp, old in rollout:
@@ -297,9 +300,10 @@ def slow_slopes(name, rollout, advantage, cfg):
 def test_objectives_equal_a_slow_loop(name, is_mode, seed):
     """Rollouts of several lengths, two of them in one row, with forced tokens that nothing may count."""
     rng = random.Random(seed)
-    cfg = SimpleNamespace(**vars(PLAIN) | {"objective": name, "is_mode": is_mode, "is_cap": 1.3, "clip_high": 0.28})
-    rollouts = [[(rng.gauss(-1, .5), rng.gauss(-1, .5), rng.gauss(0, .2), rng.random() < 0.8) for _ in range(n)]
-                for n in (1, 4, 6, 2, 9)]
+    cfg = SimpleNamespace(**vars(PLAIN) | {"objective": name, "is_mode": is_mode, "is_cap": 1.3,
+                                           "clip_high": 0.28})
+    rollouts = [[(rng.gauss(-1, .5), rng.gauss(-1, .5), rng.gauss(0, .2), rng.random() < 0.8)
+                 for _ in range(n)] for n in (1, 4, 6, 2, 9)]
     for rollout in rollouts:
         rollout[0] = (*rollout[0][:3], True)  # each has a token that counts
     advantages = [rng.gauss(0, 1) for _ in rollouts]
@@ -441,8 +445,9 @@ def test_micro_batches_table(group, lengths, budget, expected):
 
 
 @pytest.mark.parametrize("lengths, budget, expected", [
-    ([5, 5, 1], 10, [[[0], [1]], [[2]]]), ([1, 9, 2], 10, [[[1]], [[2], [0]]]), ([9, 4, 5], 18, [[[0], [2, 1]]]),
-    ([10, 4, 3, 3, 2], 10, [[[0]], [[1], [2]], [[3], [4]]]), ([10, 4, 3, 3, 2], 20, [[[0], [1, 2, 3]], [[4]]]),
+    ([5, 5, 1], 10, [[[0], [1]], [[2]]]), ([1, 9, 2], 10, [[[1]], [[2], [0]]]),
+    ([9, 4, 5], 18, [[[0], [2, 1]]]), ([10, 4, 3, 3, 2], 10, [[[0]], [[1], [2]], [[3], [4]]]),
+    ([10, 4, 3, 3, 2], 20, [[[0], [1, 2, 3]], [[4]]]),
     ([8, 3, 3, 3, 2], 16, [[[0], [1, 2, 4]], [[3]]]),
 ])
 def test_short_groups_share_a_row_without_making_it_longer(group, lengths, budget, expected):

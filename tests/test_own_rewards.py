@@ -1,4 +1,6 @@
-"""Rewards beside REWARDS: a function of one's own by path, a judge on a server; and where else a run is logged."""
+"""Rewards beside REWARDS: a function of one's own by path, a judge on a server;
+and where else a run is logged.
+"""
 import dataclasses
 import json
 import math
@@ -65,7 +67,8 @@ def test_a_function_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize("body, line", [
-    ("def brevity(response, record):\n    return 1 / int(record['answer'])\n", "ZeroDivisionError: division by zero"),
+    ("def brevity(response, record):\n    return 1 / int(record['answer'])\n",
+     "ZeroDivisionError: division by zero"),
     ("def brevity(response, record):\n    return float('nan')\n", "nan is no finite number"),
     ("def brevity(response, record):\n    return 'good'\n", "'good' is no finite number"),
     ("def brevity(response, record):\n    pass\n", "None is no finite number"),
@@ -118,7 +121,8 @@ def says(*replies):
 @pytest.fixture
 def ask(serve, monkeypatch):  # noqa: F811
     def judge(behave):
-        monkeypatch.setattr(sys.modules[__name__], "CFG", dataclasses.replace(CFG, judge_url=server(behave).url))
+        monkeypatch.setattr(sys.modules[__name__], "CFG",
+                            dataclasses.replace(CFG, judge_url=server(behave).url))
 
     def server(behave):
         judge.server = serve(behave)
@@ -150,7 +154,8 @@ def test_a_verdict_is_paid_for_once_and_a_failure_asked_again(ask):
     assert ask.server.asked.count("row-0") == 1 and ask.server.asked.count("row-1") == 5
 
 
-@pytest.mark.parametrize("reply", [chat("maybe"), chat(""), b"no json", (401, {}, b"who are you?"), chat("yes or no?")])
+@pytest.mark.parametrize("reply", [
+    chat("maybe"), chat(""), b"no json", (401, {}, b"who are you?"), chat("yes or no?")])
 def test_what_is_no_verdict_is_never_zero(ask, reply):
     ask(says(reply))
     [found], _ = scores("judge", ["a"])
@@ -171,7 +176,8 @@ def test_a_response_cannot_give_itself_orders(ask):
 
 def test_a_missing_reward_is_not_in_the_baseline():
     nan = math.nan
-    rewards_ = torch.tensor([[1.0, 0.0, nan, 1.0], [nan, nan, nan, nan], [nan, 1.0, nan, nan], [1.0, 0.0, 0.0, 1.0]])
+    rewards_ = torch.tensor([[1.0, 0.0, nan, 1.0], [nan, nan, nan, nan], [nan, 1.0, nan, nan],
+                             [1.0, 0.0, 0.0, 1.0]])
     found = grpo.group_advantages(rewards_)
     known = grpo.group_advantages(torch.tensor([[1.0, 0.0, 1.0]]))[0]
     assert torch.equal(found[0], torch.tensor([known[0], known[1], 0.0, known[2]]))
@@ -183,7 +189,8 @@ def test_a_missing_reward_is_not_in_the_baseline():
 def test_a_missing_reward_is_not_in_the_denominator(group, ssr):
     rollouts = [grpo.Rollout(0, [1], torch.zeros(1), False, "", reward=reward, advantage=advantage)
                 for reward, advantage in ((1.0, 1.0), (math.nan, 0.0), (0.0, -1.0))]
-    [chosen], _ = grpo.select(rollouts, [0], grpo.ReplayBuffer(), 1, dataclasses.replace(CFG, ssr=ssr, group_size=3))
+    [chosen], _ = grpo.select(rollouts, [0], grpo.ReplayBuffer(), 1,
+                              dataclasses.replace(CFG, ssr=ssr, group_size=3))
     assert rollouts[1] not in chosen and len(chosen) == 2
 
 
@@ -191,14 +198,15 @@ def test_metrics_leave_missing_rewards_out(group):
     rollouts = [grpo.Rollout(0, [1], torch.zeros(1), False, "", reward=r) for r in (1.0, math.nan, 0.5, 0.5)]
     parts = [{"judge": r.reward, "solved": False} for r in rollouts]
     found = grpo.rollout_metrics(rollouts, [], parts, {"judge": 1.0}, CFG)
-    assert found["reward/missing"] == 0.25 and found["reward/mean"] == pytest.approx(2 / 3) == found["reward/judge"]
+    assert found["reward/missing"] == 0.25 and (
+        found["reward/mean"] == pytest.approx(2 / 3) == found["reward/judge"])
     assert found["groups/effective_frac"] == 0.0 and found["reward/std"] == 0.0
 
 
 def tiny_run(tiny, tmp_path, **flags):
-    return grpo.Config(model=tiny.model, data=str(tiny.mini / "counting_train.jsonl"), out=str(tmp_path / "out"),
-                       steps=2, prompts_per_step=2, group_size=2, max_new_tokens=6, token_budget=512, eval_data="",
-                       workers=0, samples_every=1, **flags)
+    return grpo.Config(model=tiny.model, data=str(tiny.mini / "counting_train.jsonl"),
+                       out=str(tmp_path / "out"), steps=2, prompts_per_step=2, group_size=2,
+                       max_new_tokens=6, token_budget=512, eval_data="", workers=0, samples_every=1, **flags)
 
 
 def test_a_silent_judge_ends_the_run(ask, tiny, tmp_path, in_this_process):  # noqa: F811
@@ -222,7 +230,8 @@ class FakeWandb(ModuleType):
 
     def init(self, **options):
         self.inits.append(options)
-        return SimpleNamespace(id=options["id"] or "new-id", log=lambda row, step: self.logged.append((step, row)))
+        return SimpleNamespace(id=options["id"] or "new-id",
+                               log=lambda row, step: self.logged.append((step, row)))
 
 
 def test_wandb_gets_metrics_samples_and_flags(tiny, tmp_path, monkeypatch, in_this_process):  # noqa: F811

@@ -1,4 +1,6 @@
-"""Masked and noised images: PAPO, VPPO and NoisyRollout in the worked numbers of their papers, and as whole runs."""
+"""Masked and noised images: PAPO, VPPO and NoisyRollout in the worked numbers of their papers,
+and as whole runs.
+"""
 import dataclasses
 import json
 import math
@@ -32,7 +34,8 @@ def levels(image):
 def patches(image):
     """(row, column): the pixels of each patch."""
     pixels = levels(image)
-    return {(y, x): pixels[y:y + 14, x:x + 14] for y in range(0, image.height, 14) for x in range(0, image.width, 14)}
+    return {(y, x): pixels[y:y + 14, x:x + 14]
+            for y in range(0, image.height, 14) for x in range(0, image.width, 14)}
 
 
 @pytest.mark.parametrize("size", [(84, 56), (60, 45), (14, 14), (5, 97)])
@@ -83,8 +86,8 @@ def test_noise_is_a_function_of_its_seed():
     assert barely.abs().mean() < 2
 
 
-@pytest.mark.parametrize("step, steps, level", [(1, 60, 499), (40, 60, 250), (60, 60, 0), (40, 100, 250), (50, 100, 23),
-                                                (1, 3, 500), (100, 1000, 70)])
+@pytest.mark.parametrize("step, steps, level", [
+    (1, 60, 499), (40, 60, 250), (60, 60, 0), (40, 100, 250), (50, 100, 23), (1, 3, 500), (100, 1000, 70)])
 def test_the_noise_fades(monkeypatch, step, steps, level):
     """int(500 (1 - sigmoid(30 (k - 40) / K)))"""
     used = []
@@ -130,7 +133,8 @@ def test_a_loaded_image_is_loaded_again_as_it_is():
 # ----- PAPO
 
 
-@pytest.mark.parametrize("gap, value", [(0, 0), (0.5, 0.1487), (-1, 0.3679), (100, math.exp(20) - 21), (-100, 19)])
+@pytest.mark.parametrize("gap, value", [
+    (0, 0), (0.5, 0.1487), (-1, 0.3679), (100, math.exp(20) - 21), (-100, 19)])
 def test_k3_table(gap, value):
     assert grpo.k3(torch.tensor(float(gap))).item() == pytest.approx(value, rel=1e-3, abs=1e-6)
 
@@ -175,8 +179,9 @@ def test_papo_in_an_update(group):
     assert both.tolist() == pytest.approx([slope - 0.5 for slope in slopes], rel=1e-4)
 
 
-@pytest.mark.parametrize("flags, trains", [({}, False), ({"kl_beta": 0.1}, True), ({"perception": "papo"}, True),
-                                           ({"perception": "vppo"}, True), ({"noisy_frac": 0.5}, False)])
+@pytest.mark.parametrize("flags, trains", [
+    ({}, False), ({"kl_beta": 0.1}, True), ({"perception": "papo"}, True), ({"perception": "vppo"}, True),
+    ({"noisy_frac": 0.5}, False)])
 def test_which_groups_without_an_advantage_are_trained_on(flags, trains):
     assert grpo.has_gradient(seen_rollout(0.0, [-1., -1.]), grpo.Config(**flags)) == trains
     assert grpo.has_gradient(seen_rollout(0.5, [-1., -1.]), grpo.Config(**flags))
@@ -212,7 +217,9 @@ def test_factors_are_of_the_whole_batch(monkeypatch):
 
 
 def test_vppo_in_an_update(group):
-    """A token that is not chosen has no gradient but counts in the denominator; the factor scales the others."""
+    """A token that is not chosen has no gradient but counts in the denominator;
+    the factor scales the others.
+    """
     logps = [-.1, -.2, -.3, -.4, -.5]
     credit = torch.tensor([0.0, 1.1, 0.0, 1.1, 0.0])
     r = seen_rollout(1.0, [-1.0] * 5, credit, logps)
@@ -250,13 +257,15 @@ def looked(tiny, group):
 
         hands = Hands(lambda asked, step: sft.encode_view(asked, step, tiny.records, encode, cfg))
         prompts = {q: hands.encode(q, 5) for q in (2, 4)}
-        rollouts = [grpo.Rollout(q, [20 + i, 30, 40 + i], torch.zeros(3), False, "") for i, q in enumerate((2, 2, 4))]
+        rollouts = [grpo.Rollout(q, [20 + i, 30, 40 + i], torch.zeros(3), False, "")
+                    for i, q in enumerate((2, 2, 4))]
         rollouts[1].old_logps = torch.tensor([-7.0, -7.0, -7.0])  # replayed: it keeps what it had
         rollouts[0].trigger = (0, 1)
         grpo.look_again([*rollouts, rollouts[0]], policy, prompts, hands, None, 5, None, cfg)
         own = {}
         for view in ("masked", None):
-            rows = [(hands.encode((r.question, view) if view else r.question, 5), r.response) for r in rollouts]
+            rows = [(hands.encode((r.question, view) if view else r.question, 5), r.response)
+                    for r in rollouts]
             own[view] = sft.row_logprobs(policy, rows, None)
         return rollouts, hands, own[None], own["masked"]
     return look
@@ -289,23 +298,27 @@ def test_vppo_credits_what_relies_on_the_image(looked):
 # ----- NoisyRollout
 
 
-@pytest.mark.parametrize("share, size, noised", [(0.5, 8, 4), (0.5, 2, 1), (0.25, 8, 2), (0.01, 4, 1), (0.99, 4, 3)])
+@pytest.mark.parametrize("share, size, noised", [
+    (0.5, 8, 4), (0.5, 2, 1), (0.25, 8, 2), (0.01, 4, 1), (0.99, 4, 3)])
 def test_the_last_of_a_group_see_noise(monkeypatch, share, size, noised):
     """They come back as rollouts of their question, in their places, with nothing to correct."""
     asked = []
 
     def sample(engine, questions, prompts, seeds, tokenizer, cfg):
         asked.extend(prompts[q] for q in questions)
-        return [grpo.Rollout(q, [1, 2], torch.tensor([-1., -2.]), False, str(seed)) for q, seed in zip(questions, seeds)]
+        return [grpo.Rollout(q, [1, 2], torch.tensor([-1., -2.]), False, str(seed))
+                for q, seed in zip(questions, seeds)]
 
     monkeypatch.setattr(grpo, "sample_rollouts", sample)
     cfg = grpo.Config(noisy_frac=share, group_size=size)
     questions = [q for q in (3, 1) for _ in range(size)]
     hands = Hands(lambda asked, step: f"{asked[0]} {asked[1]} {step}")
-    rollouts = grpo.sample_noised(None, questions, {3: "3", 1: "1"}, range(2 * size), None, hands, 7, None, cfg)
+    rollouts = grpo.sample_noised(None, questions, {3: "3", 1: "1"}, range(2 * size), None, hands, 7, None,
+                                  cfg)
     clean = size - noised
     assert asked == ["3"] * clean + ["3 noised 7"] * noised + ["1"] * clean + ["1 noised 7"] * noised
-    assert [r.question for r in rollouts] == questions and [r.text for r in rollouts] == [*map(str, range(2 * size))]
+    assert [r.question for r in rollouts] == questions and [
+        r.text for r in rollouts] == [*map(str, range(2 * size))]
     for i, r in enumerate(rollouts):
         assert r.sampler_logps.isnan().all() == (i % size >= clean)
 
@@ -331,7 +344,8 @@ def test_what_is_refused(flags, line):
         grpo.check(grpo.Config(**flags))
 
 
-@pytest.mark.parametrize("arm", [arm for arm in bench_methods.ARMS if arm != "LoRA" or hasattr(grpo.Config, "lora_rank")])
+@pytest.mark.parametrize("arm", [
+    arm for arm in bench_methods.ARMS if arm != "LoRA" or hasattr(grpo.Config, "lora_rank")])
 def test_arms_of_the_bench_are_accepted(arm, group):
     grpo.check(data_prep.parse_config(grpo.Config, [*bench_methods.COMMON, *bench_methods.ARMS[arm]]))
 
@@ -342,13 +356,16 @@ def test_arms_of_the_bench_are_accepted(arm, group):
 @pytest.fixture
 def rewarded(work):  # noqa: F811
     """grpo.py on a random model with a reward that differs within a group."""
-    (work / "mine.py").write_text("def vowels(response, record):\n    return sum(map(response.count, 'aeiou')) % 5 / 4\n")
+    (work / "mine.py").write_text("def vowels(response, record):\n"
+                                  "    return sum(map(response.count, 'aeiou')) % 5 / 4\n")
     return [*GRPO, "--reward", "mine.py:vowels=1", "--eval_data", "", "--warmup", "0", "--lr", "1e-3",
             "--prompts_per_step", "4"]
 
 
 def check_whole_run(work, command, **differs):  # noqa: F811
-    """Three steps are the same on two ranks, and the same to the bit when cut and resumed, on one and on two."""
+    """Three steps are the same on two ranks, and the same to the bit when cut and resumed,
+    on one and on two.
+    """
     command = [*command, "--steps", "3", "--save_every", "2", "--keep", "9"]
     two = ["--standalone", "--nproc_per_node", "2"]
     found = []

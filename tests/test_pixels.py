@@ -1,4 +1,6 @@
-"""Pixels travel, wait and are moved in the dtype that the policy computes with: bf16 on a GPU, here by hand."""
+"""Pixels travel, wait and are moved in the dtype that the policy computes with:
+bf16 on a GPU, here by hand.
+"""
 import pickle
 
 import pytest
@@ -47,7 +49,8 @@ def test_a_policy_in_bf16_sees_the_same_pixels(family, in_bf16):
     assert policy.compute_dtype == BF16
     logps = []
     for dtype in (torch.float32, BF16):
-        rows = [(sft.encode_prompt(record, processor, 10**6, dtype=dtype), [3, 4, 5]) for record in RECORDS.values()]
+        rows = [(sft.encode_prompt(record, processor, 10**6, dtype=dtype), [3, 4, 5])
+                for record in RECORDS.values()]
         inputs, mask = sft.collate(rows, None, 0, CPU)
         assert inputs["pixel_values"].dtype == dtype
         with torch.no_grad():
@@ -73,11 +76,13 @@ def seen(monkeypatch):
 
 @pytest.mark.parametrize("stage", [sft, grpo])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_run_has_pixels_of_one_dtype(stage, bf16, tiny, tmp_path, in_this_process, seen, request):  # noqa: F811
+def test_a_run_has_pixels_of_one_dtype(
+        stage, bf16, tiny, tmp_path, in_this_process, seen, request):  # noqa: F811
     if bf16:
         request.getfixturevalue("in_bf16")
     shared = dict(model=tiny.model, out=str(tmp_path / "out"), steps=1, workers=1, eval_every=1, eval_n=4,
-                  eval_data=str(tiny.mini / "counting_id.jsonl"), data=str(tiny.mini / "counting_train.jsonl"))
+                  eval_data=str(tiny.mini / "counting_id.jsonl"),
+                  data=str(tiny.mini / "counting_train.jsonl"))
     if stage is grpo:
         shared |= dict(prompts_per_step=2, group_size=2, max_new_tokens=4)
     stage.main(stage.Config(**shared))
@@ -85,7 +90,8 @@ def test_a_run_has_pixels_of_one_dtype(stage, bf16, tiny, tmp_path, in_this_proc
 
 
 def test_both_hops_have_pixels_of_one_dtype(world, group, monkeypatch, tmp_path, in_bf16, seen):  # noqa: F811
-    train(world, monkeypatch, tmp_path, "--steps", "1", "--graded", "both", "--workers", "1", "--max_mismatch", "9")
+    train(world, monkeypatch, tmp_path, "--steps", "1", "--graded", "both", "--workers", "1",
+          "--max_mismatch", "9")
     assert seen == {BF16}
 
 

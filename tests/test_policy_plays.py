@@ -1,4 +1,6 @@
-"""A policy that cannot see looks for holes: what tests/bench_blind.py plays earns no more than an honest guess."""
+"""A policy that cannot see looks for holes: what tests/bench_blind.py plays earns no more
+than an honest guess.
+"""
 import math
 import sys
 from pathlib import Path
@@ -12,14 +14,17 @@ import rewards  # noqa: E402
 
 # mean pay of the best play where a reward's published definition lets the blind earn more than a guess does
 BY_DEFINITION = {
-    "format": 1, "format_legacy": 1, "format_caption": 1, "steps": 1, "grounding_format": 1, "distribution_format": 1,
-    "visual_rft_conf": 1, "contains": 1, "functions": 0.22, "functions_full": 0.1, "functions_penalty": 0.1,
+    "format": 1, "format_legacy": 1, "format_caption": 1, "steps": 1, "grounding_format": 1,
+    "distribution_format": 1, "visual_rft_conf": 1, "contains": 1, "functions": 0.22,
+    "functions_full": 0.1, "functions_penalty": 0.1,
 }
 
 
 @pytest.fixture(autouse=True)
 def fewer_plays(monkeypatch):
-    """One response in form, one that is only a box and one in prose, and half the records; the bench has more."""
+    """One response in form, one that is only a box and one in prose, and half the records;
+    the bench has more.
+    """
     monkeypatch.setattr(bench_blind, "FRAMES", [bench_blind.FRAMES[k] for k in (0, 2, 3)])
     for kind in ("math", "boxes", "distribution"):
         monkeypatch.setitem(bench_blind.RECORDS, kind, bench_blind.RECORDS[kind][::2])
@@ -48,7 +53,8 @@ def test_what_is_said_of_two_published_rewards():
     assert all(rewards.contains(f"<answer>{', '.join(animals)}</answer>", gold) for gold in golds)
 
 
-GOLDS = ["", " ", ".", "?", "-", "*", ",", "!", "$", "{}", "[]", "...", '""', "\\", "\\text{}", "()", "nan", "None"]
+GOLDS = ["", " ", ".", "?", "-", "*", ",", "!", "$", "{}", "[]", "...", '""', "\\", "\\text{}", "()", "nan",
+         "None"]
 
 
 @pytest.mark.parametrize("kind", rewards.ANSWER_TYPES)
@@ -59,8 +65,10 @@ def test_empty_and_punctuation_golds_pay_for_themselves_alone(kind, gold):
     record = bench_blind.RECORDS["text"][0] | {"answer": gold, "answer_type": kind}
     others = [answer for answer in GOLDS if answer.strip() != gold.strip()] + ["x", "3", "A"]
     for answer in others:
-        for frame in bench_blind.FRAMES[:2 if answer.strip() in ("", ".") else 3]:  # prose has its own full stop
-            for name in ("accuracy", "boxed", "discrete", "numeric", "agreement", "functions", "detection_legacy"):
+        # prose has its own full stop
+        for frame in bench_blind.FRAMES[:2 if answer.strip() in ("", ".") else 3]:
+            for name in ("accuracy", "boxed", "discrete", "numeric", "agreement", "functions",
+                         "detection_legacy"):
                 assert rewards.REWARDS[name](frame.format(answer), record) == 0, (name, answer, frame)
     for name, reward in rewards.REWARDS.items():
         for answer in GOLDS:

@@ -250,7 +250,9 @@ def test_a_page_has_a_largest_size(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rows, length, images, samples", [
     (40_000, 40, 0, 1), (20_000, 600, 40, 1), (600, 3000, 0, 64)])
 def test_a_page_keeps_to_its_size(tmp_path, rows, length, images, samples):
-    """Questions are left out evenly where there are too many even with short responses; the tables count all."""
+    """Questions are left out evenly where there are too many even with short responses;
+    the tables count all.
+    """
     noise, text = random.Random(0), "<é" * (length // 2)
     for i in range(images):
         Image.frombytes("RGB", (300, 300), noise.randbytes(270_000)).save(tmp_path / f"{i}.png")
@@ -263,7 +265,8 @@ def test_a_page_keeps_to_its_size(tmp_path, rows, length, images, samples):
     (maths,) = page_data["sections"]
     shown = len(maths["cases"])
     assert len(written.encode()) < 20_000_000 and maths["results"][0]["n"] == rows
-    assert shown > 100 and any(f"maths: for size, {shown} of {rows} questions" in note for note in page_data["notes"])
+    assert shown > 100 and any(
+        f"maths: for size, {shown} of {rows} questions" in note for note in page_data["notes"])
     places = [int(case["id"][1:]) for case in maths["cases"]]
     assert len({b - a for a, b in zip(places, places[1:])}) == 1
     assert maths["cases"][-1]["responses"][0]["response"][0].endswith(f"<answer> {places[-1]} </answer>")
@@ -273,7 +276,9 @@ def test_a_page_keeps_to_its_size(tmp_path, rows, length, images, samples):
 
 
 def test_long_texts_of_every_kind_are_cut(tmp_path):
-    """A question, a gold answer, an option or an error of a megabyte; many evaluations; the page still opens."""
+    """A question, a gold answer, an option or an error of a megabyte; many evaluations;
+    the page still opens.
+    """
     long = "word " * 200_000
     row = answered(1, question=long, answer=long, extracted=long, error=long, id=long)
     run_dir = make_run(tmp_path / "a", samples=False, rows=[row, answered(2)])

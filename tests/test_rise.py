@@ -87,7 +87,8 @@ def stage(world, group):
 
 
 def encoded(stage, questions, cfg=None):
-    return {q: rise.encode_cot(stage.records[q], stage.processor, torch.float32, cfg or stage.cfg) for q in questions}
+    return {q: rise.encode_cot(stage.records[q], stage.processor, torch.float32, cfg or stage.cfg)
+            for q in questions}
 
 
 def hands(stage, cfg=None, count=0):
@@ -194,7 +195,8 @@ def alike(a, b):
         return False
     pictures = [[image.tobytes() for image in prompt["request"]["images"]] for prompt in (a, b)]
     said = [[prompt["request"]["ids"], prompt["request"]["messages"]] for prompt in (a, b)]
-    same = [torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a if name != "request"]
+    same = [torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype
+            for name in a if name != "request"]
     return all(same) and pictures[0] == pictures[1] and said[0] == said[1]
 
 
@@ -260,8 +262,8 @@ def test_reward(cot, back, more, reward, agrees, parsed):
 
 
 def test_a_rationale_that_was_cut_off_earns_nothing():
-    got = rise.score_rationale(rollout("the upper left", True), "the upper left", rollout(GOLD), sun(0, "x.png"),
-                     rise.Config())
+    got = rise.score_rationale(rollout("the upper left", True), "the upper left", rollout(GOLD),
+                               sun(0, "x.png"), rise.Config())
     assert got["reward"] == 0 and got["agreement"] == 1 and got["truncated"]
 
 
@@ -482,7 +484,8 @@ def test_a_prompt_that_is_too_long_is_left_out_and_named(work):
     records = data_prep.read_records(work / "world/train.jsonl")[:4]
     records[1]["question"] = "sky " * 90
     data_prep.write_records(path, records)
-    output = run(work, *RISE, "--data", str(path), "--steps", "1", "--max_prompt_tokens", "90", "--out", "some")
+    output = run(work, *RISE, "--data", str(path), "--steps", "1", "--max_prompt_tokens", "90",
+                 "--out", "some")
     assert metrics(work / "some")[-1]["data/unreadable"] == 1 and len(rationales(work / "some")) == 12
     assert f"record {records[1]['id']} skipped" in output and "--max_prompt_tokens is 90" in output
     output = run(work, *RISE, "--steps", "1", "--max_prompt_tokens", "50", "--out", "none", code=1)

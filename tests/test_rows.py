@@ -1,4 +1,6 @@
-"""A prompt and its image are computed once: rows of several responses against rows of one, in every family."""
+"""A prompt and its image are computed once: rows of several responses against rows of one,
+in every family.
+"""
 import dataclasses
 import itertools
 from types import SimpleNamespace
@@ -118,8 +120,9 @@ def test_an_update_is_that_of_a_row_each(run, monkeypatch, flags):  # noqa: F811
     reference = sft.load_policy(run.policy.config._name_or_path, cfg, CPU, trainable=False)[0]
     stream = torch.Generator().manual_seed(1)
     found = []
-    monkeypatch.setattr(grpo, "optimizer_step", lambda policy, *_: found.append(
-        {name: p.grad.full_tensor().clone() for name, p in policy.named_parameters() if p.grad is not None}) or 1.0)
+    monkeypatch.setattr(grpo, "optimizer_step", lambda policy, *_: found.append({
+        name: p.grad.full_tensor().clone() for name, p in policy.named_parameters()
+        if p.grad is not None}) or 1.0)
     prompts = dict(enumerate(run.prompts))
 
     def rollouts():
@@ -186,7 +189,9 @@ def test_rollouts_share_a_row_where_that_is_less_to_compute(flags, expected):
 
 
 def test_long_responses_to_a_short_prompt_have_rows_of_their_own():
-    """Each token would have all siblings to look at: 8 responses of 4,096 tokens at the size of a 3B model."""
+    """Each token would have all siblings to look at:
+    8 responses of 4,096 tokens at the size of a 3B model.
+    """
     assert grouped([(0, 4096)] * 8, prompt=100, hidden=2048) == [[i] for i in range(8)]
     assert grouped([(0, 256)] * 8, prompt=1000, hidden=2048) == [list(range(8))]
 
@@ -230,10 +235,12 @@ def crashing(**inputs):
 @pytest.mark.parametrize("inputs_of, reason", [
     (lambda model, **inputs: blind(**inputs), "log-probabilities change by"),
     (lambda model, seen, places, starts, **inputs: inputs | {
-        "attention_mask": seen, "position_ids": torch.arange(places.shape[1])[None]}, "log-probabilities change by"),
+        "attention_mask": seen, "position_ids": torch.arange(places.shape[1])[None]},
+     "log-probabilities change by"),
     (lambda model, **inputs: crashing(), "RuntimeError: The size of tensor a (30)")],
     ids=["no mask", "no positions", "crash"])
-def test_what_a_family_does_wrong_shows_and_costs_only_time(run, monkeypatch, inputs_of, reason):  # noqa: F811
+def test_what_a_family_does_wrong_shows_and_costs_only_time(
+        run, monkeypatch, inputs_of, reason):  # noqa: F811
     monkeypatch.setattr(sft, "placed_inputs", inputs_of)
     sft.self_check(run.policy, rows_of(run), run.dummy, run.log)
     assert not run.policy.packs and "a row holds one response: " in run.log.notes[-1]
@@ -248,7 +255,8 @@ def test_the_self_check_says_so(run):  # noqa: F811
 
 def test_sft_loss_is_the_same_packed(run):  # noqa: F811
     """Short rows side by side; another budget, another layout, the same sum."""
-    rows = [(prompt, list(range(20, 20 + n))) for prompt, n in zip(run.prompts * 3, (1, 30, 4, 9, 2, 17, 3, 5, 40))]
+    rows = [(prompt, list(range(20, 20 + n)))
+            for prompt, n in zip(run.prompts * 3, (1, 30, 4, 9, 2, 17, 3, 5, 40))]
     found, widths = [], []
     for packs, budget in [(False, 10**6), (True, 10**6), (True, 200), (True, 1)]:
         run.policy.packs = packs
@@ -256,6 +264,7 @@ def test_sft_loss_is_the_same_packed(run):  # noqa: F811
         with torch.no_grad():
             found.append(sum(loss.item() for loss, _ in sft.losses(run.policy, rows, run.dummy, cfg)))
         groups = [sft.Group(prompt, [response]) for prompt, response in rows]
-        sizes = [i["input_ids"].numel() for _, i, _ in sft.group_batches(groups, run.policy, run.dummy, budget)]
+        sizes = [i["input_ids"].numel()
+                 for _, i, _ in sft.group_batches(groups, run.policy, run.dummy, budget)]
         widths.append(sum(sizes))
     assert found == pytest.approx([found[0]] * 4, rel=1e-5) and widths[1] < widths[0]

@@ -1,4 +1,6 @@
-"""Nothing trains on wrong numbers in silence: planted faults are named before step 1; the GPU path's numerics."""
+"""Nothing trains on wrong numbers in silence: planted faults are named before step 1;
+the GPU path's numerics.
+"""
 import dataclasses
 import json
 import math
@@ -66,7 +68,8 @@ def check(run):
 
 
 def check_whole(run):
-    return evaluation.check_run(run.policy, run.optimizer, run.engine, run.prompts, run.dummy, run.log, run.cfg)
+    return evaluation.check_run(run.policy, run.optimizer, run.engine, run.prompts, run.dummy, run.log,
+                                run.cfg)
 
 
 def refusal(call, *args):
@@ -369,8 +372,8 @@ def test_a_step_without_one_usable_row_ends_the_run(tiny, tmp_path, in_this_proc
         grpo.main(cfg)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
     with pytest.raises(SystemExit, match="none of its rows can be used"):
-        sft.main(sft.Config(model=tiny.model, data=cfg.data, out=str(tmp_path / "sft"), eval_data="", workers=0,
-                            steps=2, batch_size=4, max_tokens=250))
+        sft.main(sft.Config(model=tiny.model, data=cfg.data, out=str(tmp_path / "sft"), eval_data="",
+                            workers=0, steps=2, batch_size=4, max_tokens=250))
     assert not (tmp_path / "sft" / "metrics.jsonl").exists()
 
 
@@ -509,7 +512,9 @@ def test_placeholders_that_are_never_sampled(fields, ids):
 
 
 def paligemma():
-    """Soft-capped logits, eager attention only, a prompt that sees itself whole, labels from the processor."""
+    """Soft-capped logits, eager attention only, a prompt that sees itself whole,
+    labels from the processor.
+    """
     tok = tokenizer("<image>", image_token="<image>")
     tok.bos_token = "<|im_start|>"  # its processor writes one
     size = len(tok) + 1030  # its processor adds 1,024 places and more
@@ -524,7 +529,8 @@ def paligemma():
     images = hf.SiglipImageProcessor(size={"height": 56, "width": 56})
     images.image_seq_length = 16
     template = IDEFICS_TEMPLATE.replace("<end_of_utterance>", "<|im_end|>")
-    return hf.PaliGemmaForConditionalGeneration(config), hf.PaliGemmaProcessor(images, tok, chat_template=template)
+    return (hf.PaliGemmaForConditionalGeneration(config),
+            hf.PaliGemmaProcessor(images, tok, chat_template=template))
 
 
 def granite4_vision():
@@ -601,7 +607,8 @@ def test_the_vision_tower_has_a_kernel_of_its_own(tiny, monkeypatch, group):
     del prompt["request"]
     with torch.no_grad():
         torch.testing.assert_close(model(**prompt).logits, before(**prompt).logits)
-    assert sft.load_model(tiny.model, torch.float32, "sdpa").model.visual.config._attn_implementation == "sdpa"
+    assert sft.load_model(
+        tiny.model, torch.float32, "sdpa").model.visual.config._attn_implementation == "sdpa"
     assert len(asked) == 1
 
 

@@ -1,6 +1,7 @@
 """--engine server: requests go to all servers, reloads run at once, and the server that fails is named.
 
-The servers are HTTP servers in this process that answer as vLLM does, with transformers' model and our sampler.
+The servers are HTTP servers in this process that answer as vLLM does, with transformers' model and our
+sampler.
 """
 import base64
 import dataclasses
@@ -192,7 +193,8 @@ def test_servers_get_equal_shares(ranks, prompts, servers, monkeypatch):
     """Also where each rank has fewer prompts than there are servers."""
     asked = []
     monkeypatch.setattr(evaluation.Server, "__init__", lambda self: None)
-    monkeypatch.setattr(evaluation.Server, "ask", lambda self, url, prompt, option: asked.append(url) or prompt)
+    monkeypatch.setattr(evaluation.Server, "ask",
+                        lambda self, url, prompt, option: asked.append(url) or prompt)
     engine = evaluation.Server()
     engine.urls = [f"http://{i}" for i in range(servers)]
     for rank in range(ranks):

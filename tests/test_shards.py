@@ -1,4 +1,6 @@
-"""FSDP over ranks, copies and groups: whatever is sharded how, gradients and checkpoints are those of one process."""
+"""FSDP over ranks, copies and groups: whatever is sharded how, gradients and checkpoints are those
+of one process.
+"""
 import json
 import os
 import re
@@ -42,7 +44,9 @@ def rows_of(processor):
 
 
 def backward_through_own_logits(model, processor):
-    """Backward of the mean log-probability of the responses, from the logits that the model itself returns."""
+    """Backward of the mean log-probability of the responses,
+    from the logits that the model itself returns.
+    """
     banned = sft.vision_ids(model.config, CPU)
     for row in rows_of(processor):
         inputs, mask = sft.collate([row], None, 0, CPU)
@@ -52,7 +56,9 @@ def backward_through_own_logits(model, processor):
 
 
 def plain_gradients(path):
-    """{name: gradient} of the mean log-probability from the logits that the model itself returns, unsharded."""
+    """{name: gradient} of the mean log-probability from the logits that the model itself returns,
+    unsharded.
+    """
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     processor = sft.AutoProcessor.from_pretrained(path)
     backward_through_own_logits(model, processor)
@@ -68,7 +74,8 @@ def sharded_gradients(path, cfg):
     layers = [m for m in policy.modules() if isinstance(m, sft.GradientCheckpointingLayer)]
 
     def in_parts(*_):
-        assert not untied or all(isinstance(module.weight, DTensor) for module in ends), "whole beside the layers"
+        assert not untied or all(isinstance(module.weight, DTensor) for module in ends), (
+            "whole beside the layers")
 
     for layer in layers:
         layer.register_forward_pre_hook(in_parts)
@@ -91,7 +98,8 @@ def compare(path, expected, cfg):
     assert found.keys() == trained and any(n.endswith("embed_tokens.weight") for n in trained)
     for name in trained:
         close_to = torch.testing.assert_close
-        close_to(found[name], expected[name], atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name} {text}")
+        close_to(found[name], expected[name], atol=1e-6, rtol=1e-5,
+                 msg=lambda text, name=name: f"{name} {text}")
     squares = sum(expected[name].double().square().sum() for name in trained)
     torch.testing.assert_close(norm.double(), squares.sqrt(), atol=0, rtol=1e-5)
 
@@ -110,7 +118,9 @@ def on_each_rank(folder, *names):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_gradients_equal_those_of_one_process(tmp_path, world):
-    """Tied (Qwen2.5-VL) and untied (Qwen2-VL) embeddings; frozen vision, checkpointing; one copy or several."""
+    """Tied (Qwen2.5-VL) and untied (Qwen2-VL) embeddings; frozen vision, checkpointing;
+    one copy or several.
+    """
     names = ["qwen2.5-vl", "qwen2-vl"]
     for name in names:
         made(name, tmp_path / name)
@@ -235,7 +245,8 @@ def test_weights_that_a_checkpoint_holds_as_one_are_merged(group, tiny):
     weights = {name: p.detach() for name, p in model.named_parameters()}
     streamed = dict(sft.checkpoint_names(model, weights.items()))
     same(streamed, revert_weight_conversion(model, weights))
-    assert any("self_attn.qkv" in name for name in streamed) and not any("q_proj" in name for name in streamed)
+    assert any("self_attn.qkv" in name for name in streamed) and not any(
+        "q_proj" in name for name in streamed)
 
 
 @pytest.fixture
@@ -259,7 +270,8 @@ def test_users_load_bf16_and_a_resumed_run_its_masters(group, tiny, tmp_path, bf
     sft.load_checkpoint(folder, again, fresh)
     rounded = 0
     for p, q in zip(policy.parameters(), again.parameters(), strict=True):
-        assert q.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)  # what is frozen needs no master
+        # what is frozen needs no master
+        assert q.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
         whole, loaded = p.detach().full_tensor(), q.detach().full_tensor()
         if p.requires_grad:
             assert torch.equal(whole, loaded)
@@ -296,7 +308,8 @@ def slow_disk(monkeypatch):
     sft.WRITING.clear()
 
 
-def test_a_step_does_not_wait_for_the_disk_and_does_not_change_what_is_written(group, tiny, tmp_path, slow_disk):
+def test_a_step_does_not_wait_for_the_disk_and_does_not_change_what_is_written(
+        group, tiny, tmp_path, slow_disk):
     policy, processor = sft.load_policy(tiny.model, sft.Config(), CPU)
     extra = {"entries": [1]}
     optimizer, folder = saved(policy, processor, tmp_path / "run", extra, wait=False)
@@ -328,7 +341,8 @@ def test_what_must_wait_waits(group, tiny, tmp_path, slow_disk, flags):
 
 
 @pytest.mark.parametrize("what", ["save_file", "dcp"])
-def test_a_write_that_fails_later_ends_the_run_in_one_line(group, tiny, tmp_path, monkeypatch, slow_disk, what):
+def test_a_write_that_fails_later_ends_the_run_in_one_line(
+        group, tiny, tmp_path, monkeypatch, slow_disk, what):
     """The loop hears of it by STOPPING, and the next save or the end of the run says what it was."""
     policy, processor = sft.load_policy(tiny.model, sft.Config(), CPU)
     slow_disk.set()

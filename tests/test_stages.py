@@ -238,17 +238,20 @@ def test_a_run_needs_few_files(work, stage):
 
 @STAGES
 def test_no_stage_calls_what_will_be_removed(work, stage):
-    """Nothing that torch or transformers have announced to drop: with the next release it would be an error."""
+    """Nothing that torch or transformers have announced to drop:
+    with the next release it would be an error.
+    """
     launch(work, *stage, "--steps", "2", "--out", "quiet", python=["-W", "error::FutureWarning"])
     assert newest(work / "quiet").name == "step_000002"
 
 
 @pytest.mark.parametrize("tool, done", [
-    (["cProfile"], "function calls"), (["pdb", "-c", "continue"], "The program finished and will be restarted")],
-    ids=["cProfile", "pdb"])
+    (["cProfile"], "function calls"),
+    (["pdb", "-c", "continue"], "The program finished and will be restarted")], ids=["cProfile", "pdb"])
 def test_profiler_and_debugger_can_start_a_stage(work, tool, done):
     """Under both, the module __main__ is not the stage. At its end the debugger asks what to do next."""
-    output = launch(work, *GRPO, "--steps", "1", "--out", "out", python=["-m", *tool], stdin=subprocess.DEVNULL)
+    output = launch(work, *GRPO, "--steps", "1", "--out", "out", python=["-m", *tool],
+                    stdin=subprocess.DEVNULL)
     assert done in output and "Uncaught exception" not in output and "Traceback (most" not in output
     assert newest(work / "out").name == "step_000001"
 

@@ -1,4 +1,7 @@
-"""Images inside parquet and Arrow files stay there until they are needed. python -m pytest tests/test_tables.py"""
+"""Images inside parquet and Arrow files stay there until they are needed.
+
+python -m pytest tests/test_tables.py
+"""
 import copy
 import multiprocessing
 import os
@@ -30,8 +33,10 @@ def cache(tmp_path, monkeypatch):
 
 
 def table(kind=None, images=None):
-    kind, images = kind or pyarrow.list_(IMAGE), images or [[{"bytes": data, "path": "x.png"}] for data in PICTURES]
-    return pyarrow.table({"images": pyarrow.array(images, kind), "problem": [f"q{k}" for k in range(len(images))],
+    kind, images = kind or pyarrow.list_(IMAGE), images or [
+        [{"bytes": data, "path": "x.png"}] for data in PICTURES]
+    return pyarrow.table({"images": pyarrow.array(images, kind),
+                          "problem": [f"q{k}" for k in range(len(images))],
                           "answer": [str(k) for k in range(len(images))]})
 
 
@@ -51,7 +56,9 @@ def shown(records):
 
 @pytest.fixture(params=["parquet", "unpacked", "arrow", "folder"])
 def records(tmp_path, monkeypatch, request):
-    """The records of the table, in a small parquet file, in one whose row groups count as large, or elsewhere."""
+    """The records of the table, in a small parquet file, in one whose row groups count as large,
+    or elsewhere.
+    """
     if request.param == "unpacked":
         monkeypatch.setattr(data_prep, "DIRECT", 0)
         monkeypatch.setattr(data_prep, "PIECE", 300)  # several pieces
@@ -89,9 +96,11 @@ def test_records_become_a_file_beside_their_images(tmp_path, records):
     (pyarrow.binary(), lambda data: data), (pyarrow.large_binary(), lambda data: data),
     (IMAGE, lambda data: {"bytes": data, "path": None}),
     (pyarrow.struct({"bytes": pyarrow.binary()}), lambda data: {"bytes": data}),
-    (pyarrow.list_(pyarrow.binary()), lambda data: [data]), (pyarrow.large_list(IMAGE), lambda data: [{"bytes": data}]),
+    (pyarrow.list_(pyarrow.binary()), lambda data: [data]),
+    (pyarrow.large_list(IMAGE), lambda data: [{"bytes": data}]),
     (pyarrow.list_(pyarrow.struct({"bytes": pyarrow.binary()})), lambda data: [{"bytes": data}]),
-    (pyarrow.struct({"data": pyarrow.binary(), "mime": pyarrow.string()}), lambda data: {"data": data, "mime": "png"}),
+    (pyarrow.struct({"data": pyarrow.binary(), "mime": pyarrow.string()}),
+     lambda data: {"data": data, "mime": "png"}),
 ])
 @pytest.mark.parametrize("direct", [0, 1 << 20])
 def test_columns_of_every_kind(tmp_path, monkeypatch, kind, wrap, direct):
@@ -112,7 +121,9 @@ def test_several_images_and_none(tmp_path):
 
 
 def test_a_table_that_only_names_its_images(tmp_path):
-    """As `datasets` writes it with embed_external_files=False: paths are relative to the file, or to image_root."""
+    """As `datasets` writes it with embed_external_files=False: paths are relative to the file,
+    or to image_root.
+    """
     for folder in (tmp_path, tmp_path / "root"):
         folder.mkdir(exist_ok=True)
         (folder / "x.png").write_bytes(PICTURES[0] if folder == tmp_path else PICTURES[1])
@@ -134,7 +145,8 @@ def test_images_in_the_parts_of_turns(tmp_path):
 def test_a_file_that_was_written_anew(tmp_path, monkeypatch, direct):
     monkeypatch.setattr(data_prep, "DIRECT", direct)
     for images in (PICTURES, PICTURES[::-1]):
-        write_table(table(images=[[{"bytes": data, "path": None}] for data in images]), tmp_path / "x.parquet")
+        write_table(table(images=[[{"bytes": data, "path": None}] for data in images]),
+                    tmp_path / "x.parquet")
         os.utime(tmp_path / "x.parquet", ns=(0, images[0][-20]))
         assert shown(read_records(tmp_path / "x.parquet")) == images
 
@@ -193,7 +205,7 @@ def test_only_a_little_is_read_at_the_start(tmp_path):
         for record in records:
             data_prep.image_bytes(record['images'][0])
         print(then - bare, own() - bare)"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.parquet")], capture_output=True, text=True,
-                          cwd=Path(data_prep.__file__).parent, check=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.parquet")], capture_output=True,
+                          text=True, cwd=Path(data_prep.__file__).parent, check=True)
     then, last = map(int, done.stdout.split())
     assert then < 20_000 and last < 40_000, (then, last)

@@ -90,7 +90,8 @@ def test_more_rows_than_a_pipe_holds(crew):
 
 
 def test_tensors_arrive_as_they_were(crew):
-    made = {"a": torch.arange(6).view(2, 3), "b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
+    made = {"a": torch.arange(6).view(2, 3),
+            "b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
             "c": torch.tensor([True]), "d": torch.ones(2, dtype=torch.bfloat16), "e": torch.zeros(0, 5)}
     [[(i, got)]] = crew(lambda i, step: made, 1).prepared([[3]])
     assert i == 3 and got.keys() == made.keys()
@@ -231,7 +232,9 @@ def kills_itself(i, step):
 
 
 def dies_midway(i, step):
-    """From row 2 on, half of a row is written and then the process is gone, as at the hands of the OOM killer."""
+    """From row 2 on, half of a row is written and then the process is gone,
+    as at the hands of the OOM killer.
+    """
     if i == 2:
         def send(self, data, **_):
             sent = 0
@@ -307,8 +310,8 @@ time.sleep(600)
 def test_workers_end_with_a_trainer_that_is_killed(tmp_path, size):
     """They hold its standard output open as long as they live."""
     (tmp_path / "left.py").write_text(LEFT)
-    trainer = subprocess.Popen([sys.executable, tmp_path / "left.py", str(size)], env=environment(), text=True,
-                               stdout=subprocess.PIPE)
+    trainer = subprocess.Popen([sys.executable, tmp_path / "left.py", str(size)], env=environment(),
+                               text=True, stdout=subprocess.PIPE)
     lines = []
     while not lines or not lines[-1].startswith("trainer"):
         lines.append(trainer.stdout.readline())
@@ -328,7 +331,9 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path, size):
 
 
 class Counted:
-    """Bytes whose copies are counted while they are on their way: made in a worker, arrived in the trainer."""
+    """Bytes whose copies are counted while they are on their way:
+    made in a worker, arrived in the trainer.
+    """
     made = multiprocessing.Value("q", 0)
     arrived = multiprocessing.Value("q", 0)
     most = multiprocessing.Value("q", 0)
@@ -414,8 +419,8 @@ def test_after_an_exception_the_next_rows_are_the_right_ones(crew):
 
 
 @pytest.mark.parametrize("cores, ranks, gpu, count", [
-    (2, 1, True, 1), (1, 1, True, 1), (16, 1, True, 8), (16, 2, True, 7), (192, 8, True, 8), (64, 16, True, 3),
-    (8, 8, True, 1), (64, 1, False, 1)])
+    (2, 1, True, 1), (1, 1, True, 1), (16, 1, True, 8), (16, 2, True, 7), (192, 8, True, 8),
+    (64, 16, True, 3), (8, 8, True, 1), (64, 1, False, 1)])
 def test_how_many_by_the_cores(monkeypatch, cores, ranks, gpu, count):
     """The trainer's own core is left out; without a GPU all are its own."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
