@@ -11,8 +11,8 @@ anew. Starts are the quickstart's (out/bench/SEED, made here if there are none).
 saturated  The start, GRPO's own result, answers nearly all questions right. One in ten is drawn in the style
            that it has not seen, and rollouts are scarce: few groups have an advantage. Measured: accuracy in
            that style.
-rethink    The start answers at first sight, mostly wrong. In one response of twenty it notices, hesitates with
-           one of the triggers' words, and goes through the board. Measured: accuracy, how many reflect.
+rethink    The start answers at first sight, mostly wrong. In one response of twenty it hesitates with one of
+           the triggers' words, and goes through the board. Measured: accuracy, how many reflect.
 """
 import argparse
 import json
