@@ -2687,12 +2687,12 @@ def make_task(task: str, out: Path, seed: int, sizes: dict = SPLITS) -> None:
     RISE's tasks have TASK_see.jsonl and TASK_talk.jsonl instead (rise_lessons).
     """
     example, splits, prompt = MINI[task]
-    seen = set()
+    seen, place = set(), list(MINI).index(task)  # its line of the terminal: tasks are drawn side by side
     for split in [split for split in splits if split in sizes]:
         rng, records, rows = random.Random(f"{task}/{split}/{seed}"), [], []
         folder = out / "images" / f"{task}_{split}"
         folder.mkdir(parents=True, exist_ok=True)
-        for i in tqdm(range(sizes[split]), desc=f"{task}_{split}", leave=False):
+        for i in tqdm(range(sizes[split]), desc=f"{task}_{split}", position=place, leave=False):
             row = example(rng, i, split)
             while (key := (row["question"], *(p.tobytes() for p in row["pictures"]))) in seen:
                 row = example(rng, i, split)
@@ -2719,7 +2719,6 @@ def make_task(task: str, out: Path, seed: int, sizes: dict = SPLITS) -> None:
             write_text(out / f"{task}_meta.json", json_list(rows))
             thoughts = {row["id"]: row["cot"] for row in rows}
             write_records(out / f"{task}_lessons.jsonl", told_to_look(records, thoughts, rng))
-        print(f"{out}/{task}_{split}.jsonl: {len(records)} records")
 
 
 # ----- tiny model -----
@@ -2908,6 +2907,7 @@ def main(cfg: Config) -> None:
         at_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # this process ends the others
         with multiprocessing.Pool(initializer=signal.signal, initargs=at_ctrl_c) as pool:
             pool.starmap(make_task, [(task, Path(cfg.out), cfg.seed) for task in MINI], chunksize=1)
+        print(f"{cfg.out}: {', '.join(MINI)}")
         files = [*Path(cfg.out).glob("*_train.jsonl"), *Path(cfg.out).glob("*_talk.jsonl")]
         rows = [r for path in sorted(files) for r in read_records(path, need=("response",))]
         texts = [text for r in rows for text in (rewards.build_prompt(r), r["response"])]

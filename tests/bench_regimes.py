@@ -95,7 +95,7 @@ def rethink(seed, folder):
 
 # ----- arms
 
-COMMON = ["--eval_every", "5", "--eval_n", "100", "--eval_data", "data/mini/counting_id.jsonl"]
+COMMON = ["--eval_every", "5", "--eval_n", "100", "--eval_data"]
 # regime -> (its start and data, flags of all arms, arms, the benchmark that counts)
 REGIMES = {
     "saturated": (saturated, ["--prompts_per_step", "16", "--steps", "40", "--max_new_tokens", "60"],
@@ -113,13 +113,14 @@ def measure(regime, arm, seed):
     folder.mkdir(parents=True, exist_ok=True)
     start, data = prepare(seed, folder)
     out = f"out/regimes/{regime}/{seed}/{arm.replace(' ', '_')}"
+    held_out = f"data/mini/{bench.replace('-', '_')}.jsonl"
     seconds = run(out, "grpo.py", "--seed", seed, "--model", start, "--data", data, "--out", out, *COMMON,
-                  *flags, *arms[arm])
-    for model in (start, out):
-        run(f"{model}/{bench}", "eval.py", "--bench", bench, "--model", model, "--max_new_tokens", 140)
-    before, after = (data_prep.read_json(ROOT / f"{model}/eval/summary.json")[0] for model in (start, out))
-    steps = [row for row in read_metrics(ROOT / out / "metrics.jsonl") if "reward/mean" in row]
-    return {"regime": regime, "arm": arm, "seed": seed, "start": 100 * before["accuracy"],
+                  held_out, *flags, *arms[arm])
+    run(f"{out}/eval", "eval.py", "--bench", bench, "--model", out, "--max_new_tokens", 140)
+    after = data_prep.read_json(ROOT / out / "eval/summary.json")[0]
+    rows = read_metrics(ROOT / out / "metrics.jsonl")
+    steps = [row for row in rows if "reward/mean" in row]
+    return {"regime": regime, "arm": arm, "seed": seed, "start": 100 * rows[0]["eval/accuracy"],
             "accuracy": 100 * after["accuracy"], "tokens": after["tokens"],
             "effective": 100 * mean(row["groups/effective_frac"] for row in steps[:10]),
             "reflect": 100 * steps[-1]["len/reflect"],
@@ -147,8 +148,8 @@ def main(regimes, seeds, only):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("regimes", nargs="*", choices=[*REGIMES, []], default=list(REGIMES))
+    parser.add_argument("regimes", nargs="*", metavar="REGIME", help=", ".join(REGIMES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="*", default=[])
     args = parser.parse_args()
-    main(args.regimes, args.seeds, args.only)
+    main(args.regimes or list(REGIMES), args.seeds, args.only)
