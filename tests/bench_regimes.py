@@ -28,7 +28,7 @@ import data_prep  # noqa: E402
 import grpo  # noqa: E402
 from bench_quickstart import interval, read_metrics, run  # noqa: E402
 
-TRAIN = ROOT / "data/mini/counting_train.jsonl"
+TRAIN = "data/mini/counting_train.jsonl"
 HARD = 0.1  # share of unfamiliar questions
 REPAIRED = 0.05  # share of the start's responses that notice and repair
 RETHINK = ["--rethink_frac", "0.5", "--rethink_rewind", "1", "--rethink_min", "1", "--rethink_max", "60"]
@@ -50,7 +50,7 @@ def mostly_easy(seed, folder):
     path, rng = folder / "mixed.jsonl", random.Random(f"mixed/{seed}")
     if path.exists():
         return path
-    records = data_prep.read_records(TRAIN)
+    records = data_prep.read_records(ROOT / TRAIN)
     hard = []
     for i in range(round(HARD * len(records))):
         row = data_prep.counting_example(rng, i, "ood")
@@ -74,8 +74,9 @@ def hesitating(seed, folder):
     path, rng = folder / "hesitating.jsonl", random.Random(f"hesitating/{seed}")
     if path.exists():
         return path
-    thoughts = {row["id"]: row["cot"] for row in data_prep.read_json(ROOT / "data/mini/counting_meta.json")}
-    records = data_prep.read_records(TRAIN)
+    meta = json.loads((ROOT / "data/mini/counting_meta.json").read_text())
+    thoughts = {row["id"]: row["cot"] for row in meta}
+    records = data_prep.read_records(ROOT / TRAIN)
     for record in records:
         thought = "at first sight"
         if rng.random() < REPAIRED:
@@ -117,7 +118,7 @@ def measure(regime, arm, seed):
     seconds = run(out, "grpo.py", "--seed", seed, "--model", start, "--data", data, "--out", out, *COMMON,
                   held_out, *flags, *arms[arm])
     run(f"{out}/eval", "eval.py", "--bench", bench, "--model", out, "--max_new_tokens", 140)
-    after = data_prep.read_json(ROOT / out / "eval/summary.json")[0]
+    after = json.loads((ROOT / out / "eval/summary.json").read_text())[0]
     rows = read_metrics(ROOT / out / "metrics.jsonl")
     steps = [row for row in rows if "reward/mean" in row]
     return {"regime": regime, "arm": arm, "seed": seed, "start": 100 * rows[0]["eval/accuracy"],

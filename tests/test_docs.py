@@ -19,7 +19,7 @@ STAGES = ("data_prep", "sft", "eval", "grpo", "rise")
 FOREIGN = {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint",  # torchrun
            "--generation-config", "--logprobs-mode",  # vllm serve
            "--no-build-isolation",  # pip
-           "--curve", "--trl", "--only",  # tests/bench_quickstart.py, bench_step.py, bench_methods.py
+           "--curve", "--threads", "--no-control", "--trl", "--only",  # tests/bench_*.py
            "--dist",  # pytest
            "--help"}
 
