@@ -127,7 +127,7 @@ class Config:  # a field's comment is its --help text; `a | b` in it are the val
     perception_entropy: float = 0.03  # weight of -log pi, which keeps that KL honest (vppo: 0.06)
     noisy_frac: float = 0.0  # share of a group sampled from noised images, 0.5 in NoisyRollout
     # optimisation
-    steps: int = 40  # rollout batches
+    steps: int = 32  # rollout batches
     lr: float = 1e-4  # peak learning rate (1e-6 is usual for a 7B model)
     warmup: int = 5  # steps of linear warm-up
     schedule: str = "constant"  # cosine | linear | constant

@@ -90,7 +90,7 @@ class Config:
     strict: bool = False  # stop at an unreadable image instead of skipping its row
     seed: int = 0  # data order
     # optimisation
-    steps: int = 1600  # optimizer steps
+    steps: int = 1200  # optimizer steps
     epochs: float = 0.0  # passes over the data instead of --steps, 0 = use --steps
     batch_size: int = 8  # rows per step, over all ranks
     lr: float = 1.5e-3  # peak learning rate (1e-5 is usual for a 7B model)

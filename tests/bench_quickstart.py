@@ -1,14 +1,13 @@
-"""The quickstart's claim, measured: GRPO against its own start, and against as much extra time of more SFT.
+"""The quickstart's claim, measured: GRPO against its own start, on other seeds and other machines.
 
-    python tests/bench_quickstart.py           # 5 seeds, 10 minutes each on 2 cores; writes under out/bench
-    python tests/bench_quickstart.py --seeds 0 1 --threads 1 2 --pythons python3.11 other/bin/python \\
-        --no-control
+    python tests/bench_quickstart.py           # 5 seeds, 4 minutes each on 2 cores; writes under out/bench
+    python tests/bench_quickstart.py --threads 1 2 --pythons python3.11 other/bin/python  # ten runs
     python tests/bench_quickstart.py --curve out/grpo/metrics.jsonl  # only the picture, of a run that exists
 
 The second form shows how much depends on the machine: each seed runs once with each pair of a number of
 threads and a Python, whose packages may be other ones. Prints a row per run (held-out accuracy, 500 questions
-each), paired differences with 95 % intervals, and the curve of the first run, which is also drawn:
-docs/curve.svg, the picture of the README. What is finished is not repeated: remove out/bench to have it anew.
+each), the gain with its 95 % interval, and the curve of the first run, which is also drawn: docs/curve.svg,
+the picture of the README. What is finished is not repeated: remove out/bench to have it anew.
 """
 import argparse
 import itertools
@@ -114,12 +113,43 @@ def draw_curve(rows, path):
               text(LEFT + 34, 28, "held-out accuracy, greedy", anchor="start")]
     marks += series([(LEFT + 262, 24), (LEFT + 288, 24)], ORANGE, dots=False)
     marks += [text(LEFT + 296, 28, "length of sampled responses", anchor="start")]
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-            f'height="{HEIGHT}" font-family="Helvetica, Arial, sans-serif" font-size="13" role="img">')
-    title = "<title>Held-out accuracy and response length over the steps of GRPO</title>"
-    background = f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="6" fill="#ffffff" ' \
+    write_picture(path, HEIGHT, "Held-out accuracy and response length over the steps of GRPO", marks)
+
+
+def draw_arms(arms, title, path):
+    """Draw a dot for each run of each arm, and a bar for their mean, as an SVG file.
+
+    arms: name -> percents, one a seed. The picture brings its own background, for light and dark pages.
+    """
+    left, row, top = 150, 34, 44
+    height = top + row * len(arms) + 40
+
+    def x(percent):
+        return left + (WIDTH - left - 70) * percent / 100
+
+    marks = [text(left, 26, title, anchor="start")]
+    for percent in range(0, 101, 20):
+        marks += [line(x(percent), top, x(percent), height - 36, GREY),
+                  text(x(percent), height - 16, percent)]
+    for i, (name, percents) in enumerate(arms.items()):
+        y, mean = top + row * (i + 0.5), sum(percents) / len(percents)
+        colour = ORANGE if name == "GRPO" else BLUE
+        marks += [text(left - 12, y + 4, name, anchor="end"),
+                  f'<rect x="{x(mean) - 1.5:.1f}" y="{y - 11:g}" width="3" height="22" fill="{colour}"/>',
+                  text(WIDTH - 62, y + 4, f"{mean:.1f}", colour, "start")]
+        marks += [f'<circle cx="{x(percent):.1f}" cy="{y:g}" r="4.5" fill="{colour}" fill-opacity="0.45"/>'
+                  for percent in percents]
+    write_picture(path, height, title, marks)
+
+
+def write_picture(path, height, title, marks):
+    """Write an SVG file of the width of all, with a background and a title for those who cannot see it."""
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+            f'height="{height}" font-family="Helvetica, Arial, sans-serif" font-size="13" role="img">')
+    background = f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="6" fill="#ffffff" ' \
                  f'stroke="{GREY}"/>'
-    Path(path).write_text("\n".join([head, title, background, *marks, "</svg>"]) + "\n", encoding="utf-8")
+    lines = [head, f"<title>{title}</title>", background, *marks, "</svg>"]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read_metrics(path):
@@ -141,36 +171,39 @@ def interval(differences, draws=10_000):
     return f"{sum(differences) / n:+.1f} ({low:+.1f} to {high:+.1f}, {n} runs{verdict})"
 
 
-def measure(seed, how, folder, control):
-    """The models of one run: name -> (accuracy id, accuracy ood, seconds of training)."""
-    base, policy, more = (f"{folder}/{name}" for name in ("sft", "grpo", "more_sft"))
-    t_base = run(base, "sft.py", "--seed", seed, "--out", base, **how)
-    t_grpo = run(policy, "grpo.py", "--seed", seed, "--model", base, "--out", policy, **how)
-    found = {"start": (*accuracy(base, **how), t_base), "GRPO": (*accuracy(policy, **how), t_grpo)}
-    if control:
-        steps = round(len(read_metrics(ROOT / base / "metrics.jsonl")) * t_grpo / t_base)
-        t_more = run(more, "sft.py", "--seed", seed + 100, "--model", base, "--out", more, "--steps", steps,
-                     **how)
-        found["more SFT"] = (*accuracy(more, **how), t_more)
-    return found
+def folder_of(seed, threads, python):
+    """Where the runs of a seed are, by what they ran on."""
+    ask = [python, "-c", "import torch; print(torch.__version__)"]
+    torch = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
+    return f"out/bench/{seed}-{threads or 'any'}-{torch}"
+
+
+def quickstart(seed, folder, **how):
+    """Train the two models of a seed; their seconds, by stage."""
+    base, policy = f"{folder}/sft", f"{folder}/grpo"
+    return {"sft": run(base, "sft.py", "--seed", seed, "--out", base, **how),
+            "grpo": run(policy, "grpo.py", "--seed", seed, "--model", base, "--out", policy, **how)}
 
 
 def main(args):
-    print("| seed | threads | torch | model | id | ood | s |\n|---|---|---|---|---|---|---|")
-    runs, folders = [], []
-    for seed, (threads, python) in itertools.product(args.seeds, zip(args.threads, args.pythons)):
-        ask = [python, "-c", "import torch; print(torch.__version__)"]
-        torch = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
-        folders.append(f"out/bench/{seed}-{threads or 'any'}-{torch}")
-        runs.append(measure(seed, {"threads": threads, "python": python}, folders[-1], args.control))
-        for model, (inside, outside, took) in runs[-1].items():
-            numbers = f"{inside:.1f} | {outside:.1f} | {took:.0f}"
-            print(f"| {seed} | {threads} | {torch} | {model} | {numbers} |", flush=True)
+    print("| seed | threads | torch | start: id | ood | after GRPO: id | ood | seconds of SFT, GRPO |\n"
+          "|---|---|---|---|---|---|---|---|")
+    pairs, folders = [], []
+    for (threads, python), seed in itertools.product(zip(args.threads, args.pythons), args.seeds):
+        folder, how = folder_of(seed, threads, python), {"threads": threads, "python": python}
+        seconds = quickstart(seed, folder, **how)
+        start, after = (accuracy(f"{folder}/{stage}", **how) for stage in ("sft", "grpo"))
+        cells = [f"{percent:.1f}" for percent in (*start, *after)]
+        spent = ", ".join(f"{seconds[stage]:.0f}" for stage in ("sft", "grpo"))
+        head = [str(seed), threads, folder.rpartition("-")[2]]
+        print("|", " | ".join([*head, *cells, spent]), "|", flush=True)
+        pairs.append((start, after))
+        folders.append(folder)
     for split, name in enumerate(("id", "ood")):
-        for other in [model for model in runs[0] if model != "GRPO"]:
-            gains = [found["GRPO"][split] - found[other][split] for found in runs]
-            print(f"{name}, GRPO minus {other}: {interval(gains)}")
-        print(f"{name}, GRPO: {min(found['GRPO'][split] for found in runs):.1f} at least")
+        gains = [after[split] - start[split] for start, after in pairs]
+        print(f"{name}: starts {min(start[split] for start, _ in pairs):.1f} to "
+              f"{max(start[split] for start, _ in pairs):.1f}, after GRPO "
+              f"{min(after[split] for _, after in pairs):.1f} at least, gain {interval(gains)}")
     rows = read_metrics(ROOT / f"{folders[0]}/grpo/metrics.jsonl")
     show_curve(rows)
     draw_curve(rows, CURVE)
@@ -197,7 +230,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--threads", nargs="*", default=[""])
     parser.add_argument("--pythons", nargs="*", default=[sys.executable])
-    parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--curve", metavar="METRICS")
     args = parser.parse_args()
     if args.curve:

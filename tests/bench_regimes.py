@@ -1,23 +1,29 @@
-"""Each method where it is said to help: arms from the same start, on the same questions, at equal rollouts.
+"""Each method where it is said to help: arms from the same start, on the same pictures, at equal rollouts.
 
     python tests/bench_regimes.py                           # all regimes, 5 seeds
     python tests/bench_regimes.py rethink --seeds 0 1       # one regime, two seeds
     python tests/bench_regimes.py saturated --only GRPO SSR
 
 Prints a row per seed and arm, then each arm minus plain GRPO, paired by seed, with bootstrap 95 % intervals.
-Rows go to out/regimes/REGIME.jsonl as well. What is finished is not repeated: remove out/regimes to have it
-anew. Starts are the quickstart's (out/bench/SEED, made here if there are none). The regimes:
+Writes out/regimes/REGIME.jsonl, the same rows, and docs/REGIME.svg, a dot for each run. Two runs go side by
+side, with one thread each. What is finished is not repeated: remove out/regimes to have it anew. Starts are
+those of bench_quickstart.py (out/bench, made here if there are none). The regimes:
 
+shift      Does RL carry over to a drawing style that nobody trained on, and do answers or thoughts that are
+           imitated? The quickstart's start and its GRPO, against SFT from there for the same time.
 saturated  The start, GRPO's own result, answers nearly all questions right. One in ten is drawn in the style
            that it has not seen, and rollouts are scarce: few groups have an advantage. Measured: accuracy in
            that style.
 rethink    The start answers at first sight, mostly wrong. In one response of twenty it hesitates with one of
            the triggers' words, and goes through the board. Measured: accuracy, how many reflect.
+shortcut   Each question tells what the answer would often be, and is right in half of the cases; the start
+           repeats it, or looks. Measured: accuracy where what is told is always wrong.
 """
 import argparse
 import json
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
@@ -26,124 +32,211 @@ sys.path.insert(0, str(ROOT))
 
 import data_prep  # noqa: E402
 import grpo  # noqa: E402
-from bench_quickstart import interval, read_metrics, run  # noqa: E402
+from bench_quickstart import draw_arms, folder_of, interval, quickstart, read_metrics, run  # noqa: E402
 
 TRAIN = "data/mini/counting_train.jsonl"
-HARD = 0.1  # share of unfamiliar questions
-REPAIRED = 0.05  # share of the start's responses that notice and repair
-RETHINK = ["--rethink_frac", "0.5", "--rethink_rewind", "1", "--rethink_min", "1", "--rethink_max", "60"]
+HARD = 0.1  # saturated: share of unfamiliar questions
+REPAIRED = 0.05  # rethink: share of the start's responses that notice and repair
+TOLD_RIGHT = 0.5  # shortcut: share of training questions that tell the right answer
+SHORT = ["--max_new_tokens", 72, "--prompts_per_step", 16]
 
 
-def base(seed, stage):
+def start_of(seed, stage):
     """The quickstart's own model of that seed, after sft.py or grpo.py."""
-    out = f"out/bench/{seed}/{stage}"
-    start = ["--model", base(seed, "sft")] if stage == "grpo" else []
-    run(out, f"{stage}.py", "--seed", seed, "--out", out, *start)
-    return out
+    folder = folder_of(seed, "1", sys.executable)
+    quickstart(seed, folder, threads="1")
+    return f"{folder}/{stage}"
 
 
-# ----- saturated
+def answered(record, thought):
+    return record | {"response": f"<think> {thought} </think> <answer> {record['answer']} </answer>"}
 
 
-def mostly_easy(seed, folder):
-    """Training records of which HARD are drawn in the style "ood", other boards than the held-out ones."""
-    path, rng = folder / "mixed.jsonl", random.Random(f"mixed/{seed}")
-    if path.exists():
-        return path
-    records = data_prep.read_records(ROOT / TRAIN)
-    hard = []
-    for i in range(round(HARD * len(records))):
-        row = data_prep.counting_example(rng, i, "ood")
-        hard.append({"id": f"hard-{i}", "task": "counting", "source": "mini", "images": row["pictures"],
-                     "question": row["question"], "answer": row["answer"], "answer_type": "number"})
-    mixed = records[:len(records) - len(hard)] + hard
-    rng.shuffle(mixed)
-    data_prep.write_records(path, mixed)
+def thoughts():
+    """What is to be seen on each picture of the training rows, by id."""
+    return {row["id"]: row["cot"] for row in json.loads((ROOT / "data/mini/counting_meta.json").read_text())}
+
+
+def written(path, records):
+    """The path, with the records written to it unless they are there."""
+    if not path.exists():
+        data_prep.write_records(path, list(records))
     return path
+
+
+# ----- the regimes: (seed, folder) -> {arm: (run directory, command)}, where GRPO is the first
+
+
+def shift(seed, folder):
+    start, policy = start_of(seed, "sft"), start_of(seed, "grpo")
+    records, seen = data_prep.read_records(ROOT / TRAIN), thoughts()
+    answers = written(folder / "answers.jsonl", (answered(r, "at first sight") for r in records))
+    looks = written(folder / "looks.jsonl", (answered(r, seen[r["id"]]) for r in records))
+    spent = {stage: float((ROOT / stage / "wall_time").read_text()) for stage in (start, policy)}
+    steps = round(len(read_metrics(ROOT / start / "metrics.jsonl")) * spent[policy] / spent[start])
+    sft = ["sft.py", "--seed", 100 + seed, "--model", start, "--eval_data", "", "--steps", steps]
+    return {"GRPO": (policy, []),
+            "more SFT": (folder / "more", sft),
+            "SFT on answers": (folder / "answers", [*sft, "--data", answers]),
+            "SFT on thoughts": (folder / "thoughts", [*sft, "--data", looks])}
 
 
 def saturated(seed, folder):
-    return base(seed, "grpo"), mostly_easy(seed, folder)
-
-
-# ----- rethink
-
-
-def hesitating(seed, folder):
-    """Responses at first sight, of which REPAIRED go on with a trigger and the whole board."""
-    path, rng = folder / "hesitating.jsonl", random.Random(f"hesitating/{seed}")
-    if path.exists():
-        return path
-    meta = json.loads((ROOT / "data/mini/counting_meta.json").read_text())
-    thoughts = {row["id"]: row["cot"] for row in meta}
-    records = data_prep.read_records(ROOT / TRAIN)
-    for record in records:
-        thought = "at first sight"
-        if rng.random() < REPAIRED:
-            trigger = rng.choice(list(grpo.TRIGGERS.values()))
-            thought += f"{trigger} {thoughts[record['id']]}"
-        record["response"] = f"<think> {thought} </think> <answer> {record['answer']} </answer>"
-    data_prep.write_records(path, records)
-    return path
+    rng, records = random.Random(f"mixed/{seed}"), data_prep.read_records(ROOT / TRAIN)
+    hard = []
+    for i in range(round(HARD * len(records))):
+        row = data_prep.counting_example(rng, i, "ood")  # other boards than the held-out ones
+        hard.append({"id": f"hard-{i}", "task": "counting", "source": "mini", "images": row["pictures"],
+                     "question": row["question"], "answer": row["answer"], "answer_type": "number"})
+    mixed = records[len(hard):] + hard
+    rng.shuffle(mixed)
+    command = ["grpo.py", "--seed", seed, "--model", start_of(seed, "grpo"), *SHORT, "--steps", 40,
+               "--data", written(folder / "mixed.jsonl", mixed),
+               "--eval_data", "data/mini/counting_ood.jsonl", "--eval_every", 5, "--eval_n", 100]
+    ways = {"GRPO": "off", "filter": "filter", "SSR": "replay", "refill": "refill"}
+    return {arm: (folder / arm, [*command, "--ssr", way]) for arm, way in ways.items()}
 
 
 def rethink(seed, folder):
-    start = f"{folder.relative_to(ROOT)}/start"
-    run(start, "sft.py", "--seed", seed, "--model", base(seed, "sft"), "--data", hesitating(seed, folder),
-        "--steps", 400, "--lr", 5e-4, "--out", start)
-    return start, TRAIN
+    rng, seen = random.Random(f"hesitating/{seed}"), thoughts()
+
+    def hesitating(record):
+        thought = "at first sight"
+        if rng.random() < REPAIRED:
+            thought += f"{rng.choice(list(grpo.TRIGGERS.values()))} {seen[record['id']]}"
+        return answered(record, thought)
+
+    data = written(folder / "hesitating.jsonl", map(hesitating, data_prep.read_records(ROOT / TRAIN)))
+    start = folder / "start"
+    run(start, "sft.py", "--seed", seed, "--model", start_of(seed, "sft"), "--data", data, "--steps", 400,
+        "--lr", 5e-4, "--eval_data", "", "--out", start, threads="1")
+    command = ["grpo.py", "--seed", seed, "--model", start, *SHORT, "--max_new_tokens", 140, "--steps", 20,
+               "--eval_every", 5, "--eval_n", 100]
+    forced = ["--rethink_frac", 0.5, "--rethink_rewind", 1, "--rethink_min", 1, "--rethink_max", 60]
+    return {"GRPO": (folder / "GRPO", command), "rethinking": (folder / "rethinking", [*command, *forced])}
 
 
-# ----- arms
+def shortcut(seed, folder):
+    rng, seen = random.Random(f"told/{seed}"), thoughts()
 
-COMMON = ["--eval_every", "5", "--eval_n", "100", "--eval_data"]
-# regime -> (its start and data, flags of all arms, arms, the benchmark that counts)
-REGIMES = {
-    "saturated": (saturated, ["--prompts_per_step", "16", "--steps", "40", "--max_new_tokens", "60"],
-                  {"GRPO": [], "filter": ["--ssr", "filter"], "SSR": ["--ssr", "replay"],
-                   "refill": ["--ssr", "refill"]}, "counting-ood"),
-    "rethink": (rethink, ["--prompts_per_step", "16", "--steps", "20", "--max_new_tokens", "140"],
-                {"GRPO": [], "rethinking": RETHINK}, "counting-id"),
-}
+    def told(record, share):
+        answer = int(record["answer"])
+        other = rng.choice([n for n in range(6) if n != answer])
+        says = answer if rng.random() < share else other
+        question = f"{record['question']} Often {says}."
+        return record | {"question": question, "meta": record["meta"] | {"says": says}}
+
+    def taught(record):
+        """The start repeats what it is told in two of three cases, and is graded wrong for it or not."""
+        if rng.random() < 2 / 3:
+            return answered(record | {"answer": str(record["meta"]["says"])}, "at first sight")
+        return answered(record, seen[record["id"]])
+
+    records = [told(record, TOLD_RIGHT) for record in data_prep.read_records(ROOT / TRAIN)]
+    data = written(folder / "told.jsonl", records)
+    lessons = written(folder / "lessons.jsonl", map(taught, records))
+    wrong = [told(record, 0) for record in data_prep.read_records(ROOT / "data/mini/counting_id.jsonl")]
+    held_out = written(folder / "counting-wrong.jsonl", wrong)
+    start = folder / "start"
+    run(start, "sft.py", "--seed", seed, "--model", start_of(seed, "sft"), "--data", lessons, "--steps", 400,
+        "--lr", 5e-4, "--eval_data", "", "--out", start, threads="1")
+    command = ["grpo.py", "--seed", seed, "--model", start, *SHORT, "--data", data, "--steps", 30,
+               "--eval_data", held_out, "--eval_every", 5, "--eval_n", 100]
+    ways = {"GRPO": [], "PAPO": ["--perception", "papo"],
+            "VPPO": ["--perception", "vppo", "--perception_entropy", 0.06],
+            "NoisyRollout": ["--noisy_frac", 0.5]}
+    return {arm: (folder / arm, [*command, *flags]) for arm, flags in ways.items()}
 
 
-def measure(regime, arm, seed):
-    """Train one arm on one seed; what is known of it afterwards."""
-    prepare, flags, arms, bench = REGIMES[regime]
+# regime -> (its arms, benchmarks: the first is the one that it is about)
+REGIMES = {"shift": (shift, ["counting-ood", "counting-id"]),
+           "saturated": (saturated, ["counting-ood", "counting-id"]),
+           "rethink": (rethink, ["counting-id", "counting-ood"]),
+           "shortcut": (shortcut, ["{}/counting-wrong.jsonl", "counting-id"])}
+
+
+# ----- their tables
+
+
+def measure(regime, seed, only):
+    """Train the arms of one seed; a row for each."""
+    prepare, benches = REGIMES[regime]
     folder = ROOT / f"out/regimes/{regime}/{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    start, data = prepare(seed, folder)
-    out = f"out/regimes/{regime}/{seed}/{arm.replace(' ', '_')}"
-    held_out = f"data/mini/{bench.replace('-', '_')}.jsonl"
-    seconds = run(out, "grpo.py", "--seed", seed, "--model", start, "--data", data, "--out", out, *COMMON,
-                  held_out, *flags, *arms[arm])
-    run(f"{out}/eval", "eval.py", "--bench", bench, "--model", out, "--max_new_tokens", 140)
-    after = json.loads((ROOT / out / "eval/summary.json").read_text())[0]
-    rows = read_metrics(ROOT / out / "metrics.jsonl")
-    steps = [row for row in rows if "reward/mean" in row]
-    return {"regime": regime, "arm": arm, "seed": seed, "start": 100 * rows[0]["eval/accuracy"],
-            "accuracy": 100 * after["accuracy"], "tokens": after["tokens"],
-            "effective": 100 * mean(row["groups/effective_frac"] for row in steps[:10]),
-            "reflect": 100 * steps[-1]["len/reflect"],
-            "rollout tokens": sum(row["tokens/gen"] for row in steps), "seconds": seconds}
+    rows = []
+    for arm, (out, command) in prepare(seed, folder.relative_to(ROOT)).items():
+        if only and arm not in only:
+            continue
+        seconds = run(out, *command, "--out", out, threads="1")
+        run(f"{out}/eval", "eval.py", "--model", out, "--max_new_tokens", 140, "--bench",
+            *(bench.format(folder) for bench in benches), threads="1")
+        found = json.loads((ROOT / out / "eval/summary.json").read_text())
+        metrics = read_metrics(ROOT / out / "metrics.jsonl")
+        steps = [row for row in metrics if "reward/mean" in row]
+        row = {"regime": regime, "seed": seed, "arm": arm, "seconds": round(seconds)}
+        row |= {entry["bench"]: 100 * entry["accuracy"] for entry in found[:len(benches)]}
+        row["tokens"] = found[0]["tokens"]
+        if steps:  # of GRPO
+            row |= {"before": 100 * metrics[0]["eval/accuracy"],
+                    "rollout tokens": sum(step["tokens/gen"] for step in steps),
+                    "effective": 100 * mean(step["groups/effective_frac"] for step in steps[:10]),
+                    "reflect": 100 * steps[-1]["len/reflect"]}
+        row["curve"] = [(step["step"], 100 * step["eval/accuracy"], spent)
+                        for step, spent in with_seconds(metrics) if "eval/accuracy" in step]
+        rows.append(row)
+    return rows
+
+
+def with_seconds(metrics):
+    """(row, seconds of training up to it) of each row of a metrics.jsonl."""
+    spent = 0.0
+    for row in metrics:
+        spent += row.get("time/step", 0.0)
+        yield row, spent
+
+
+def held_out(row, seconds):
+    """Held-out accuracy of a run when it had trained for so long."""
+    return [accuracy for _, accuracy, spent in row["curve"] if spent <= seconds][-1]
+
+
+def differences(rows, benches):
+    """Lines: each arm minus GRPO, paired by seed; on the benchmarks, and held out at equal time."""
+    runs = {(row["arm"], row["seed"]): row for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != "GRPO"):
+        pairs = [(runs[arm, seed], runs["GRPO", seed]) for seed in seeds]
+        for bench in benches:
+            gains = [ours[bench] - plain[bench] for ours, plain in pairs]
+            yield f"{bench}, {arm} minus GRPO: {interval(gains)}"
+        if pairs[0][0]["curve"]:
+            gains = []
+            for ours, plain in pairs:
+                shortest = min(ours["curve"][-1][2], plain["curve"][-1][2])
+                gains.append(held_out(ours, shortest) - held_out(plain, shortest))
+            yield f"held out at equal time, {arm} minus GRPO: {interval(gains)}"
+
+
+def shown(cell):
+    return f"{cell:.1f}" if isinstance(cell, float) else str(cell)
 
 
 def main(regimes, seeds, only):
     for regime in regimes:
-        rows = []
-        for seed in seeds:
-            for arm in [arm for arm in REGIMES[regime][2] if arm in only or not only]:
-                rows.append(measure(regime, arm, seed))
-                if len(rows) == 1:
-                    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-                shown = [f"{cell:.1f}" if isinstance(cell, float) else str(cell)
-                         for cell in rows[-1].values()]
-                print("| " + " | ".join(shown) + " |", flush=True)
+        with ThreadPoolExecutor(2) as pool:
+            rows = [row for found in pool.map(lambda seed: measure(regime, seed, only), seeds)
+                    for row in found]
         data_prep.write_rows(ROOT / f"out/regimes/{regime}.jsonl", rows)
-        scores = {(row["arm"], row["seed"]): row["accuracy"] for row in rows}
-        for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != "GRPO"):
-            gains = [scores[arm, seed] - scores["GRPO", seed] for seed in seeds]
-            print(f"{arm} minus GRPO: {interval(gains)}")
+        names = [name for name in rows[0] if name != "curve"]
+        print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+        for row in rows:
+            print("| " + " | ".join(shown(row.get(name, "")) for name in names) + " |")
+        benches = [Path(bench).stem for bench in REGIMES[regime][1]]
+        print("\n".join(differences(rows, benches)), flush=True)
+        scores = {}
+        for row in rows:
+            scores.setdefault(row["arm"], []).append(row[benches[0]])
+        draw_arms(scores, f"{benches[0]}, accuracy after training (%)", ROOT / f"docs/{regime}.svg")
 
 
 if __name__ == "__main__":

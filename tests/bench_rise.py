@@ -1,6 +1,6 @@
 """RISE on the mini suite: do its rationales improve, and does RISE-R1 beat SFT and GRPO that have none?
 
-    python tests/bench_rise.py             # both tasks, seeds 0 and 1; writes under out/bench
+    python tests/bench_rise.py             # both tasks, seeds 0 to 4; writes under out/bench
     python tests/bench_rise.py 0 detect    # one of each
 
 The tiny model first learns from data/mini/TASK_see.jsonl to describe pictures, then from TASK_talk.jsonl to
@@ -10,11 +10,15 @@ time, counted in the seconds of their own processes, so that other work does not
     RISE    rise.py, --phase annotate, sft.py on what it exports, grpo.py
     SFT     sft.py on the answers, at first sight
     GRPO    grpo.py from the start, as Visual-RFT does
+Prints a row per seed and arm, RISE minus the others, paired by seed, with bootstrap 95 % intervals, and the
+curves of RISE-CoT. Draws docs/rise_TASK.svg, a dot for each run. Two runs go side by side, with one thread
+each. A seed that is finished is not repeated: remove out/bench to have it anew.
 """
 import json
-import resource
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
@@ -23,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import data_prep  # noqa: E402
 import rewards  # noqa: E402
+from bench_quickstart import draw_arms, interval  # noqa: E402
 
 RL = ["--prompts_per_step", "16", "--group_size", "8", "--max_new_tokens", "64", "--warmup", "2",
       "--lr", "2e-4"]
@@ -32,12 +37,14 @@ KNOWN = {"detect": 64, "mood": 16}  # annotated records, for all arms
 
 
 def run(*argv):
-    """Run a stage in the repository root; return the CPU seconds it took."""
-    began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
+    """Run a stage in the repository root; return the CPU seconds it took, those of its processes included."""
+    command = [sys.executable, *map(str, argv)]
+    stage = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    _, status, used = os.wait4(stage.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    return used.ru_utime + used.ru_stime
 
 
 def glance(record):
@@ -55,9 +62,13 @@ def agreement(model, task):
             100 * mean(rewards.accuracy(row["response"], gold[row["id"]]) for row in rows))
 
 
-def measure(task, seed):
-    """All arms on one task and seed: rows of the table, and the metrics of RISE-CoT."""
+def measure(job):
+    """All arms on one (task, seed): rows of the table, and the metrics of RISE-CoT."""
+    task, seed = job
     folder, common = f"out/bench/rise_{task}_{seed}", ["--seed", seed]
+    kept = ROOT / folder / "result.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
     see, start = f"{folder}/see", f"{folder}/talk"
     taught = sum(run("sft.py", *common, *SFT, "--model", model, "--data", f"data/mini/{task}_{name}.jsonl",
                      "--steps", STEPS[name], "--out", f"{folder}/{name}")
@@ -93,21 +104,33 @@ def measure(task, seed):
         ("GRPO", "grpo", f"{grpo:.0f}"), (f"RISE without its GRPO, {notes} rationales", "r1_sft", ""),
         ("RISE", "r1", f"{total:.0f} = {times}"))]
     lines = (ROOT / folder / "cot/metrics.jsonl").read_text().splitlines()
-    return rows, [json.loads(line) for line in lines]
+    result = rows, [json.loads(line) for line in lines]
+    data_prep.write_text(kept, [json.dumps(result)])
+    return result
 
 
 def main(seeds, tasks):
-    curves = {}
-    print("| task | seed | arm | agreement | accuracy | CPU s |\n|---|---|---|---|---|---|", flush=True)
+    jobs = [(task, seed) for task in tasks for seed in seeds]
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(jobs, pool.map(measure, jobs)))
+    print("| task | seed | arm | agreement | accuracy | CPU s |\n|---|---|---|---|---|---|")
+    for (task, seed), (rows, _) in found.items():
+        for name, agrees, right, seconds in rows:
+            print(f"| {task} | {seed} | {name} | {agrees:.1f} | {right:.1f} | {seconds} |")
+    print()
     for task in tasks:
+        arms = {}
         for seed in seeds:
-            rows, curves[task, seed] = measure(task, seed)
-            for name, agrees, right, seconds in rows:
-                print(f"| {task} | {seed} | {name} | {agrees:.1f} | {right:.1f} | {seconds} |", flush=True)
+            for name, agrees, *_ in found[task, seed][0]:
+                arms.setdefault(name.partition(",")[0], []).append(agrees)
+        for name in [name for name in arms if name != "RISE"]:
+            gains = [rise - other for rise, other in zip(arms["RISE"], arms[name])]
+            print(f"{task}, agreement, RISE minus {name}: {interval(gains)}")
+        draw_arms(arms, f"{task}, agreement on held-out questions (%)", ROOT / f"docs/rise_{task}.svg")
     print("\n| task | seed | step | agreement in training | held out | leaks | tokens |\n"
           "|---|---|---|---|---|---|---|")
-    for (task, seed), rows in curves.items():
-        for row in rows:
+    for (task, seed), (_, steps) in found.items():
+        for row in steps:
             if "eval/agreement" in row:
                 seen = f"{100 * row['reward/agreement']:.1f}" if row["step"] else ""
                 print(f"| {task} | {seed} | {row['step']} | {seen} | {100 * row['eval/agreement']:.1f} "
@@ -115,5 +138,5 @@ def main(seeds, tasks):
 
 
 if __name__ == "__main__":
-    main([int(a) for a in sys.argv[1:] if a.isdigit()] or [0, 1],
+    main([int(a) for a in sys.argv[1:] if a.isdigit()] or [0, 1, 2, 3, 4],
          [a for a in sys.argv[1:] if not a.isdigit()] or ["detect", "mood"])
