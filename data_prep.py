@@ -594,8 +594,13 @@ def scaled_box(box: list, size: tuple[int, int], box_format: str) -> list[int]:
         right, bottom = x + right, y + bottom
     if not (-1 <= x < right <= size[0] + 1 and -1 <= y < bottom <= size[1] + 1):
         raise ValueError(f"bbox {box} is no {box_format} box within {size[0]}x{size[1]}")
-    (x1, x2), (y1, y2) = ([min(max(round(1000 * value / side), 0), 1000) for value in pair]
-                          for pair, side in zip(((x, right), (y, bottom)), size))
+
+    def scaled(value, side):
+        return min(max(round(1000 * value / side), 0), 1000)
+
+    width, height = size
+    x1, x2 = scaled(x, width), scaled(right, width)
+    y1, y2 = scaled(y, height), scaled(bottom, height)
     return [min(x1, 999), min(y1, 999), max(x2, x1 + 1), max(y2, y1 + 1)]  # an object is never empty
 
 
@@ -1465,11 +1470,16 @@ def write_records(path: str | Path, records: list[dict], layout: str = "") -> No
     rows that share an image share its file: encoded ones byte for byte, PIL images as PNG. Raises OSError.
     """
     folder = Path(path).parent.resolve()
-    portable = (r | {"images": [save_image(ref, folder) for ref in r["images"]]} for r in records)
+
+    def portable():
+        for record in records:
+            images = [save_image(ref, folder) for ref in record["images"]]
+            yield record | {"images": images}
+
     if layout:
-        write_sharegpt(Path(path), portable, layout)
+        write_sharegpt(Path(path), portable(), layout)
     else:
-        write_rows(Path(path), portable)
+        write_rows(Path(path), portable())
 
 
 def write_sharegpt(path: Path, records: Iterable[dict], layout: str) -> None:
@@ -1920,7 +1930,10 @@ def chat_messages(messages: list[dict], images: list[Image.Image]) -> list[dict]
         url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
         return {"type": "image_url", "image_url": {"url": url}}
 
-    return [turn | {"content": [filled(part) for part in turn["content"]]} for turn in messages]
+    turns = []
+    for turn in messages:
+        turns.append(turn | {"content": [filled(part) for part in turn["content"]]})
+    return turns
 
 
 def in_parallel(ask: Callable, items: Iterable, workers: int) -> Iterator[tuple]:
@@ -2247,7 +2260,8 @@ def check_bridge(cfg) -> Path:
 def forecast(calls: Calls, done: int, left: int, seconds: float) -> str:
     """What the rest will take, judged by this run's first rows."""
     new = [tokens for call, (_, tokens) in calls.used.items() if call not in calls.replies]
-    prompt, completion = (sum(tokens[k] for tokens in new) * left // done for k in (0, 1))
+    prompt = sum(tokens[0] for tokens in new) * left // done
+    completion = sum(tokens[1] for tokens in new) * left // done
     return (f"first {done} rows: {len(new)} calls in {seconds:.0f} s; the other {left}: about "
             f"{len(new) * left // done} calls, {prompt} prompt and {completion} completion tokens, "
             f"{tqdm.format_interval(seconds * left / done)}")
@@ -2363,8 +2377,10 @@ def draw_object(pen, x: int, y: int, cell: tuple[str, str], style: str) -> None:
 def draw_kinds(rng: random.Random, attribute: str, count: int, total: int) -> list:
     """(colour, shape) or None for each cell: `total` objects, `count` of them with the attribute."""
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    cells = [rng.choice([k for k in kinds if attribute in k]) for _ in range(count)]
-    cells += [rng.choice([k for k in kinds if attribute not in k]) for _ in range(total - count)]
+    having = [kind for kind in kinds if attribute in kind]
+    lacking = [kind for kind in kinds if attribute not in kind]
+    cells = [rng.choice(having) for _ in range(count)]
+    cells += [rng.choice(lacking) for _ in range(total - count)]
     cells += [None] * (len(CELLS) - total)
     rng.shuffle(cells)
     return cells
@@ -2413,7 +2429,8 @@ def structure_example(rng: random.Random, i: int, split: str) -> dict:
     """
     while True:
         kinds = [rng.choice(list(PIECES)) for _ in CELLS]
-        areas = [sum(PIECES[kind] for kind in kinds[row:row + 3]) for row in (0, 3, 6)]
+        pieces = [PIECES[kind] for kind in kinds]
+        areas = [sum(pieces[row:row + 3]) for row in (0, 3, 6)]
         largest = [name for name, area in zip(ROWS, areas) if area == max(areas)]
         if sum(areas) == 1 + i // 2 % 8 / 2 if i % 2 else largest == [ROWS[i // 2 % 3]]:
             break
@@ -2487,7 +2504,8 @@ def transform_example(rng: random.Random, i: int, split: str) -> dict:
         apart = len(moved) == sum("position" in call for call in calls.values())  # none takes another's place
         if apart and len({(o["shape"], o["color"]) for o in end.values()}) == len(end):
             break
-    before, after = ({o["cell"]: (o["color"], o["shape"]) for o in scene.values()} for scene in (start, end))
+    before = {o["cell"]: (o["color"], o["shape"]) for o in start.values()}
+    after = {o["cell"]: (o["color"], o["shape"]) for o in end.values()}
     names = {o["cell"]: name for name, o in start.items()}
     words, left = [], []
     for k, cell in enumerate(CELLS):
@@ -2498,8 +2516,8 @@ def transform_example(rng: random.Random, i: int, split: str) -> dict:
             left += [names[k], cell, CELLS[end[names[k]]["cell"]], calls[names[k]]]
     words += left
     listed = ", ".join(str((k, *list(o.values())[:-1])) for k, o in start.items())
-    pictures = [draw_board([scene.get(k) for k in range(9)], style, draw_object)
-                for scene, style in ((before, "train"), (after, split))]
+    pictures = [draw_board([*map(before.get, range(9))], "train", draw_object),
+                draw_board([*map(after.get, range(9))], split, draw_object)]
     return {"question": f"Objects: {listed}.", "answer": answer, "answer_type": "calls",
             "thought": " ".join(words), "pictures": pictures,
             "meta": {"objects": start, "steps": len(calls)}}

@@ -1804,7 +1804,10 @@ def shorten(text, keep):
 def read_metrics(run):
     """The finite numbers of metrics.jsonl, about POINTS rows of them and as many evaluations."""
     rows = complete_rows(run / "metrics.jsonl")
-    evaluations = [i for i, row in enumerate(rows) if any(key.startswith("eval/") for key in row)]
+    evaluations = []
+    for i, row in enumerate(rows):
+        if any(key.startswith("eval/") for key in row):
+            evaluations.append(i)
     places = {*spread(range(len(rows)), POINTS), *spread(evaluations, POINTS)}
     kept = []
     for place in sorted(places):

@@ -1231,7 +1231,7 @@ def main(cfg):
         log.step(step, metrics, shown=("reward/mean", "len/mean", "groups/effective_frac", "eval/accuracy"))
         if step % cfg.save_every == 0 or step == cfg.steps or stop_now:
             with one_line_errors():
-                held_back = {key: [vars(r) for r in group] for key, group in waiting.items()}
+                held_back = {key: list(map(vars, group)) for key, group in waiting.items()}
                 extra = {"replay": buffer.state(), "waiting": held_back, "draws": draws}
                 save_checkpoint(cfg, step, policy, processor, optimizer, extra,
                                 wait=stop_now or step == cfg.steps)

@@ -1315,7 +1315,9 @@ def group_batches(groups, policy, dummy, budget):
     lengths = [len(group) for group in groups]
     for rows in micro_batches(lengths, budget, policy.packs, attention_scale(policy.config)):
         indices = list(itertools.chain.from_iterable(rows))
-        batch = [[groups[i] for i in row] for row in rows]
+        batch = []
+        for row in rows:
+            batch.append([groups[i] for i in row])
         yield indices, *collate(batch, dummy, 0, policy.banned.device)
 
 
@@ -1875,7 +1877,9 @@ def open_run(cfg, device, need):
     usual = type(cfg)
     foreign = cfg.data != usual.data and cfg.eval_data == usual.eval_data
     held_out = []
-    if cfg.eval_data and not foreign:
+    if foreign and dist.get_rank() == 0:
+        print(f"no evaluation: {usual.eval_data} belongs to the default --data; --eval_data names another file")
+    elif cfg.eval_data and not foreign:
         held_out = read_records(cfg.eval_data, need=need, limit=cfg.eval_n)
     path = origin if adapts else start or origin
     try:

@@ -14,8 +14,8 @@ shift      Does RL carry over to a drawing style that nobody trained on, and do 
 saturated  The start, GRPO's own result, answers nearly all questions right. One in ten is drawn in the style
            that it has not seen, and rollouts are scarce: few groups have an advantage. Measured: accuracy in
            that style.
-rethink    The start answers at first sight, mostly wrong. In one response of twenty it hesitates with one of
-           the triggers' words, and goes through the board. Measured: accuracy, how many reflect.
+rethink    The start answers at first sight, mostly wrong. In one response of twenty it says
+           "Wait," and goes through the board. Measured: accuracy, how many reflect.
 shortcut   Each question tells what the answer would often be, and is right in half of the cases; the start
            repeats it, or looks. Measured: accuracy where what is told is always wrong.
 """
@@ -103,16 +103,17 @@ def rethink(seed, folder):
     def hesitating(record):
         thought = "at first sight"
         if rng.random() < REPAIRED:
-            thought += f"{rng.choice(list(grpo.TRIGGERS.values()))} {seen[record['id']]}"
+            thought += f"{grpo.TRIGGERS['bare']} {seen[record['id']]}"
         return answered(record, thought)
 
     data = written(folder / "hesitating.jsonl", map(hesitating, data_prep.read_records(ROOT / TRAIN)))
     start = folder / "start"
-    run(start, "sft.py", "--seed", seed, "--model", start_of(seed, "sft"), "--data", data, "--steps", 400,
-        "--lr", 5e-4, "--eval_data", "", "--out", start, threads="1")
+    run(start, "sft.py", "--seed", seed, "--model", start_of(seed, "sft"), "--data", data, "--steps", 600,
+        "--eval_data", "", "--out", start, threads="1")
     command = ["grpo.py", "--seed", seed, "--model", start, *SHORT, "--max_new_tokens", 140, "--steps", 20,
                "--eval_every", 5, "--eval_n", 100]
-    forced = ["--rethink_frac", 0.5, "--rethink_rewind", 1, "--rethink_min", 1, "--rethink_max", 60]
+    forced = ["--rethink_frac", 0.5, "--rethink_kinds", "bare=1", "--rethink_rewind", 1, "--rethink_min", 1,
+              "--rethink_max", 60]
     return {"GRPO": (folder / "GRPO", command), "rethinking": (folder / "rethinking", [*command, *forced])}
 
 
