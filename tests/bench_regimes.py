@@ -14,8 +14,8 @@ shift      Does RL carry over to a drawing style that nobody trained on, and do 
 saturated  The start, GRPO's own result, answers nearly all questions right. One in ten is drawn in the style
            that it has not seen, and rollouts are scarce: few groups have an advantage. Measured: accuracy in
            that style.
-rethink    The start answers at first sight, mostly wrong. In one response of twenty it says
-           "Wait," and goes through the board. Measured: accuracy, how many reflect.
+rethink    The start can reconsider, and never does so by itself: it answers at first sight, but told to look
+           it says "Wait," and goes through the board. Rollouts are scarce. Measured: accuracy.
 shortcut   Each question tells what the answer would often be, and is right in half of the cases; the start
            repeats it, or looks. Measured: accuracy where what is told is always wrong.
 """
@@ -36,7 +36,6 @@ from bench_quickstart import draw_arms, folder_of, interval, quickstart, read_me
 
 TRAIN = "data/mini/counting_train.jsonl"
 HARD = 0.1  # saturated: share of unfamiliar questions
-REPAIRED = 0.05  # rethink: share of the start's responses that notice and repair
 TOLD_RIGHT = 0.5  # shortcut: share of training questions that tell the right answer
 SHORT = ["--max_new_tokens", 72, "--prompts_per_step", 16]
 
@@ -101,20 +100,22 @@ def rethink(seed, folder):
     rng, seen = random.Random(f"hesitating/{seed}"), thoughts()
 
     def hesitating(record):
-        thought = "at first sight"
-        if rng.random() < REPAIRED:
-            thought += f"{grpo.TRIGGERS['bare']} {seen[record['id']]}"
-        return answered(record, thought)
+        thought = f"at first sight{grpo.TRIGGERS['bare']} {seen[record['id']]}"
+        if rng.random() < data_prep.TOLD:
+            return answered(record | {"question": record["question"] + data_prep.LOOK}, thought)
+        return answered(record, "at first sight")
 
     data = written(folder / "hesitating.jsonl", map(hesitating, data_prep.read_records(ROOT / TRAIN)))
     start = folder / "start"
     run(start, "sft.py", "--seed", seed, "--model", start_of(seed, "sft"), "--data", data, "--steps", 600,
         "--eval_data", "", "--out", start, threads="1")
-    command = ["grpo.py", "--seed", seed, "--model", start, *SHORT, "--max_new_tokens", 140, "--steps", 20,
-               "--eval_every", 5, "--eval_n", 100]
+    command = ["grpo.py", "--seed", seed, "--model", start, "--max_new_tokens", 140,
+               "--prompts_per_step", 4, "--steps", 60, "--eval_every", 5, "--eval_n", 100]
     forced = ["--rethink_frac", 0.5, "--rethink_kinds", "bare=1", "--rethink_rewind", 1, "--rethink_min", 1,
               "--rethink_max", 60]
-    return {"GRPO": (folder / "GRPO", command), "rethinking": (folder / "rethinking", [*command, *forced])}
+    return {"GRPO": (folder / "GRPO", command),
+            "GRPO, 5 x the steps": (folder / "longer", [*command, "--steps", 300, "--eval_every", 25]),
+            "rethinking": (folder / "rethinking", [*command, *forced])}
 
 
 def shortcut(seed, folder):

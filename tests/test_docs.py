@@ -3,6 +3,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import random
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 import eval as evaluation
 import rewards
-from bench_quickstart import draw_curve, tick_size
+from bench_quickstart import draw_arms, draw_curve, interval, tick_size
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,7 +20,7 @@ STAGES = ("data_prep", "sft", "eval", "grpo", "rise")
 FOREIGN = {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint",  # torchrun
            "--generation-config", "--logprobs-mode",  # vllm serve
            "--no-build-isolation",  # pip
-           "--curve", "--threads", "--no-control", "--trl", "--only",  # tests/bench_*.py
+           "--curve", "--threads", "--pythons", "--seeds", "--trl", "--only",  # tests/bench_*.py
            "--dist",  # pytest
            "--help"}
 
@@ -248,6 +249,32 @@ def test_a_curve_needs_evaluations_and_rollouts(tmp_path):
     (40, 8, 5), (45, 5, 10), (1, 8, 1), (4096, 5, 1000), (200, 8, 50)])
 def test_ticks_are_round(largest, most, size):
     assert tick_size(largest, most) == size
+
+
+def test_arms_are_dots_and_a_bar_for_their_mean(tmp_path):
+    draw_arms({"GRPO": [20, 40], "SSR": [0, 100, 50]}, "accuracy", tmp_path / "arms.svg")
+    drawn = read(tmp_path / "arms.svg")
+    places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', drawn)]
+    assert places == [234, 318, 150, 570, 360]  # 150 is 0 %, 570 is 100 %
+    bars = [float(x) + 1.5 for x in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="3"', drawn)]
+    assert bars == [276, 360] and ">30.0</text>" in drawn and ">50.0</text>" in drawn
+
+
+@pytest.mark.parametrize("differences, said", [
+    ([5, 5, 5], "+5.0 (+5.0 to +5.0, 3 runs)"), ([-2, -2], "-2.0 (-2.0 to -2.0, 2 runs)"),
+    ([1], "+1.0 (+1.0 to +1.0, 1 runs)"), ([-1, 1], "+0.0 (-1.0 to +1.0, 2 runs, no difference)"),
+    ([0, 3], "+1.5 (+0.0 to +3.0, 2 runs, no difference)")])
+def test_intervals_of_few_differences(differences, said):
+    assert interval(differences) == said
+
+
+def test_an_interval_is_that_of_the_mean():
+    """Of 400 draws with a standard deviation of 10, about 1.96 x 10 / sqrt(400) to both sides."""
+    rng = random.Random(1)
+    drawn = [rng.gauss(3, 10) for _ in range(400)]
+    low, high = map(float, re.search(r"\((\S+) to (\S+),", interval(drawn, 2000)).groups())
+    assert low == pytest.approx(sum(drawn) / 400 - 0.98, abs=0.15)
+    assert high == pytest.approx(sum(drawn) / 400 + 0.98, abs=0.15)
 
 
 def test_the_picture_of_the_front_page_is_there():
