@@ -1878,7 +1878,7 @@ def open_run(cfg, device, need):
     foreign = cfg.data != usual.data and cfg.eval_data == usual.eval_data
     held_out = []
     if foreign and dist.get_rank() == 0:
-        print(f"no evaluation: {usual.eval_data} belongs to the default --data; --eval_data names another file")
+        print(f"no evaluation: {usual.eval_data} belongs to the default --data; name another --eval_data")
     elif cfg.eval_data and not foreign:
         held_out = read_records(cfg.eval_data, need=need, limit=cfg.eval_n)
     path = origin if adapts else start or origin

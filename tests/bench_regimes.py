@@ -16,10 +16,9 @@ saturated  The start, GRPO's own result, answers nearly all questions right. One
            that style.
 rethink    The start can reconsider, and never does so by itself: it answers at first sight, but told to look
            it says "Wait," and goes through the board. Rollouts are scarce. Measured: accuracy.
-shortcut   Each question tells what the answer would often be, and is right in half of the cases; the start
-           repeats it, or looks. Measured: accuracy where what is told is always wrong.
 """
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -36,8 +35,6 @@ from bench_quickstart import draw_arms, folder_of, interval, quickstart, read_me
 
 TRAIN = "data/mini/counting_train.jsonl"
 HARD = 0.1  # saturated: share of unfamiliar questions
-TOLD_RIGHT = 0.5  # shortcut: share of training questions that tell the right answer
-SHORT = ["--max_new_tokens", 72, "--prompts_per_step", 16]
 
 
 def start_of(seed, stage):
@@ -89,8 +86,8 @@ def saturated(seed, folder):
                      "question": row["question"], "answer": row["answer"], "answer_type": "number"})
     mixed = records[len(hard):] + hard
     rng.shuffle(mixed)
-    command = ["grpo.py", "--seed", seed, "--model", start_of(seed, "grpo"), *SHORT, "--steps", 40,
-               "--data", written(folder / "mixed.jsonl", mixed),
+    command = ["grpo.py", "--seed", seed, "--model", start_of(seed, "grpo"), "--prompts_per_step", 16,
+               "--steps", 40, "--data", written(folder / "mixed.jsonl", mixed),
                "--eval_data", "data/mini/counting_ood.jsonl", "--eval_every", 5, "--eval_n", 100]
     ways = {"GRPO": "off", "filter": "filter", "SSR": "replay", "refill": "refill"}
     return {arm: (folder / arm, [*command, "--ssr", way]) for arm, way in ways.items()}
@@ -118,43 +115,10 @@ def rethink(seed, folder):
             "rethinking": (folder / "rethinking", [*command, *forced])}
 
 
-def shortcut(seed, folder):
-    rng, seen = random.Random(f"told/{seed}"), thoughts()
-
-    def told(record, share):
-        answer = int(record["answer"])
-        other = rng.choice([n for n in range(6) if n != answer])
-        says = answer if rng.random() < share else other
-        question = f"{record['question']} Often {says}."
-        return record | {"question": question, "meta": record["meta"] | {"says": says}}
-
-    def taught(record):
-        """The start repeats what it is told in two of three cases, and is graded wrong for it or not."""
-        if rng.random() < 2 / 3:
-            return answered(record | {"answer": str(record["meta"]["says"])}, "at first sight")
-        return answered(record, seen[record["id"]])
-
-    records = [told(record, TOLD_RIGHT) for record in data_prep.read_records(ROOT / TRAIN)]
-    data = written(folder / "told.jsonl", records)
-    lessons = written(folder / "lessons.jsonl", map(taught, records))
-    wrong = [told(record, 0) for record in data_prep.read_records(ROOT / "data/mini/counting_id.jsonl")]
-    held_out = written(folder / "counting-wrong.jsonl", wrong)
-    start = folder / "start"
-    run(start, "sft.py", "--seed", seed, "--model", start_of(seed, "sft"), "--data", lessons, "--steps", 400,
-        "--lr", 5e-4, "--eval_data", "", "--out", start, threads="1")
-    command = ["grpo.py", "--seed", seed, "--model", start, *SHORT, "--data", data, "--steps", 30,
-               "--eval_data", held_out, "--eval_every", 5, "--eval_n", 100]
-    ways = {"GRPO": [], "PAPO": ["--perception", "papo"],
-            "VPPO": ["--perception", "vppo", "--perception_entropy", 0.06],
-            "NoisyRollout": ["--noisy_frac", 0.5]}
-    return {arm: (folder / arm, [*command, *flags]) for arm, flags in ways.items()}
-
-
 # regime -> (its arms, benchmarks: the first is the one that it is about)
 REGIMES = {"shift": (shift, ["counting-ood", "counting-id"]),
            "saturated": (saturated, ["counting-ood", "counting-id"]),
-           "rethink": (rethink, ["counting-id", "counting-ood"]),
-           "shortcut": (shortcut, ["{}/counting-wrong.jsonl", "counting-id"])}
+           "rethink": (rethink, ["counting-id", "counting-ood"])}
 
 
 # ----- their tables
@@ -166,12 +130,12 @@ def measure(regime, seed, only):
     folder = ROOT / f"out/regimes/{regime}/{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for arm, (out, command) in prepare(seed, folder.relative_to(ROOT)).items():
+    for arm, (out, command) in prepare(seed, folder).items():
         if only and arm not in only:
             continue
         seconds = run(out, *command, "--out", out, threads="1")
-        run(f"{out}/eval", "eval.py", "--model", out, "--max_new_tokens", 140, "--bench",
-            *(bench.format(folder) for bench in benches), threads="1")
+        run(f"{out}/eval", "eval.py", "--model", out, "--max_new_tokens", 140, "--bench", *benches,
+            threads="1")
         found = json.loads((ROOT / out / "eval/summary.json").read_text())
         metrics = read_metrics(ROOT / out / "metrics.jsonl")
         steps = [row for row in metrics if "reward/mean" in row]
@@ -203,20 +167,24 @@ def held_out(row, seconds):
 
 
 def differences(rows, benches):
-    """Lines: each arm minus GRPO, paired by seed; on the benchmarks, and held out at equal time."""
+    """Lines: each arm minus those of GRPO alone, paired by seed; on the benchmarks, then held out when the
+    shorter of the two runs ended.
+    """
     runs = {(row["arm"], row["seed"]): row for row in rows}
     seeds = sorted({row["seed"] for row in rows})
-    for arm in dict.fromkeys(row["arm"] for row in rows if row["arm"] != "GRPO"):
-        pairs = [(runs[arm, seed], runs["GRPO", seed]) for seed in seeds]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    plain = [arm for arm in arms if arm.startswith("GRPO")]
+    for ours, theirs in itertools.product([arm for arm in arms if arm not in plain], plain):
+        pairs = [(runs[ours, seed], runs[theirs, seed]) for seed in seeds]
         for bench in benches:
-            gains = [ours[bench] - plain[bench] for ours, plain in pairs]
-            yield f"{bench}, {arm} minus GRPO: {interval(gains)}"
+            gains = [a[bench] - b[bench] for a, b in pairs]
+            yield f"{bench}, {ours} minus {theirs}: {interval(gains)}"
         if pairs[0][0]["curve"]:
             gains = []
-            for ours, plain in pairs:
-                shortest = min(ours["curve"][-1][2], plain["curve"][-1][2])
-                gains.append(held_out(ours, shortest) - held_out(plain, shortest))
-            yield f"held out at equal time, {arm} minus GRPO: {interval(gains)}"
+            for a, b in pairs:
+                shortest = min(a["curve"][-1][2], b["curve"][-1][2])
+                gains.append(held_out(a, shortest) - held_out(b, shortest))
+            yield f"held out at equal time, {ours} minus {theirs}: {interval(gains)}"
 
 
 def shown(cell):
@@ -233,7 +201,7 @@ def main(regimes, seeds, only):
         print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
         for row in rows:
             print("| " + " | ".join(shown(row.get(name, "")) for name in names) + " |")
-        benches = [Path(bench).stem for bench in REGIMES[regime][1]]
+        benches = REGIMES[regime][1]
         print("\n".join(differences(rows, benches)), flush=True)
         scores = {}
         for row in rows:

@@ -20,7 +20,7 @@ STAGES = ("data_prep", "sft", "eval", "grpo", "rise")
 FOREIGN = {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint",  # torchrun
            "--generation-config", "--logprobs-mode",  # vllm serve
            "--no-build-isolation",  # pip
-           "--curve", "--threads", "--pythons", "--seeds", "--trl", "--only",  # tests/bench_*.py
+           "--curve", "--threads", "--pythons", "--trl", "--only",  # tests/bench_*.py
            "--dist",  # pytest
            "--help"}
 
