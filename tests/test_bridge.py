@@ -678,6 +678,7 @@ def test_sft_learns_from_both(work, serve):  # noqa: F811
     for data in ("cold/train.jsonl", "cold/train.json"):
         output = run(work, "sft.py", "--model", "tiny", "--data", data, "--steps", "1", "--batch_size", "4",
                      "--out", "learnt")
+        assert "no evaluation: data/mini/counting_id.jsonl belongs to the default --data" in output
         shown.append(re.search(r"first row, what is learnt in \[\[ ]]: (.*?]])", output, re.DOTALL)[1])
     assert shown[0] == shown[1] and "system\nuser<|im_end|>" in shown[0]
     assert "[[<think> The image shows" in shown[0]
