@@ -121,7 +121,8 @@ def draw_arms(arms, title, path):
 
     arms: name -> percents, one a seed. The picture brings its own background, for light and dark pages.
     """
-    left, row, top = 150, 34, 44
+    row, top = 34, 44
+    left = max(150, 24 + 7 * max(map(len, arms)))  # a letter is about seven wide
     height = top + row * len(arms) + 40
 
     def x(percent):
