@@ -10,6 +10,7 @@ each), the gain with its 95 % interval, and the curve of the first run, which is
 the picture of the README. What is finished is not repeated: remove out/bench to have it anew.
 """
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -172,6 +173,7 @@ def interval(differences, draws=10_000):
     return f"{sum(differences) / n:+.1f} ({low:+.1f} to {high:+.1f}, {n} runs{verdict})"
 
 
+@functools.cache
 def folder_of(seed, threads, python):
     """Where the runs of a seed are, by what they ran on."""
     ask = [python, "-c", "import torch; print(torch.__version__)"]
