@@ -224,9 +224,9 @@ def check_engine(cfg):
 
 def build_engine(path, processor, cfg, device):
     """What samples: a plain copy of the model outside FSDP (--engine hf), or vLLM in this process (vllm)."""
-    if cfg.engine == "server":
-        return Server(path, processor, cfg)
     dtype = compute_dtype(device)
+    if cfg.engine == "server":
+        return Server(path, processor, dtype, cfg)
     if cfg.engine == "vllm":
         engine = VLLM(path, dtype, cfg)
     else:
@@ -355,11 +355,10 @@ class Server:
     A rank's prompts go to all of them in turn. The first that fails ends the run in one line with its URL.
     """
 
-    def __init__(self, path, processor, cfg):
-        self.urls, self.timeout = cfg.servers, cfg.timeout
+    def __init__(self, path, processor, dtype, cfg):
+        self.urls, self.timeout, self.dtype = cfg.servers, cfg.timeout, dtype
         self.folder = Path(cfg.out).resolve() / "weights"
         self.names = dict(zip(self.urls, self.at_once(self.served, [[url] for url in self.urls])))
-        self.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         self.asleep = False
         self.stop = stop_ids(transformers.GenerationConfig.from_pretrained(path), processor)
         self.banned = vision_ids(transformers.AutoConfig.from_pretrained(path), "cpu")

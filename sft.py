@@ -367,9 +367,9 @@ def load_policy(path, cfg, device, trainable=True):
 
     on_gpu = device.type == "cuda"
     mesh = rank_mesh(device, cfg.shard_ranks)
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy() if cfg.cpu_offload and on_gpu else OffloadPolicy()
-    policy.compute_dtype = precision.param_dtype or torch.float32
+    policy.compute_dtype = compute_dtype(device)
+    precision = MixedPrecisionPolicy(policy.compute_dtype, torch.float32)  # gradients are added up in fp32
     # The root's weights are whole from the first layer to the last gradient. Embedding and head would be
     # among them, 20 GB at 72B with their gradients; as groups of their own they are whole while they compute.
     # Tied, they are one matrix, which is needed at both ends: it stays with the root.

@@ -381,8 +381,8 @@ def server(group, family, tmp_path, monkeypatch):
     ids_of = {}
     monkeypatch.setattr(evaluation.Server, "call", call)
     cfg = dataclasses.replace(CFG, servers=("http://a", "http://b"), out=str(tmp_path / "run"))
-    return SimpleNamespace(engine=evaluation.Server(family.path, family.processor, cfg), sent=sent,
-                           ids_of=ids_of)
+    return SimpleNamespace(engine=evaluation.Server(family.path, family.processor, torch.float32, cfg),
+                           sent=sent, ids_of=ids_of)
 
 
 def test_a_server_is_asked_once_for_all_samples_of_a_prompt(server, family):
