@@ -15,7 +15,6 @@ from PIL import Image
 import bench_methods
 import conftest
 import data_prep
-import eval as evaluation
 import grpo
 import sft
 from test_methods import END, prompt, taught, updated  # noqa: F401
@@ -208,7 +207,7 @@ def test_factors_of_vppo(group, means, factors):
 def test_factors_are_of_the_whole_batch(monkeypatch):
     """Two ranks: one has rollouts of 0 and 1, the other of 2 and 4."""
     shares = [[0, 1], [2, 4]]
-    monkeypatch.setattr(grpo, "global_max", lambda value: {0: 0, -1: 0, 1: 4, 4: 4, -2: 0, 0.0: 0}[value])
+    monkeypatch.setattr(grpo, "global_max", lambda value: {0: 0, -1: 0, 1: 4, 4: 4, -2: 0}[value])
     monkeypatch.setattr(grpo, "global_sum", lambda values: [7 / 4, 4])
     found = [grpo.vppo_factors([torch.tensor([float(mean)]) for mean in means]) for means in shares]
     scaled, most = [0, 1 / 4, 2 / 4, 1], 0.9 + 0.1 * 4 / (7 / 4)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, MORE_FAMILIES, RECORDS, made_family
+from conftest import CPU, FAMILIES, MORE_FAMILIES, made_family
 from test_logprobs import close, responses, scored
 from test_selfcheck import Log, config, rows_of, run  # noqa: F401
 
