@@ -13,17 +13,21 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVE = ROOT / "docs/curve.svg"
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 578, 48, 244  # the plot's frame within the picture
+# The 97.5 % quantile of Student's t for n differences.
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 BLUE, ORANGE, GREY, INK = "#0b62c4", "#bf5500", "#d9dde2", "#24292f"
 
 
@@ -134,11 +138,11 @@ def draw_arms(arms, title, path):
         marks += [line(x(percent), top, x(percent), height - 36, GREY),
                   text(x(percent), height - 16, percent)]
     for i, (name, percents) in enumerate(arms.items()):
-        y, mean = top + row * (i + 0.5), sum(percents) / len(percents)
+        y, middle = top + row * (i + 0.5), mean(percents)
         colour = ORANGE if name == "GRPO" else BLUE
         marks += [text(left - 12, y + 4, name, anchor="end"),
-                  f'<rect x="{x(mean) - 1.5:.1f}" y="{y - 11:g}" width="3" height="22" fill="{colour}"/>',
-                  text(WIDTH - 62, y + 4, f"{mean:.1f}", colour, "start")]
+                  f'<rect x="{x(middle) - 1.5:.1f}" y="{y - 11:g}" width="3" height="22" fill="{colour}"/>',
+                  text(WIDTH - 62, y + 4, f"{middle:.1f}", colour, "start")]
         marks += [f'<circle cx="{x(percent):.1f}" cy="{y:g}" r="4.5" fill="{colour}" fill-opacity="0.45"/>'
                   for percent in percents]
     write_picture(path, height, title, marks)
@@ -164,13 +168,17 @@ def read_metrics(path):
 def interval(differences, draws=10_000):
     """Their mean with a bootstrap 95 % interval (percentiles of resampled means).
 
-    "no difference" if it holds 0.
+    "no difference" if it holds 0. Of few values it is too narrow: "not settled" if Student's holds 0.
     """
     rng, n = random.Random(0), len(differences)
     means = sorted(sum(rng.choices(differences, k=n)) / n for _ in range(draws))
     low, high = means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
-    verdict = ", no difference" if low <= 0 <= high else ""
-    return f"{sum(differences) / n:+.1f} ({low:+.1f} to {high:+.1f}, {n} runs{verdict})"
+    verdict = ""
+    if low <= 0 <= high:
+        verdict = ", no difference"
+    elif n in STUDENT and abs(mean(differences)) <= STUDENT[n] * stdev(differences) / math.sqrt(n):
+        verdict = ", not settled"
+    return f"{mean(differences):+.1f} ({low:+.1f} to {high:+.1f}, {n} runs{verdict})"
 
 
 @functools.cache

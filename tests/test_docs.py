@@ -263,7 +263,11 @@ def test_arms_are_dots_and_a_bar_for_their_mean(tmp_path):
 @pytest.mark.parametrize("differences, said", [
     ([5, 5, 5], "+5.0 (+5.0 to +5.0, 3 runs)"), ([-2, -2], "-2.0 (-2.0 to -2.0, 2 runs)"),
     ([1], "+1.0 (+1.0 to +1.0, 1 runs)"), ([-1, 1], "+0.0 (-1.0 to +1.0, 2 runs, no difference)"),
-    ([0, 3], "+1.5 (+0.0 to +3.0, 2 runs, no difference)")])
+    ([0, 3], "+1.5 (+0.0 to +3.0, 2 runs, no difference)"),
+    ([1, 2], "+1.5 (+1.0 to +2.0, 2 runs, not settled)"),
+    # The bootstrap leaves 0 out; Student's t gives 4.68 +- 6.4, from a table of its own.
+    ([2.8, 10.8, 6.6, -3.0, 6.2], "+4.7 (+0.5 to +8.4, 5 runs, not settled)"),
+    ([80, 61, 60, 71, 75], "+69.4 (+62.6 to +76.2, 5 runs)")])
 def test_intervals_of_few_differences(differences, said):
     assert interval(differences) == said
 
