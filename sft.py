@@ -1388,25 +1388,25 @@ class ResponseLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, head, temperature, banned):
-        ctx.save_for_backward(hidden, weight, targets, banned)
-        ctx.head, ctx.temperature = head, temperature
         logps = torch.empty(len(hidden), device=hidden.device)  # (N,)
-        entropy = torch.empty_like(logps)
+        totals, entropy = torch.empty_like(logps), torch.empty_like(logps)
         for rows, logits in ResponseLogprob.chunks(hidden, weight, head, temperature, banned):
             chosen = logits.gather(1, targets[rows, None])[:, 0]
             total = logits.logsumexp(1)
-            logps[rows] = chosen - total
+            logps[rows], totals[rows] = chosen - total, total
             # H = log Z - sum_v p_v logit_v; a banned token has p = 0 and must not make 0 * inf.
             probs = (logits - total[:, None]).exp_()
             logits[:, banned] = 0
             entropy[rows] = total - (probs * logits).sum(1)
+        ctx.save_for_backward(hidden, weight, targets, banned, totals)
+        ctx.head, ctx.temperature = head, temperature
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
         """d logp / d logits = (onehot(target) - softmax) / temperature, written over the logits."""
-        hidden, weight, targets, banned = ctx.saved_tensors
+        hidden, weight, targets, banned, totals = ctx.saved_tensors
         head, temperature = ctx.head, ctx.temperature
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -1415,7 +1415,7 @@ class ResponseLogprob(torch.autograd.Function):
             slope = 1.0
             if head != Head():  # what is banned has no gradient, and must not make 0 * inf
                 slope = head.slope(logits.masked_fill(logits.isneginf(), 0) * temperature)
-            softmax = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_()
+            softmax = logits.sub_(totals[rows, None]).exp_()
             d_logits = softmax.mul_(-g).scatter_add_(1, targets[rows, None], g).mul_(slope).to(weight.dtype)
             d_hidden[rows] = d_logits @ weight
             if d_weight is not None:
