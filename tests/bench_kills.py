@@ -74,7 +74,7 @@ def stop_once(root, stop, chance, seconds, command, whole):
     saved = True
     if number != signal.SIGKILL and steps and max(steps) > 0 and "ended by" not in log:
         saved = newest(folder).name == f"step_{max(steps):06d}"
-    run(root, *command, "--out", "cut", "--resume", torchrun=torchrun)
+    run(root, *command, "--out", "cut", "--resume", ranks=2 if torchrun else 1)
     return {"saved": saved, "gone": gone, "quiet": not stage_traceback(log) and len(own_lines(log)) <= 2,
             "same": is_whole(folder, whole)}
 

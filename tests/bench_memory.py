@@ -26,7 +26,6 @@ moments while it samples. With --lora_rank 64 that of LoRA.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -119,7 +118,7 @@ def prepare():
     fake_tensor.CONSTANT_NUMEL_LIMIT = 10**6  # token ids, grids and masks decide shapes
     modeling.get_vision_window_index = of_numbers(modeling.get_vision_window_index)
     sft.AutoProcessor = SimpleNamespace(from_pretrained=lambda path: SimpleNamespace(chat_template="-"))
-    sft.MixedPrecisionPolicy = functools.partial(sft.MixedPrecisionPolicy, torch.bfloat16, torch.float32)
+    sft.compute_dtype = lambda device: torch.bfloat16
 
 
 @contextlib.contextmanager

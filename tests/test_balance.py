@@ -52,7 +52,7 @@ def test_an_update_is_the_same_whoever_makes_it(work):  # noqa: F811
     """
     command = [*GRPO, "--steps", "3", "--lr", "1e-4", "--prompts_per_step", "15", "--ssr", "replay"]
     run(work, *command, "--out", "one")
-    run(work, *command, "--out", "three", torchrun=["--standalone", "--nproc_per_node", "3"])
+    run(work, *command, "--out", "three", ranks=3)
     for a, b in zip(metrics(work / "one"), metrics(work / "three"), strict=True):
         close(a, b, 2e-5)
     close(weights(newest(work / "one")), weights(newest(work / "three")), 2e-5)

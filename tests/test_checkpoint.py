@@ -357,10 +357,9 @@ def test_one_two_one_ranks_equal_an_unbroken_run(work):  # noqa: F811
     command = [*GRPO, "--lr", "1e-4", "--save_every", "2", "--eval_data", "", "--ssr", "replay",
                "--model", "tiny", "--reward", "accuracy=1,format=0.5", "--group_size", "8",
                "--max_new_tokens", "24"]
-    two = ["--standalone", "--nproc_per_node", "2"]
     run(work, *command, "--steps", "6", "--out", "whole")
     run(work, *command, "--steps", "2", "--out", "cut")
-    run(work, *command, "--steps", "4", "--out", "cut", "--resume", torchrun=two)
+    run(work, *command, "--steps", "4", "--out", "cut", "--resume", ranks=2)
     assert len(list(newest(work / "cut").glob("trainer/extra_rank?.pt"))) == 2
     run(work, *command, "--steps", "6", "--out", "cut", "--resume")
     for a, b in zip(metrics(work / "whole"), metrics(work / "cut"), strict=True):

@@ -15,10 +15,7 @@ BENCH = "counting-id=data/counting_id.jsonl"
 ASK = ["eval.py", "--bench", BENCH, "--batch_rows", "2", "--max_new_tokens", "6"]
 SLOW = ["eval.py", "--bench", BENCH, "--batch_rows", "1", "--max_new_tokens", "300", "--model", "tiny"]
 
-
-def two(count=2):
-    # else torchrun takes --n for one of its own
-    return ["--standalone", "--nproc_per_node", str(count), "--"]
+TWO = ["--standalone", "--nproc_per_node", "2", "--"]  # else torchrun takes --n for one of its own
 
 
 def answers(path):
@@ -41,7 +38,7 @@ def test_two_ranks_write_what_one_process_writes(work):  # noqa: F811
     (work / "data/counting_id.jsonl").write_text("\n".join(lines) + "\n")
     shutil.copytree(work / "tiny", work / "other")
     alone = run(work, *ASK, *more, "--model", "tiny")
-    shared = run(work, *ASK, *more, "--model", "other", torchrun=two())
+    shared = run(work, *ASK, *more, "--model", "other", ranks=2)
     rows = answers(work / "tiny/eval/counting-id.jsonl")
     assert answers(work / "other/eval/counting-id.jsonl") == rows and "error" in rows[4]
     summaries = [json.loads((work / f"{name}/eval/summary.json").read_text()) for name in ("tiny", "other")]
@@ -62,7 +59,7 @@ def test_ranks_end_together_and_any_number_goes_on(work, number, target):  # noq
     """Within seconds, at most a line of ours; every whole line is kept and no row is asked twice."""
     path = work / "tiny/eval/counting-id.jsonl"
     shutil.rmtree(path.parent, ignore_errors=True)  # another test may have evaluated what this is a copy of
-    job = started(work, *SLOW, torchrun=two())
+    job = started(work, *SLOW, torchrun=TWO)
     wait_for(lambda: 2 <= lines_in(path) < 10)
     if target == "second":
         pids = [job.pid, *children(job.pid)]
@@ -74,7 +71,7 @@ def test_ranks_end_together_and_any_number_goes_on(work, number, target):  # noq
     assert not stage_traceback(job.log()), job.log()
     assert len(own_lines(job.log())) <= 1, own_lines(job.log())
     before = answers(path)
-    output = run(work, *SLOW, torchrun=two(3) if target == "second" else ())
+    output = run(work, *SLOW, ranks=3 if target == "second" else 1)
     rows = answers(path)
     assert f"{len(before)}/12" in output and [row["id"] for row in rows] == [
         json.loads(line)["id"] for line in (work / "data/counting_id.jsonl").read_text().splitlines()]
@@ -85,7 +82,7 @@ def test_what_no_rank_can_do_is_one_line(work):  # noqa: F811
     """A file of rows that is no such file: rank 0 alone reads it, and says so for all."""
     (work / "tiny/eval").mkdir(exist_ok=True)  # another test may have evaluated what this is a copy of
     (work / "tiny/eval/counting-id.jsonl").write_text('{"id": "0"}\n')
-    output = launch(work, *ASK, "--model", "tiny", torchrun=two(), code=1)
+    output = launch(work, *ASK, "--model", "tiny", torchrun=TWO, code=1)
     told = re.findall(r"^eval.py: .*$", output, re.M)
     assert len(told) == 1 and "a row without 'question' is no answer" in told[0], output
     assert not stage_traceback(output)
@@ -97,6 +94,6 @@ def test_a_server_is_asked_by_one_rank(work, serve):  # noqa: F811
     make_rows(7)
     server = serve()
     output = launch(work, "eval.py", "--engine", "api", "--base_url", server.url, "--bench", "rows.jsonl",
-                    torchrun=two())
+                    torchrun=TWO)
     assert sorted(server.asked) == [f"row-{i}" for i in range(7)]
     assert output.count("| rows | 7 |") == 1 and MODEL in output

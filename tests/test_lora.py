@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from conftest import CPU, FAMILIES, MORE_FAMILIES, made_family
 from safetensors.torch import load_file
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForImageTextToText
 
 import data_prep
@@ -213,8 +212,7 @@ def test_merged_weights_are_given_as_trained_ones(family):
 
 def test_precision_of_a_gpu(group, tiny, monkeypatch):
     """Frozen weights in bf16, adapters and their gradients in fp32; FSDP takes both in a group."""
-    monkeypatch.setattr(sft, "MixedPrecisionPolicy",
-                        lambda *args: MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    monkeypatch.setattr(sft, "compute_dtype", lambda device: torch.bfloat16)
     policy, processor = sft.load_policy(tiny.model, sft.Config(lora_rank=4), CPU)
     for name, p in policy.named_parameters():
         assert p.dtype == (torch.float32 if sft.is_adapter(name) else torch.bfloat16), name
@@ -293,11 +291,10 @@ def test_the_kl_of_the_first_step_is_zero(work):  # noqa: F811
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_two_ranks_are_one(work, stage):  # noqa: F811
     """And the one goes on from the checkpoint of the two."""
-    two = ["--standalone", "--nproc_per_node", "2", "--"]
     command = [*COMMANDS[stage], "--lr", "1e-3", "--steps", "2", "--save_every", "1", "--keep", "9",
                "--eval_data", ""]
     run(work, *command, "--out", "one")
-    run(work, *command, "--steps", "1", "--out", "two", torchrun=two)
+    run(work, *command, "--steps", "1", "--out", "two", ranks=2)
     run(work, *command, "--out", "two", "--resume")
     close(weights(newest(work / "one")), weights(newest(work / "two")), 1e-5)
     for a, b in zip(metrics(work / "one"), metrics(work / "two"), strict=True):

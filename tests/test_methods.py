@@ -528,7 +528,7 @@ def test_methods_on_two_ranks_equal_one(work, taught):  # noqa: F811
     """Unequal effective counts on the ranks, 20 steps: no hang, and what a single rank does."""
     command = [*taught, *METHODS, "--steps", "20", "--prompts_per_step", "5"]
     run(work, *command, "--out", "one")
-    run(work, *command, "--out", "two", torchrun=["--standalone", "--nproc_per_node", "2"])
+    run(work, *command, "--out", "two", ranks=2)
     rows = metrics(work / "one")
     assert sum(row["replay/frac"] > 0 for row in rows) > 5
     assert sum(row["rethink/accepted"] > 0 for row in rows) > 5
@@ -559,12 +559,11 @@ REFILL = ["--ssr", "refill", "--prompts_per_step", "3", "--updates", "2", "--max
 def test_refill_on_two_ranks_resumes(work, taught):  # noqa: F811
     """Few questions have an advantage: more are drawn, and some wait; cut in the middle, on two ranks."""
     command = [*taught, *REFILL, "--save_every", "3", "--keep", "9"]
-    two = ["--standalone", "--nproc_per_node", "2"]
     run(work, *command, "--steps", "6", "--out", "whole")
     rows = metrics(work / "whole")
     drawn = [row["tokens/gen"] / row["len/mean"] for row in rows]  # rollouts
     assert max(drawn) > min(drawn) and max(row["refill/waiting"] for row in rows) > 0
-    run(work, *command, "--steps", "3", "--out", "cut", torchrun=two)
+    run(work, *command, "--steps", "3", "--out", "cut", ranks=2)
     run(work, *command, "--steps", "6", "--out", "cut", "--resume")
     for a, b in zip(rows, metrics(work / "cut"), strict=True):
         close(a, b, 1e-4)

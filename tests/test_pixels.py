@@ -20,8 +20,6 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def in_bf16(monkeypatch):
     """Policies and engines compute in bf16, as on a GPU."""
-    mixed = sft.MixedPrecisionPolicy
-    monkeypatch.setattr(sft, "MixedPrecisionPolicy", lambda *_: mixed(BF16, torch.float32))
     for stage in (sft, evaluation):
         monkeypatch.setattr(stage, "compute_dtype", lambda device: BF16)
 

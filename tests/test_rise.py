@@ -459,7 +459,7 @@ def test_two_ranks_equal_one(work):
     """Same questions, uneven texts: the same rationales in the same order, each once; the same weights."""
     command = [*RISE, "--steps", "2", "--lr", "1e-4", "--kl_beta", "0.01", "--updates", "2"]
     run(work, *command, "--out", "one")
-    run(work, *command, "--out", "two", torchrun=["--standalone", "--nproc_per_node", "2"])
+    run(work, *command, "--out", "two", ranks=2)
     assert rationales(work / "one") == rationales(work / "two")
     for a, b in zip(metrics(work / "one"), metrics(work / "two"), strict=True):
         close(a, b)
@@ -472,7 +472,7 @@ def test_a_rank_without_a_readable_question_does_not_hang(work):
     (work / "world" / json.loads(lines[0])["images"][0]).write_bytes(b"broken")
     (work / "world/two.jsonl").write_text("\n".join(lines) + "\n")
     run(work, *RISE, "--data", "world/two.jsonl", "--prompts_per_step", "2", "--steps", "2", "--out", "half",
-        "--blind", "--graded", "both", torchrun=["--standalone", "--nproc_per_node", "2"])
+        "--blind", "--graded", "both", ranks=2)
     assert [row["data/unreadable"] for row in metrics(work / "half") if row["step"]] == [1, 1]
     assert Counter(row["record"]["id"] for row in rationales(work / "half")) == {
         json.loads(lines[1])["id"]: 8}

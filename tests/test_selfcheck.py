@@ -16,7 +16,6 @@ import pytest
 import torch
 import transformers as hf
 from conftest import CPU, IDEFICS_TEMPLATE, RECORDS, VISION, WORDS, shake, text_config, tokenizer
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import data_prep
 import eval as evaluation
@@ -411,8 +410,7 @@ def test_buffers_keep_their_dtype(run):
 @pytest.fixture
 def bf16(monkeypatch):
     """The precision of a GPU on CPU: fp32 masters, bf16 compute."""
-    monkeypatch.setattr(sft, "MixedPrecisionPolicy",
-                        lambda *_: MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    monkeypatch.setattr(sft, "compute_dtype", lambda device: torch.bfloat16)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import CPU, FAMILIES, RECORDS, shake, wait_until
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 from transformers.core_model_loading import Chunk, WeightConverter, revert_weight_conversion
@@ -144,12 +144,11 @@ def test_copies_of_shards_train_and_resume_as_one_rank(work):  # noqa: F811
     command = [*SFT, "--steps", "4", "--save_every", "2", "--eval_data", "", "--keep", "9",
                "--schedule", "constant", "--lr", "1e-4"]
     run(work, *command, "--out", "one")
-    four, two = (["--standalone", "--nproc_per_node", str(count), "--"] for count in (4, 2))
-    run(work, *command, "--steps", "2", "--shard_ranks", "2", "--out", "cut", torchrun=four)
+    run(work, *command, "--steps", "2", "--shard_ranks", "2", "--out", "cut", ranks=4)
     saved = json.loads((work / "cut/step_000002/meta.json").read_text())
     assert saved["world_size"] == 4 and "trainer/__3_0.distcp" in saved["files"]
     close(weights(work / "one/step_000002"), weights(work / "cut/step_000002"), 1e-5)
-    run(work, *command, "--out", "cut", "--resume", torchrun=two)
+    run(work, *command, "--out", "cut", "--resume", ranks=2)
     for a, b in zip(metrics(work / "one"), metrics(work / "cut"), strict=True):
         close(a, b, 1e-5)
     close(weights(newest(work / "one")), weights(newest(work / "cut")), 1e-5)
@@ -252,8 +251,7 @@ def test_weights_that_a_checkpoint_holds_as_one_are_merged(group, tiny):
 @pytest.fixture
 def bf16(monkeypatch):
     """The precision of a GPU on CPU: fp32 masters, bf16 compute."""
-    monkeypatch.setattr(sft, "MixedPrecisionPolicy",
-                        lambda *_: MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    monkeypatch.setattr(sft, "compute_dtype", lambda device: torch.bfloat16)
 
 
 @pytest.mark.parametrize("wait", [True, False])

@@ -57,15 +57,22 @@ def launch(work, *argv, code=0, **options):
     return output
 
 
-# Most of a short run is importing torch: this process does it once and forks a child per run.
+# Most of a short run is importing torch: this process does it once and forks a child for each rank of a run.
 NURSERY = """
 import json, os, runpy, sys, traceback
 import data_prep, torch, transformers, datasets
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText, AutoProcessor
 for line in sys.stdin:
-    argv, folder, log = json.loads(line)
-    if not (child := os.fork()):
+    argv, folder, log, ranks, port = json.loads(line)
+    children = []
+    for rank in range(ranks):
+        if child := os.fork():
+            children.append(child)
+            continue
+        if ranks > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                              LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port))
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         os.chdir(folder)
@@ -81,7 +88,8 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(max(codes, key=abs), flush=True)
 """
 
 
@@ -93,12 +101,17 @@ def nursery():
     return process
 
 
-def run(work, *argv, torchrun=(), code=0):
-    """Run a stage script in `work`; return what it printed."""
-    if torchrun:
-        return launch(work, *argv, torchrun=torchrun, code=code)
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def run(work, *argv, ranks=1, code=0):
+    """Run a stage script in `work`, on ranks as torchrun would start them; return what they printed."""
     log, stage = work / f"log{time.time_ns()}", str(ROOT / argv[0])
-    print(json.dumps([[stage, *map(str, argv[1:])], str(work), str(log)]), file=nursery().stdin, flush=True)
+    asked = [[stage, *map(str, argv[1:])], str(work), str(log), ranks, free_port()]
+    print(json.dumps(asked), file=nursery().stdin, flush=True)
     done = int(nursery().stdout.readline())
     output = log.read_text()
     assert done == code, output[-3000:]
@@ -352,10 +365,8 @@ def test_two_ranks_equal_one(work, stage):
     """Same global batch, uneven token counts: metrics and weights agree; so do two nodes of one process."""
     command = [*stage, "--steps", "3", "--lr", "1e-4"]
     run(work, *command, "--out", "one")
-    run(work, *command, "--out", "two", torchrun=["--standalone", "--nproc_per_node", "2"])
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+    launch(work, *command, "--out", "two", torchrun=["--standalone", "--nproc_per_node", "2"])
+    port = free_port()
     nodes = [start(work, *command, "--out", "nodes", torchrun=[
         "--nnodes", "2", "--node_rank", str(n), "--nproc_per_node", "1",
         "--master_addr", "localhost", "--master_port", str(port)]) for n in (0, 1)]
@@ -374,7 +385,7 @@ def test_a_rank_without_a_readable_question_does_not_hang(work):
     (work / "data" / json.loads(lines[0])["images"][0]).write_bytes(b"broken")
     (work / "data/two.jsonl").write_text("\n".join(lines) + "\n")
     run(work, *GRPO, "--data", "data/two.jsonl", "--prompts_per_step", "2", "--steps", "3", "--out", "half",
-        "--kl_beta", "0.01", torchrun=["--standalone", "--nproc_per_node", "2"])
+        "--kl_beta", "0.01", ranks=2)
     assert [row["data/unreadable"] for row in metrics(work / "half") if row["step"]] == [1, 1, 1]
 
 
