@@ -1,11 +1,8 @@
 """LoRA: adapters beside frozen weights, in every stage, for any number of ranks, as PEFT has them."""
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -111,11 +108,7 @@ def on_each_rank(path):
 def test_gradients_of_two_ranks(tmp_path):
     """One copy of the weights, and two."""
     made("qwen2-vl", tmp_path / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               __file__, str(tmp_path / "model")]
-    path = os.pathsep.join([environment()["PYTHONPATH"], str(Path(__file__).parent)])
-    done = subprocess.run(command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(tmp_path, __file__, tmp_path / "model", ranks=2)
 
 
 # ----- what is adapted

@@ -2,9 +2,7 @@
 of one process.
 """
 import json
-import os
 import re
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -124,11 +122,7 @@ def test_gradients_equal_those_of_one_process(tmp_path, world):
     names = ["qwen2.5-vl", "qwen2-vl"]
     for name in names:
         made(name, tmp_path / name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
-               __file__, str(tmp_path), *names]
-    path = os.pathsep.join([environment()["PYTHONPATH"], str(Path(__file__).parent)])
-    done = subprocess.run(command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:3000]
+    run(tmp_path, __file__, tmp_path, *names, ranks=world)
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=["", "frozen, checkpointing"])

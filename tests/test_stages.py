@@ -95,8 +95,9 @@ for line in sys.stdin:
 
 @functools.cache
 def nursery():
-    process = subprocess.Popen([sys.executable, "-c", NURSERY], env=environment(), text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    process = subprocess.Popen([sys.executable, "-c", NURSERY], env=environment() | {"PYTHONPATH": path},
+                               text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     atexit.register(process.kill)
     return process
 
