@@ -16,6 +16,10 @@ saturated  The start, GRPO's own result, answers nearly all questions right. One
            that style.
 rethink    The start can reconsider, and never does so by itself: it answers at first sight, but told to look
            it says "Wait," and goes through the board. Rollouts are scarce. Measured: accuracy.
+overthink  The start goes on after a look that was right, and is right less often the longer it goes on. A
+           fixed long limit against PTST, at the same product of limit and group. Measured: accuracy.
+shortcut   The question holds a number that is right in most training rows and that the start believes.
+           Measured: accuracy where it is always wrong.
 """
 import argparse
 import itertools
@@ -35,6 +39,9 @@ from bench_quickstart import draw_arms, folder_of, interval, quickstart, read_me
 
 TRAIN = "data/mini/counting_train.jsonl"
 HARD = 0.1  # saturated: share of unfamiliar questions
+GOES_ON, LOOKS = 0.7, 6  # overthink: the chance of another look after each, and how many at most
+SLIPS = 0.15  # and the chance that it is on another board, where the chain then stays
+HINTED, BELIEVED = 0.6, 0.7  # shortcut: share of right hints, and of the start's lessons that believe theirs
 
 
 def start_of(seed, stage):
@@ -44,8 +51,9 @@ def start_of(seed, stage):
     return f"{folder}/{stage}"
 
 
-def answered(record, thought):
-    return record | {"response": f"<think> {thought} </think> <answer> {record['answer']} </answer>"}
+def answered(record, thought, answer=None):
+    answer = answer or record["answer"]
+    return record | {"response": f"<think> {thought} </think> <answer> {answer} </answer>"}
 
 
 def thoughts():
@@ -58,6 +66,14 @@ def written(path, records):
     if not path.exists():
         data_prep.write_records(path, list(records))
     return path
+
+
+def start_after(seed, folder, lessons):
+    """The quickstart's start of that seed after some SFT on these records."""
+    data, start = written(folder / "lessons.jsonl", lessons), folder / "start"
+    run(start, "sft.py", "--seed", seed, "--model", start_of(seed, "sft"), "--data", data, "--steps", 600,
+        "--eval_data", "", "--out", start, threads="1")
+    return start
 
 
 # ----- the regimes: (seed, folder) -> {arm: (run directory, command)}, where GRPO is the first
@@ -102,10 +118,7 @@ def rethink(seed, folder):
             return answered(record | {"question": record["question"] + data_prep.LOOK}, thought)
         return answered(record, "at first sight")
 
-    data = written(folder / "hesitating.jsonl", map(hesitating, data_prep.read_records(ROOT / TRAIN)))
-    start = folder / "start"
-    run(start, "sft.py", "--seed", seed, "--model", start_of(seed, "sft"), "--data", data, "--steps", 600,
-        "--eval_data", "", "--out", start, threads="1")
+    start = start_after(seed, folder, map(hesitating, data_prep.read_records(ROOT / TRAIN)))
     command = ["grpo.py", "--seed", seed, "--model", start, "--max_new_tokens", 140,
                "--prompts_per_step", 4, "--steps", 60, "--eval_every", 5, "--eval_n", 100]
     forced = ["--rethink_frac", 0.5, "--rethink_kinds", "bare=1", "--rethink_rewind", 1, "--rethink_min", 1,
@@ -115,10 +128,63 @@ def rethink(seed, folder):
             "rethinking": (folder / "rethinking", [*command, *forced])}
 
 
+def overthink(seed, folder):
+    rng, seen, records = random.Random(f"chains/{seed}"), thoughts(), data_prep.read_records(ROOT / TRAIN)
+    alike = {}
+    for record in records:
+        alike.setdefault(record["question"], []).append(record)
+
+    def chain(record):
+        board = record
+        looks = [seen[board["id"]]]
+        while rng.random() < GOES_ON and len(looks) < LOOKS:
+            if rng.random() < SLIPS:
+                board = rng.choice(alike[record["question"]])
+            looks.append(seen[board["id"]])
+        return answered(record, grpo.TRIGGERS["bare"].join(looks), board["answer"])
+
+    start = start_after(seed, folder, map(chain, records))
+    command = ["grpo.py", "--seed", seed, "--model", start, "--prompts_per_step", 4, "--steps", 40,
+               "--eval_every", 5, "--eval_n", 100]
+    long = [*command, "--max_new_tokens", 280]
+    return {"GRPO": (folder / "GRPO", [*long, "--group_size", 4]),
+            "GRPO, 4 x the rollouts": (folder / "larger", [*long, "--group_size", 16]),
+            "PTST": (folder / "PTST", [*command, "--ptst", "70x16:20,140x8:20"])}
+
+
+def shortcut(seed, folder):
+    rng, seen = random.Random(f"hints/{seed}"), thoughts()
+
+    def hinted(record, rate):
+        others = [str(n) for n in range(6) if str(n) != record["answer"]]
+        hint = record["answer"] if rng.random() < rate else rng.choice(others)
+        question = f"{record['question']} {hint} ?"
+        return record | {"question": question, "meta": record["meta"] | {"hint": hint}}
+
+    def believed(record):
+        if rng.random() < BELIEVED:
+            return answered(record, "at first sight", record["meta"]["hint"])
+        return answered(record, seen[record["id"]])
+
+    records = [hinted(record, HINTED) for record in data_prep.read_records(ROOT / TRAIN)]
+    train = written(folder / "hinted.jsonl", records)
+    held_out = data_prep.read_records(ROOT / "data/mini/counting_id.jsonl")
+    misled = written(folder / "misled.jsonl", (hinted(record, 0) for record in held_out))
+    start = start_after(seed, folder, map(believed, records))
+    command = ["grpo.py", "--seed", seed, "--model", start, "--data", train, "--eval_data", misled,
+               "--prompts_per_step", 4, "--steps", 40, "--eval_every", 5, "--eval_n", 100]
+    ways = {"GRPO": [], "PAPO": ["--perception", "papo"],
+            "VPPO": ["--perception", "vppo", "--perception_entropy", 0.06],
+            "NoisyRollout": ["--noisy_frac", 0.5]}
+    return {arm: (folder / arm, [*command, *flags]) for arm, flags in ways.items()}
+
+
 # regime -> (its arms, benchmarks: the first is the one that it is about)
 REGIMES = {"shift": (shift, ["counting-ood", "counting-id"]),
            "saturated": (saturated, ["counting-ood", "counting-id"]),
-           "rethink": (rethink, ["counting-id", "counting-ood"])}
+           "rethink": (rethink, ["counting-id", "counting-ood"]),
+           "overthink": (overthink, ["counting-id", "counting-ood"]),
+           "shortcut": (shortcut, ["misled.jsonl"])}  # a file of the regime's own
 
 
 # ----- their tables
@@ -134,8 +200,8 @@ def measure(regime, seed, only):
         if only and arm not in only:
             continue
         seconds = run(out, *command, "--out", out, threads="1")
-        run(f"{out}/eval", "eval.py", "--model", out, "--max_new_tokens", 140, "--bench", *benches,
-            threads="1")
+        run(f"{out}/eval", "eval.py", "--model", out, "--max_new_tokens", 280, "--bench",
+            *[folder / bench if bench.endswith(".jsonl") else bench for bench in benches], threads="1")
         found = json.loads((ROOT / out / "eval/summary.json").read_text())
         metrics = read_metrics(ROOT / out / "metrics.jsonl")
         steps = [row for row in metrics if "reward/mean" in row]
@@ -201,7 +267,7 @@ def main(regimes, seeds, only):
         print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
         for row in rows:
             print("| " + " | ".join(shown(row.get(name, "")) for name in names) + " |")
-        benches = REGIMES[regime][1]
+        benches = [Path(bench).stem for bench in REGIMES[regime][1]]
         print("\n".join(differences(rows, benches)), flush=True)
         scores = {}
         for row in rows:
