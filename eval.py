@@ -508,7 +508,7 @@ def sync_weights(policy, engine):
     engine.reload(checkpoint_names(policy, weights))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(engine, prompts, seeds, cfg):
     """`generate` on a transformers model, at most cfg.rollout_tokens prompt and response tokens at once."""
     lengths = [prompt["input_ids"].shape[1] + cfg.max_new_tokens for prompt in prompts]
