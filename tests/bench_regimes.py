@@ -18,8 +18,9 @@ rethink    The start can reconsider, and never does so by itself: it answers at 
            it says "Wait," and goes through the board. Rollouts are scarce. Measured: accuracy.
 overthink  The start goes on after a look that was right, and is right less often the longer it goes on. A
            fixed long limit against PTST, at the same product of limit and group. Measured: accuracy.
-shortcut   The question holds a number that is right in most training rows and that the start believes.
-           Measured: accuracy where it is always wrong.
+shortcut   To each question belongs a board that the start describes more often than the one that it sees.
+           Measured: accuracy.
+objectives The quickstart's start, with two updates a batch: with one, all objectives are the same.
 """
 import argparse
 import itertools
@@ -41,7 +42,7 @@ TRAIN = "data/mini/counting_train.jsonl"
 HARD = 0.1  # saturated: share of unfamiliar questions
 GOES_ON, LOOKS = 0.7, 6  # overthink: the chance of another look after each, and how many at most
 SLIPS = 0.15  # and the chance that it is on another board, where the chain then stays
-HINTED, BELIEVED = 0.6, 0.7  # shortcut: share of right hints, and of the start's lessons that believe theirs
+TYPICAL = 0.8  # shortcut: share of the start's lessons that describe the board which goes with their question
 
 
 def start_of(seed, stage):
@@ -153,29 +154,30 @@ def overthink(seed, folder):
 
 
 def shortcut(seed, folder):
-    rng, seen = random.Random(f"hints/{seed}"), thoughts()
+    rng, seen, records = random.Random(f"typical/{seed}"), thoughts(), data_prep.read_records(ROOT / TRAIN)
+    typical = {}
+    for record in records:
+        typical.setdefault(record["question"], record)
 
-    def hinted(record, rate):
-        others = [str(n) for n in range(6) if str(n) != record["answer"]]
-        hint = record["answer"] if rng.random() < rate else rng.choice(others)
-        question = f"{record['question']} {hint} ?"
-        return record | {"question": question, "meta": record["meta"] | {"hint": hint}}
+    def described(record):
+        board = typical[record["question"]] if rng.random() < TYPICAL else record
+        return answered(record, seen[board["id"]], board["answer"])
 
-    def believed(record):
-        if rng.random() < BELIEVED:
-            return answered(record, "at first sight", record["meta"]["hint"])
-        return answered(record, seen[record["id"]])
-
-    records = [hinted(record, HINTED) for record in data_prep.read_records(ROOT / TRAIN)]
-    train = written(folder / "hinted.jsonl", records)
-    held_out = data_prep.read_records(ROOT / "data/mini/counting_id.jsonl")
-    misled = written(folder / "misled.jsonl", (hinted(record, 0) for record in held_out))
-    start = start_after(seed, folder, map(believed, records))
-    command = ["grpo.py", "--seed", seed, "--model", start, "--data", train, "--eval_data", misled,
-               "--prompts_per_step", 4, "--steps", 40, "--eval_every", 5, "--eval_n", 100]
+    start = start_after(seed, folder, map(described, records))
+    command = ["grpo.py", "--seed", seed, "--model", start, "--prompts_per_step", 4, "--steps", 40,
+               "--eval_every", 4, "--eval_n", 100]
     ways = {"GRPO": [], "PAPO": ["--perception", "papo"],
             "VPPO": ["--perception", "vppo", "--perception_entropy", 0.06],
             "NoisyRollout": ["--noisy_frac", 0.5]}
+    return {arm: (folder / arm, [*command, *flags]) for arm, flags in ways.items()}
+
+
+def objectives(seed, folder):
+    command = ["grpo.py", "--seed", seed, "--model", start_of(seed, "sft"), "--updates", 2,
+               "--prompts_per_step", 16, "--steps", 40, "--eval_every", 4, "--eval_n", 100]
+    ways = {"GRPO": [], "cispo": ["--objective", "cispo"], "sapo": ["--objective", "sapo"],
+            "gspo": ["--objective", "gspo", "--clip_low", 3e-4, "--clip_high", 4e-4],
+            "LoRA": ["--lora_rank", 16, "--lr", 1e-3]}
     return {arm: (folder / arm, [*command, *flags]) for arm, flags in ways.items()}
 
 
@@ -184,7 +186,8 @@ REGIMES = {"shift": (shift, ["counting-ood", "counting-id"]),
            "saturated": (saturated, ["counting-ood", "counting-id"]),
            "rethink": (rethink, ["counting-id", "counting-ood"]),
            "overthink": (overthink, ["counting-id", "counting-ood"]),
-           "shortcut": (shortcut, ["misled.jsonl"])}  # a file of the regime's own
+           "shortcut": (shortcut, ["counting-id", "counting-ood"]),
+           "objectives": (objectives, ["counting-id", "counting-ood"])}
 
 
 # ----- their tables
@@ -200,8 +203,8 @@ def measure(regime, seed, only):
         if only and arm not in only:
             continue
         seconds = run(out, *command, "--out", out, threads="1")
-        run(f"{out}/eval", "eval.py", "--model", out, "--max_new_tokens", 280, "--bench",
-            *[folder / bench if bench.endswith(".jsonl") else bench for bench in benches], threads="1")
+        run(f"{out}/eval", "eval.py", "--model", out, "--max_new_tokens", 280, "--bench", *benches,
+            threads="1")
         found = json.loads((ROOT / out / "eval/summary.json").read_text())
         metrics = read_metrics(ROOT / out / "metrics.jsonl")
         steps = [row for row in metrics if "reward/mean" in row]
@@ -267,7 +270,7 @@ def main(regimes, seeds, only):
         print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
         for row in rows:
             print("| " + " | ".join(shown(row.get(name, "")) for name in names) + " |")
-        benches = [Path(bench).stem for bench in REGIMES[regime][1]]
+        benches = REGIMES[regime][1]
         print("\n".join(differences(rows, benches)), flush=True)
         scores = {}
         for row in rows:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import bench_methods
 import conftest
 import data_prep
 import grpo
@@ -341,12 +340,6 @@ def test_noised_rollouts_are_not_corrected_and_no_mismatch(group, is_mode):
 def test_what_is_refused(flags, line):
     with pytest.raises(ValueError, match=line):
         grpo.check(grpo.Config(**flags))
-
-
-@pytest.mark.parametrize("arm", [
-    arm for arm in bench_methods.ARMS if arm != "LoRA" or hasattr(grpo.Config, "lora_rank")])
-def test_arms_of_the_bench_are_accepted(arm, group):
-    grpo.check(data_prep.parse_config(grpo.Config, [*bench_methods.COMMON, *bench_methods.ARMS[arm]]))
 
 
 # ----- whole runs
