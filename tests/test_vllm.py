@@ -238,7 +238,8 @@ def test_an_engine_that_dies_ends_all_ranks_and_resume_goes_on(work, driver):  #
     steps = ["--steps", "4", "--save_every", "1", "--eval_data", "", "--keep", "9"]
     output = run(work, *driver(fault), *steps, "--out", "cut", torchrun=ranks, code=1)
     assert "vLLM failed: CUDA error: an illegal memory access" in output
-    assert newest(work / "cut").name == "step_000002"
+    # The checkpoint of step 2 may still be on its way to the disk.
+    assert newest(work / "cut").name in ("step_000001", "step_000002")
     run(work, *driver(), *steps, "--out", "cut", "--resume", torchrun=ranks)
     run(work, *driver(), *steps, "--out", "whole", torchrun=ranks)
     assert metrics(work / "cut") == metrics(work / "whole")
